@@ -1,0 +1,33 @@
+"""What several test files share: small random networks, made the same way every time."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracles must not look for a network
+
+import pytest
+import torch
+
+from yojo.molmo2 import AdapterConfig, Config, Molmo2, TextConfig, VisionConfig, init_weights
+
+torch.set_num_threads(2)
+
+TINY = Config(
+    TextConfig(32, 2, 4, 2, 8, 48, 400, 24, 4096, 10000.0),
+    VisionConfig(24, 3, 2, 12, 40, 14, 36),
+    AdapterConfig(24, 2, 8, 24, (-1, -3)),
+    image_patch_id=407,
+    eos_id=399,
+    pad_id=0,
+)
+
+
+def random_model(config: Config = TINY, seed: int = 0, dtype=torch.float64, std: float = 0.2) -> Molmo2:
+    """Weights large enough that attention is far from uniform: an error in a mask must show."""
+    model = Molmo2(config)
+    init_weights(model, torch.Generator().manual_seed(seed), std)
+    return model.to(dtype).requires_grad_(False).eval()
+
+
+@pytest.fixture
+def tiny_config() -> Config:
+    return TINY

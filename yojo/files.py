@@ -1,0 +1,125 @@
+"""Files, read strictly and written whole; and the one error a user can mend.
+
+A reader either returns what was asked for or raises `InputError` with the file's name. A writer leaves the complete
+new file or folder, or what was there before: it writes beside the target and renames at the end.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """Bad input: the message names the value that is wrong and the remedy.
+
+    Commands print it as one line and leave with status 2 (`cli.py`). Whatever else is raised is a bug of ours and
+    keeps its traceback.
+    """
+
+
+def read_json(path: str | Path) -> dict:
+    """One JSON object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+@contextmanager
+def open_tensors(path: str | Path):
+    """A safetensors file, memory-mapped."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}): fetch or write it again") from None
+
+
+def check_tensors(where: str | Path, found: Mapping[str, object], expected: Mapping[str, torch.Size]) -> None:
+    """`found`: name -> shape. Any missing, unknown or mis-shaped tensor raises with both names and shapes."""
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    wrong = [n for n in expected if n in found and tuple(found[n]) != tuple(expected[n])]
+    faults = [f"{len(names)} {what}: {names[0]}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
+    if wrong:
+        n = wrong[0]
+        faults.append(f"{len(wrong)} of the wrong shape: {n} is {list(found[n])}, expected {list(expected[n])}")
+    if faults:
+        raise InputError(f"{where} does not hold this model's tensors; " + "; ".join(faults))
+
+
+def read_tensors(path: str | Path, expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, which must hold exactly the expected names and shapes."""
+    with open_tensors(path) as file:
+        check_tensors(path, {name: file.get_slice(name).get_shape() for name in file.keys()}, expected)
+        return {name: file.get_tensor(name) for name in expected}
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it takes the place of `path` in one step."""
+    path = Path(path)
+    with _output(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        try:
+            yield Path(temporary)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty folder beside `path`; on success it becomes `path`.
+
+    An existing `path` raises unless `overwrite`; then the old folder stays whole until the new one is, and is put
+    back should the last rename fail. A kill in the instant between the two renames leaves it as `<path>.old`.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already: choose another folder, or say --overwrite")
+    with _output(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o777 & ~_umask())
+            old = path.with_name(path.name + ".old")
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(path, old)
+            os.rename(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _output(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write in {folder}: {error.strerror or error}") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,498 @@
+"""Molmo2 by hand: vision tower, connector, decoder, key/value cache, sampling.
+
+    picture --patches--> ImageViT --two layers, 2x2 windows--> pooling attention --SwiGLU--> features [M, D]
+    ids --table--> embeddings, features ADDED at the <im_patch> tokens --blocks--> final norm --> hidden [B, T, D]
+
+How it differs from a textbook decoder (facts: the Molmo2 report and `transformers.models.molmo2`):
+- queries and keys are RMS-normalised per head BEFORE the rotary embedding; grouped-query attention, no biases;
+- picture features are added to the embedding of their token; they do not replace it;
+- all picture tokens of a sample see each other in both directions; everything else is causal;
+- the forward pass returns hidden states after the final norm and never logits: a reward model needs none.
+
+Attribute names are the checkpoint's tensor names, so loading is one strict `load_state_dict` (`checkpoint.py`).
+Precision: norms, rotary angles and softmax run in at least float32 (bf16 goes up, float64 stays).
+
+Shape alphabet, the same in all files: B batch rows, T tokens, N responses, R read positions, P patches of a view,
+M pooled picture tokens, D decoder width, H query heads, K key/value heads, d head width, V vocabulary.
+
+See it run: `pytest tests/test_molmo2.py` holds every part against `transformers`.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from yojo.files import InputError
+from yojo.lora import Linear
+from yojo.mask import AttentionMask, Segment
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Decoder. Defaults are Molmo2-4B."""
+
+    hidden_size: int = 2560
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    intermediate_size: int = 9728
+    vocab_size: int = 151936
+    additional_vocab_size: int = 128
+    max_position_embeddings: int = 36864
+    rope_theta: float = 5_000_000.0
+    rms_norm_eps: float = 1e-6
+
+    @property
+    def rows(self) -> int:
+        """Height of the embedding table; `lm_head` covers only the first `vocab_size` rows."""
+        return self.vocab_size + self.additional_vocab_size
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Vision tower. `num_hidden_layers` is the DECLARED depth; see `Config.vision_layers` for what is stored."""
+
+    hidden_size: int = 1152
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    head_dim: int = 72
+    intermediate_size: int = 4304
+    patch_size: int = 14
+    num_position_embeddings: int = 729
+    layer_norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Connector between the tower and the decoder."""
+
+    hidden_size: int = 1152
+    num_attention_heads: int = 16
+    head_dim: int = 72
+    intermediate_size: int = 9728
+    vit_layers: tuple[int, ...] = (-3, -9)
+
+
+@dataclass(frozen=True)
+class Config:
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    image_patch_id: int = 151938
+    eos_id: int | None = 151645  # None: `generate` never stops early
+    pad_id: int = 151643
+
+    @property
+    def vision_layers(self) -> tuple[int, ...]:
+        """The layers whose outputs are read, 0-based. Negative numbers count from the DECLARED depth."""
+        return tuple(layer % self.vision.num_hidden_layers for layer in self.adapter.vit_layers)
+
+    @property
+    def vision_depth(self) -> int:
+        """Layers that exist: nothing above the deepest one that is read."""
+        return max(self.vision_layers) + 1
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ---------------------------------------------------------------------------------------------------- vision tower
+
+
+class VisionAttention(nn.Module):
+    """softmax(Q K^T / sqrt(d)) V with biases; queries and keys may come from different places."""
+
+    def __init__(self, width_in: int, width_out: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.wq = nn.Linear(width_in, heads * head_dim)
+        self.wk = nn.Linear(width_in, heads * head_dim)
+        self.wv = nn.Linear(width_in, heads * head_dim)
+        self.wo = nn.Linear(heads * head_dim, width_out)
+
+    def forward(self, x: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, Q, width_in], keys [B, S, width_in], mask bool [B, 1, Q, S] -> [B, Q, width_out]."""
+        q, k, v = (
+            w(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for w, y in ((self.wq, x), (self.wk, keys), (self.wv, keys))
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.w1 = nn.Linear(width, inner)
+        self.w2 = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.gelu(self.w1(x), approximate="tanh"))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.attention = VisionAttention(c.hidden_size, c.hidden_size, c.num_attention_heads, c.head_dim)
+        self.ffn_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.feed_forward = VisionMLP(c.hidden_size, c.intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention_norm(x)
+        x = x + self.attention(y, y)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class ImageViT(nn.Module):
+    """Patches of one view see each other; views do not. No class token, no final norm."""
+
+    def __init__(self, c: VisionConfig, depth: int):
+        super().__init__()
+        self.patch_embedding = nn.Linear(3 * c.patch_size**2, c.hidden_size)
+        self.positional_embedding = nn.Parameter(torch.zeros(c.num_position_embeddings, c.hidden_size))
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(VisionBlock(c) for _ in range(depth))})
+
+    def forward(self, patches: Tensor) -> list[Tensor]:
+        """patches [views, P, 3 * patch^2] -> the output of every layer, each [views, P, width]."""
+        if patches.shape[1] != len(self.positional_embedding):
+            raise ValueError(f"views have {patches.shape[1]} patches, the tower {len(self.positional_embedding)} positions")
+        x = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype)) + self.positional_embedding
+        outputs = []
+        for block in self.transformer["resblocks"]:
+            x = block(x)
+            outputs.append(x)
+        return outputs
+
+
+# -------------------------------------------------------------------------------------------------------- connector
+
+
+class ImageProjector(nn.Module):
+    """SwiGLU into the decoder's width: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, width_in: int, inner: int, width_out: int):
+        super().__init__()
+        self.w1 = nn.Linear(width_in, inner, bias=False)
+        self.w2 = nn.Linear(inner, width_out, bias=False)
+        self.w3 = nn.Linear(width_in, inner, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class VisionBackbone(nn.Module):
+    """Tower and connector: pictures to features in the decoder's width."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        v, a = config.vision, config.adapter
+        self.layers = config.vision_layers
+        self.image_vit = ImageViT(v, config.vision_depth)
+        read_width = v.hidden_size * len(self.layers)
+        self.image_pooling_2d = VisionAttention(read_width, a.hidden_size, a.num_attention_heads, a.head_dim)
+        self.image_projector = ImageProjector(a.hidden_size, a.intermediate_size, config.text.hidden_size)
+
+    def forward(self, patches: Tensor, pooling: Tensor) -> Tensor:
+        """patches [views, P, 3 * patch^2], pooling int [M, window] (-1 = padding) -> features [M', D]."""
+        outputs = self.image_vit(patches)
+        return self.image_projector(self.pool(torch.cat([outputs[i] for i in self.layers], dim=-1), pooling))
+
+    def pool(self, seen: Tensor, pooling: Tensor) -> Tensor:
+        """One token per window: the mean of the window's patches asks, the patches answer.
+
+        seen [views, P, W], pooling [M, window] -> [M', width]; windows without any patch are dropped.
+        """
+        seen = seen.flatten(0, 1)
+        if pooling.max() >= len(seen):
+            raise ValueError(f"pooling index {int(pooling.max())} points beyond the {len(seen)} patches given")
+        pooling = pooling[(pooling >= 0).any(-1)]
+        valid = pooling >= 0  # [M', window]
+        patches = seen[pooling.clamp_min(0)] * valid[..., None]
+        query = patches.sum(1, keepdim=True) / valid.sum(1)[:, None, None].to(patches.dtype)
+        return self.image_pooling_2d(query, patches, valid[:, None, None, :]).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------- decoder
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # y = x / sqrt(mean(x^2) + eps), cast back, THEN times the weight: the order the checkpoint was trained with
+        y = at_least_float32(x)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [B, 1, T, d] in `dtype`, of position * theta^(-2i/d), the d/2 angles written twice."""
+    exact = torch.promote_types(dtype, torch.float32)
+    steps = torch.arange(0, head_dim, 2, device=positions.device).to(exact) / head_dim
+    angle = positions[:, None, :, None].to(exact) * theta**-steps
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + d/2}) by its angle ("rotate half")."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, look: "Tensor | list[Segment] | None") -> Tensor:
+    """Softmax attention, q [B, H, T, d], k and v [B, K, S, d] -> [B, H, T, d].
+
+    look: None = causal, the last query beside the last key; bool [B, 1, T, S]; or the mask's structured form.
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if look is None:
+        queries, keys = q.shape[2], k.shape[2]
+        if queries in (1, keys):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=queries == keys)
+        look = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    if isinstance(look, Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=look)
+    return torch.stack([torch.cat([segment(q, k, v) for segment in row], dim=1) for row in look])
+
+
+class Attention(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.widths = [c.num_attention_heads * c.head_dim] + 2 * [c.num_key_value_heads * c.head_dim]
+        self.head_dim = c.head_dim
+        self.att_proj = Linear(c.hidden_size, sum(self.widths))
+        self.attn_out = Linear(self.widths[0], c.hidden_size)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], look, adapter: str | None, past) -> Tensor:
+        q, k, v = (
+            y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for y in self.att_proj(x, adapter).split(self.widths, dim=-1)
+        )
+        q, k = rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles)
+        if past is not None:
+            k, v = past.append(k, v)
+        return self.attn_out(attend(q, k, v, look).transpose(1, 2).flatten(2), adapter)
+
+
+class MLP(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.ff_proj = Linear(c.hidden_size, 2 * c.intermediate_size)
+        self.ff_out = Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x: Tensor, adapter: str | None) -> Tensor:
+        up, gate = self.ff_proj(x, adapter).chunk(2, dim=-1)  # the checkpoint stacks up first, gate second
+        return self.ff_out(F.silu(gate) * up, adapter)
+
+
+class Block(nn.Module):
+    """Pre-norm. The active adapter comes in BY VALUE: activation checkpointing runs this again at backward time,
+    when another adapter may be active, and must then repeat exactly what it did."""
+
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.attn_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.ff_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], look, adapter: str | None, past=None) -> Tensor:
+        x = x + self.self_attn(self.attn_norm(x), angles, look, adapter, past)
+        return x + self.mlp(self.ff_norm(x), adapter)
+
+
+class Embedding(nn.Module):
+    """One table. In files it is cut in two, `embedding` and `new_embedding`, at any row."""
+
+    def __init__(self, rows: int, width: int):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.zeros(rows, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.embedding)
+
+
+class Decoder(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.wte = Embedding(c.rows, c.hidden_size)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.ln_f = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class LayerCache:
+    """Keys and values of one layer, [B, K, S, d] each, growing along S."""
+
+    def __init__(self) -> None:
+        self.k = self.v = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.k is not None:
+            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        self.k, self.v = k, v
+        return k, v
+
+
+class Cache:
+    """The keys and values of everything the model has read so far."""
+
+    def __init__(self, config: Config):
+        self.layers = [LayerCache() for _ in range(config.text.num_hidden_layers)]
+
+    @property
+    def length(self) -> int:
+        return 0 if self.layers[0].k is None else self.layers[0].k.shape[2]
+
+    def expand(self, n: int) -> None:
+        """One row becomes n rows that share what was read."""
+        for layer in self.layers:
+            layer.k, layer.v = (x.expand(n, -1, -1, -1) for x in (layer.k, layer.v))
+
+
+class Trunk(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.transformer = Decoder(config.text)
+        self.vision_backbone = VisionBackbone(config)
+
+
+class Molmo2(nn.Module):
+    """The backbone: `see` pictures, read tokens, and, where there is an `lm_head`, speak."""
+
+    def __init__(self, config: Config, lm_head: bool = True):
+        super().__init__()
+        self.config = config
+        self.adapter: str | None = None  # set by `lora.use`, read once per forward pass
+        self.checkpointing = False  # recompute blocks at backward time instead of keeping their activations
+        self.model = Trunk(config)
+        c = config.text
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False) if lm_head else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.transformer.ln_f.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.transformer.ln_f.weight.dtype
+
+    def see(self, patches: Tensor, pooling: Tensor) -> Tensor:
+        """Pictures to features, in the order of their <im_patch> tokens.
+
+        patches float [views, P, 3 * patch^2]; pooling int [M, window], indices into all patches of all views,
+        -1 = padding -> features [M', D] in the model's dtype (M' <= M: windows without any patch are dropped).
+        """
+        return self.model.vision_backbone(patches.to(self.device), pooling.to(self.device))
+
+    def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
+        """ids [B, T] and features [M, D] -> embeddings [B, T, D]; features are ADDED at the <im_patch> tokens."""
+        x = self.model.transformer.wte(input_ids)
+        places = input_ids == self.config.image_patch_id
+        seen = 0 if features is None else len(features)
+        if features is None and input_ids.is_meta:  # shapes only: nothing can be counted
+            return x
+        if int(places.sum()) != seen:
+            raise ValueError(f"{int(places.sum())} <im_patch> tokens but {seen} picture features: pass `features=see(...)`")
+        return x if features is None else x.index_put(places.nonzero(as_tuple=True), features, accumulate=True)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        features: Tensor | None = None,
+        mask: AttentionMask | None = None,
+        positions: Tensor | None = None,
+        read: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, in the model's dtype. Never logits.
+
+        input_ids int [B, T]; features [M, D] from `see`; mask None = causal; positions int [B, T], None = counting on
+        from what the cache holds; read int [R, 2] of (row, index) -> [R, D], None -> [B, T, D]; cache: read on after
+        what it holds, and add to it (then `mask` covers a first reading only).
+        """
+        B, T = input_ids.shape
+        past = 0 if cache is None else cache.length
+        if mask is not None and (past or mask.record.shape != (B, T)):
+            raise ValueError(f"mask of shape {tuple(mask.record.shape)} for ids {(B, T)} after {past} cached tokens")
+        if positions is None:
+            positions = torch.arange(past, past + T, device=input_ids.device).expand(B, T)
+        c, decoder = self.config.text, self.model.transformer
+        x = self.embed(input_ids, features)
+        look = None if mask is None else mask.view()
+        angles = rotary_angles(positions, c.head_dim, c.rope_theta, x.dtype)
+        for i, block in enumerate(decoder.blocks):
+            args = (x, angles, look, self.adapter, None if cache is None else cache.layers[i])
+            x = checkpoint(block, *args, use_reentrant=False) if self.checkpointing and self.training else block(*args)
+        if read is not None:
+            x = x[read[:, 0], read[:, 1]]
+        return decoder.ln_f(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> [..., V]."""
+        if self.lm_head is None:
+            raise InputError("this backbone was loaded without its lm_head: use load_backbone(..., lm_head=True)")
+        return self.lm_head(hidden)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        features: Tensor | None = None,
+        mask: AttentionMask | None = None,
+        n: int = 1,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """n continuations of one prompt [1, T] -> int [n, L], L <= max_new_tokens.
+
+        The prompt is read once; its keys and values are shared by all samples. temperature 0 = greedy. A sample ends
+        with `config.eos_id`, after which its row is filled with `config.pad_id`.
+        """
+        if len(input_ids) != 1:
+            raise ValueError(f"generate reads one prompt at a time, got {len(input_ids)} rows")
+        cache = Cache(self.config)
+        hidden = self(input_ids, features, mask, cache=cache)[:, -1:].expand(n, -1, -1)
+        cache.expand(n)
+        done = torch.zeros(n, dtype=torch.bool, device=input_ids.device)
+        out = []
+        while True:
+            token = sample(self.logits(hidden[:, -1]), temperature, generator)
+            out.append(torch.where(done, self.config.pad_id, token))
+            done = done | (token == self.config.eos_id)
+            if len(out) == max_new_tokens or bool(done.all()):
+                return torch.stack(out, dim=1)
+            hidden = self(out[-1][:, None], cache=cache)
+
+
+def sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """logits [n, V] -> ids [n], drawn from softmax(logits / temperature); 0 takes the largest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((at_least_float32(logits) / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+
+
+def init_weights(model: Molmo2, generator: torch.Generator, std: float = 0.02) -> None:
+    """Fresh weights in place: matrices N(0, std), the two that write into the residual stream smaller by
+    sqrt(2 * layers), biases zero, norms one."""
+    depth = model.config.text.num_hidden_layers
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            nn.init.constant_(p, float("norm" in name or "ln_f" in name) if name.endswith("weight") else 0.0)
+        else:
+            scale = 1 / math.sqrt(2 * depth) if "attn_out" in name or "ff_out" in name else 1.0
+            nn.init.normal_(p, std=std * scale, generator=generator)

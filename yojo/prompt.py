@@ -1,0 +1,243 @@
+"""Text, pictures and responses -> token ids. The only file that knows the chat format and the separator.
+
+    <|im_end|> PICTURES <|im_start|>user\\n PROMPT <|im_end|>\\n <|im_start|>assistant\\n
+                                     RESPONSE 1 <|resp_sep|> RESPONSE 2 <|resp_sep|> ... RESPONSE N <|resp_sep|>
+                                              ^ read here             ^                          ^
+
+The ids are built piece by piece, so every position is known because it was put there: nothing is ever searched for in the
+finished ids. Each response is tokenized alone, hence encoded the same wherever it stands, and its score is read at its
+last token, just before the separator that closes it.
+
+Markup (turns, picture tokens, the separator) enters as ids, looked up by name. Text goes through a copy of the tokenizer
+that knows no added token, so a prompt or response that spells `<|resp_sep|>` or `<im_patch>` is encoded as the ordinary
+characters it is: no answer can add a separator, end a turn or fake a picture.
+
+In `isolated` mode the positions of every response start right after the prompt, as they would if it stood alone.
+
+See it: `pytest tests/test_prompt.py`, `tutorials/04_separators_and_masks.md`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer as BPE
+from torch import Tensor
+
+from yojo.files import InputError, read_json
+from yojo.image import ImageConfig, Pictures, frames_to_patches, images_to_patches, open_picture, read_image_config
+from yojo.mask import MODES, PROMPT
+
+SEPARATOR = "<|resp_sep|>"
+BOS = TURN_END = "<|im_end|>"
+TURN_START = "<|im_start|>"
+PATCH = "<im_patch>"
+# All image tokens of a record see each other; these are image tokens.
+IMAGE_TOKENS = (
+    PATCH,
+    "<im_col>",
+    "<im_start>",
+    "<low_res_im_start>",
+    "<frame_start>",
+    "<im_end>",
+    "<frame_end>",
+    "<im_low>",
+)
+MAX_RESPONSES = 64
+
+
+@dataclass(frozen=True)
+class Markup:
+    """How picture tokens are laid out; `processor_config.json`. Defaults are the release's."""
+
+    image_use_col_tokens: bool = True
+    use_single_crop_col_tokens: bool = False
+    use_single_crop_start_token: bool = True
+    video_use_col_tokens: bool = False
+    use_frame_special_tokens: bool = False
+
+
+def read_markup(folder: str | Path) -> Markup:
+    """The five flags, each at its default where the file, or the flag in it, is missing."""
+    path = Path(folder) / "processor_config.json"
+    raw = read_json(path) if path.exists() else {}
+    return Markup(**{k: raw[k] for k in Markup.__dataclass_fields__ if raw.get(k) is not None})
+
+
+class Tokenizer:
+    """A `tokenizer.json` in two halves: text, which can spell nothing but text, and added tokens by name."""
+
+    def __init__(self, path: str | Path):
+        raw = read_json(path)
+        try:
+            self.full = BPE.from_str(json.dumps(raw))
+            self.text = BPE.from_str(json.dumps(raw | {"added_tokens": [], "post_processor": None}))
+        except Exception as error:  # `tokenizers` raises bare Exception
+            raise InputError(f"{path} is not a tokenizer: {error}") from None
+        self.path = Path(path)
+        self.text.no_truncation()
+        self.text.no_padding()
+
+    def __len__(self) -> int:
+        return self.full.get_vocab_size(with_added_tokens=True)
+
+    def __getstate__(self):
+        return self.path
+
+    def __setstate__(self, path):
+        self.__init__(path)
+
+    def encode(self, text: str, what: str = "text") -> list[int]:
+        """Text -> ids, never an added token's. A lone surrogate, which no file can hold, raises."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"{what} holds a lone surrogate at character {error.start}: it is not valid Unicode") from None
+        return self.text.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids -> text, added tokens by their names."""
+        return self.full.decode(list(ids), skip_special_tokens=False)
+
+    def name(self, token: int) -> str:
+        """How one id reads: an added token's name, or the text it stands for."""
+        return self.decode([token])
+
+    def id(self, name: str) -> int:
+        token = self.full.token_to_id(name)
+        if token is None:
+            raise InputError(f"{self.path} lacks the token {name}, which this model's prompt needs")
+        return token
+
+    @cached_property
+    def separator_id(self) -> int:
+        """The separator's own id, or the first free one: the released training code adds it at `len(tokenizer)`."""
+        token = self.full.token_to_id(SEPARATOR)
+        return len(self) if token is None else token
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One record as the model reads it. All spans are known by construction.
+
+    ids int [T]; response int [T], -1 = prompt; image bool [T]; spans [(start, stop)] of each response without its
+    separator; read = the index each score is read at, spans[i][1] - 1; pictures: what the <im_patch> tokens show.
+    """
+
+    ids: Tensor
+    response: Tensor
+    image: Tensor
+    spans: list[tuple[int, int]]
+    pictures: Pictures | None
+
+    @property
+    def read(self) -> list[int]:
+        return [stop - 1 for _, stop in self.spans]
+
+    @property
+    def prompt_length(self) -> int:
+        return int((self.response == PROMPT).sum())
+
+    def positions(self, mode: str) -> Tensor:
+        """int [T]: 0, 1, 2, ... (joint), or starting again after the prompt for each response (isolated)."""
+        if mode not in MODES:
+            raise InputError(f"mode {mode!r} is none of {MODES}")
+        positions = torch.arange(len(self.ids))
+        if mode == "isolated":
+            for start, stop in self.spans:
+                positions[start : stop + 1] += self.prompt_length - start
+        return positions
+
+
+class Processor:
+    """The files of a checkpoint folder that say how text and pictures become tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, images: ImageConfig, markup: Markup, max_tokens: int):
+        self.tokenizer, self.images, self.markup, self.max_tokens = tokenizer, images, markup, max_tokens
+        self.image_ids = torch.tensor([tokenizer.id(name) for name in IMAGE_TOKENS])
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, max_tokens: int) -> "Processor":
+        tokenizer = Tokenizer(Path(folder) / "tokenizer.json")
+        return cls(tokenizer, read_image_config(folder), read_markup(folder), max_tokens)
+
+    def encode(
+        self,
+        prompt: str,
+        responses: Sequence[str],
+        image: "str | Path | Image.Image | Sequence | None" = None,
+        video: Sequence[tuple[float, Image.Image]] | None = None,
+    ) -> Encoded:
+        """One record -> `Encoded`. No responses = the prompt alone, ready for the first one to be written.
+
+        image: a path, a Pillow picture, or a list of them; video: a list of (seconds, frame). More than 64 responses,
+        an empty one, or more tokens than the model has positions for raise `InputError`: nothing is ever cut.
+        """
+        if len(responses) > MAX_RESPONSES:
+            raise InputError(f"{len(responses)} responses are {len(responses) - MAX_RESPONSES} more than {MAX_RESPONSES}")
+        marks, pictures = self._look(image, video)
+        user = self.tokenizer.encode("user\n" + prompt, "the prompt")
+        start, end, newline = self.tokenizer.id(TURN_START), self.tokenizer.id(TURN_END), self.tokenizer.encode("\n")
+        ids = [self.tokenizer.id(BOS), *marks, start, *user, end, *newline, start, *self.tokenizer.encode("assistant\n")]
+        owner, spans = [PROMPT] * len(ids), []
+        for i, text in enumerate(responses):
+            if not text.strip():
+                raise InputError(f"response {i + 1} is empty: there is nothing to score")
+            piece = self.tokenizer.encode(text, f"response {i + 1}")
+            spans.append((len(ids), len(ids) + len(piece)))
+            ids += [*piece, self.tokenizer.separator_id]
+            owner += [i] * (len(piece) + 1)
+        if len(ids) > self.max_tokens:
+            over = len(ids) - self.max_tokens
+            raise InputError(
+                f"{len(ids)} tokens ({owner.count(PROMPT)} of the prompt, {len(marks)} of them pictures) "
+                f"are {over} more than the model's limit of {self.max_tokens}: shorten or drop responses"
+            )
+        ids = torch.tensor(ids)
+        return Encoded(ids, torch.tensor(owner), torch.isin(ids, self.image_ids), spans, pictures)
+
+    def _look(self, image, video) -> tuple[list[int], Pictures | None]:
+        """The token ids of the pictures, and the pictures."""
+        if image is not None and video is not None:
+            raise InputError("a record shows images or a video, not both")
+        if video is not None:
+            if not video:
+                raise InputError("the video has no frames")
+            seen = frames_to_patches([open_picture(frame) for _, frame in video], self.images)
+            return self._video_ids([seconds for seconds, _ in video], seen.grids), seen
+        if image is None:
+            return [], None
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        if not images:
+            raise InputError("the list of images is empty: leave it out where there is no picture")
+        seen = images_to_patches([open_picture(i) for i in images], self.images)
+        return self._images_ids(seen.grids), seen
+
+    def _images_ids(self, grids: list[tuple[int, ...]]) -> list[int]:
+        """Each image: the global view, then the high-resolution grid; several are numbered."""
+        m, ids = self.markup, []
+        low = "<low_res_im_start>" if m.use_single_crop_start_token else "<im_start>"
+        low_columns = m.image_use_col_tokens and m.use_single_crop_col_tokens
+        for i, (low_rows, low_cols, rows, cols) in enumerate(grids, 1):
+            if len(grids) > 1:
+                ids += self.tokenizer.encode(f"Image {i}")
+            ids += self._grid_ids(low, "<im_end>", low_rows, low_cols, low_columns)
+            ids += self._grid_ids("<im_start>", "<im_end>", rows, cols, m.image_use_col_tokens)
+        return ids
+
+    def _video_ids(self, times: list[float], grids: list[tuple[int, ...]]) -> list[int]:
+        """Each frame: its second with one decimal, then its grid."""
+        m, ids = self.markup, []
+        start, end = ("<frame_start>", "<frame_end>") if m.use_frame_special_tokens else ("<im_start>", "<im_end>")
+        for i, (seconds, grid) in enumerate(zip(times, grids, strict=True)):
+            ids += self.tokenizer.encode(f"{' ' if i else ''}{seconds:.1f} ")
+            ids += self._grid_ids(start, end, *grid, m.video_use_col_tokens)
+        return ids
+
+    def _grid_ids(self, start: str, end: str, rows: int, columns: int, column_tokens: bool) -> list[int]:
+        row = [PATCH] * columns + ["<im_col>"] * column_tokens
+        return [self.tokenizer.id(name) for name in (start, *(row * rows), end)]
