@@ -73,7 +73,14 @@ def test_video_frames_equal_the_golden_tensors():
 
 @pytest.mark.parametrize(
     "height, width, tiling",
-    [(378, 378, (1, 1)), (100, 2000, (1, 1)), (112, 2000, (1, 8)), (2000, 112, (8, 1)), (378, 644, (1, 2)), (1, 1, (1, 1))],
+    [
+        (378, 378, (1, 1)),
+        (100, 2000, (1, 1)),
+        (112, 2000, (1, 8)),
+        (2000, 112, (8, 1)),
+        (378, 644, (1, 2)),
+        (1, 1, (1, 1)),
+    ],
 )
 def test_tilings_at_the_edges(height, width, tiling):
     assert choose_tiling(height, width, RELEASED) == tiling

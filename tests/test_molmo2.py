@@ -95,7 +95,9 @@ def ask_theirs(model, ids, seen, **more):
     inputs = dict(input_ids=ids, mm_token_type_ids=flags(ids).long())
     if seen is not None:
         if len(seen.grids[0]) == 4:
-            inputs |= dict(pixel_values=seen.patches, image_token_pooling=seen.pooling, image_grids=torch.tensor(seen.grids))
+            inputs |= dict(
+                pixel_values=seen.patches, image_token_pooling=seen.pooling, image_grids=torch.tensor(seen.grids)
+            )
         else:
             grid = torch.tensor([[len(seen.grids), *seen.grids[0]]])
             inputs |= dict(pixel_values_videos=seen.patches, video_token_pooling=seen.pooling, video_grids=grid)
@@ -135,7 +137,10 @@ def test_hidden_states_logits_and_greedy_samples(theirs, tmp_path, name, kind):
         assert_close(ours(ids), hidden, 1e-6)
 
     spoken = model.generate(**ask_theirs(model, ids, seen), max_new_tokens=12, do_sample=False, pad_token_id=0)
-    assert ours.generate(ids, features, our_mask(ids), max_new_tokens=12, temperature=0).tolist() == spoken[:, ids.shape[1] :].tolist()
+    assert (
+        ours.generate(ids, features, our_mask(ids), max_new_tokens=12, temperature=0).tolist()
+        == spoken[:, ids.shape[1] :].tolist()
+    )
 
 
 @torch.no_grad()
@@ -169,7 +174,9 @@ def test_both_dialects_of_the_config_mean_the_same(theirs, tmp_path):
 
 @pytest.mark.parametrize("declared, vit_layers, depth", [(27, (-3, -9), 25), (25, (24, 18), 25), (6, (1,), 2)])
 def test_vision_depth_is_what_is_read(declared, vit_layers, depth):
-    config = replace(TINY, vision=VisionConfig(num_hidden_layers=declared), adapter=AdapterConfig(vit_layers=vit_layers))
+    config = replace(
+        TINY, vision=VisionConfig(num_hidden_layers=declared), adapter=AdapterConfig(vit_layers=vit_layers)
+    )
     assert config.vision_depth == depth
 
 
@@ -192,8 +199,12 @@ def test_the_embedding_may_be_split_at_any_row(theirs, tmp_path, row):
     tensors = load_file(path)
     names = ["model.transformer.wte.embedding", "model.transformer.wte.new_embedding"]
     table = torch.cat([tensors[n] for n in names])
-    save_file(tensors | dict(zip(names, (table[:row].clone(), table[row:].clone()), strict=True)), path, {"format": "pt"})
-    assert torch.equal(load_backbone(tmp_path / "theirs").model.transformer.wte.embedding, whole.model.transformer.wte.embedding)
+    save_file(
+        tensors | dict(zip(names, (table[:row].clone(), table[row:].clone()), strict=True)), path, {"format": "pt"}
+    )
+    assert torch.equal(
+        load_backbone(tmp_path / "theirs").model.transformer.wte.embedding, whole.model.transformer.wte.embedding
+    )
 
 
 @torch.no_grad()

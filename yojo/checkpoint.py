@@ -237,7 +237,11 @@ def save_backbone(model: Molmo2, folder: str | Path, companions: str | Path, ove
     with whole_folder(folder, overwrite) as new:
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         (new / "config.json").write_text(json.dumps(config_json(model.config, model.dtype), indent=2) + "\n")
-        ids = {"bos_token_id": model.config.eos_id, "eos_token_id": model.config.eos_id, "pad_token_id": model.config.pad_id}
+        ids = {
+            "bos_token_id": model.config.eos_id,
+            "eos_token_id": model.config.eos_id,
+            "pad_token_id": model.config.pad_id,
+        }
         (new / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
         for name in COMPANIONS:
             if (Path(companions) / name).exists():

@@ -54,7 +54,9 @@ def check_tensors(where: str | Path, found: Mapping[str, object], expected: Mapp
     """`found`: name -> shape. Any missing, unknown or mis-shaped tensor raises with both names and shapes."""
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     wrong = [n for n in expected if n in found and tuple(found[n]) != tuple(expected[n])]
-    faults = [f"{len(names)} {what}: {names[0]}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
+    faults = [
+        f"{len(names)} {what}: {names[0]}" for what, names in (("missing", missing), ("unknown", unknown)) if names
+    ]
     if wrong:
         n = wrong[0]
         faults.append(f"{len(wrong)} of the wrong shape: {n} is {list(found[n])}, expected {list(expected[n])}")

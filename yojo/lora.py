@@ -86,7 +86,9 @@ def targets(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, Lin
         raise InputError(f"LoRA target(s) {sorted(missing)} name no matrix of this model; it has {sorted(TARGETS)}")
 
 
-def add(model: nn.Module, name: str, config: LoraConfig, generator: torch.Generator | None = None) -> list[nn.Parameter]:
+def add(
+    model: nn.Module, name: str, config: LoraConfig, generator: torch.Generator | None = None
+) -> list[nn.Parameter]:
     """Lay a fresh adapter beside every target matrix and return its parameters. It is not active until `use`d."""
     if name in adapters(model):
         raise InputError(f"the model has an adapter {name!r} already: remove it first, or choose another name")

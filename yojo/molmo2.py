@@ -162,7 +162,9 @@ class ImageViT(nn.Module):
     def forward(self, patches: Tensor) -> list[Tensor]:
         """patches [views, P, 3 * patch^2] -> the output of every layer, each [views, P, width]."""
         if patches.shape[1] != len(self.positional_embedding):
-            raise ValueError(f"views have {patches.shape[1]} patches, the tower {len(self.positional_embedding)} positions")
+            raise ValueError(
+                f"views have {patches.shape[1]} patches, the tower {len(self.positional_embedding)} positions"
+            )
         x = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype)) + self.positional_embedding
         outputs = []
         for block in self.transformer["resblocks"]:
@@ -406,7 +408,9 @@ class Molmo2(nn.Module):
         if features is None and input_ids.is_meta:  # shapes only: nothing can be counted
             return x
         if int(places.sum()) != seen:
-            raise ValueError(f"{int(places.sum())} <im_patch> tokens but {seen} picture features: pass `features=see(...)`")
+            raise ValueError(
+                f"{int(places.sum())} <im_patch> tokens but {seen} picture features: pass `features=see(...)`"
+            )
         return x if features is None else x.index_put(places.nonzero(as_tuple=True), features, accumulate=True)
 
     def forward(

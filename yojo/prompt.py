@@ -96,7 +96,9 @@ class Tokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise InputError(f"{what} holds a lone surrogate at character {error.start}: it is not valid Unicode") from None
+            raise InputError(
+                f"{what} holds a lone surrogate at character {error.start}: it is not valid Unicode"
+            ) from None
         return self.text.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -105,7 +107,7 @@ class Tokenizer:
 
     def name(self, token: int) -> str:
         """How one id reads: an added token's name, or the text it stands for."""
-        return self.decode([token])
+        return SEPARATOR if token == self.separator_id else self.decode([token])
 
     def id(self, name: str) -> int:
         token = self.full.token_to_id(name)
@@ -178,11 +180,22 @@ class Processor:
         an empty one, or more tokens than the model has positions for raise `InputError`: nothing is ever cut.
         """
         if len(responses) > MAX_RESPONSES:
-            raise InputError(f"{len(responses)} responses are {len(responses) - MAX_RESPONSES} more than {MAX_RESPONSES}")
-        marks, pictures = self._look(image, video)
+            raise InputError(
+                f"{len(responses)} responses are {len(responses) - MAX_RESPONSES} more than {MAX_RESPONSES}"
+            )
+        marks, pictures = self.look(image, video)
         user = self.tokenizer.encode("user\n" + prompt, "the prompt")
         start, end, newline = self.tokenizer.id(TURN_START), self.tokenizer.id(TURN_END), self.tokenizer.encode("\n")
-        ids = [self.tokenizer.id(BOS), *marks, start, *user, end, *newline, start, *self.tokenizer.encode("assistant\n")]
+        ids = [
+            self.tokenizer.id(BOS),
+            *marks,
+            start,
+            *user,
+            end,
+            *newline,
+            start,
+            *self.tokenizer.encode("assistant\n"),
+        ]
         owner, spans = [PROMPT] * len(ids), []
         for i, text in enumerate(responses):
             if not text.strip():
@@ -200,7 +213,7 @@ class Processor:
         ids = torch.tensor(ids)
         return Encoded(ids, torch.tensor(owner), torch.isin(ids, self.image_ids), spans, pictures)
 
-    def _look(self, image, video) -> tuple[list[int], Pictures | None]:
+    def look(self, image, video=None) -> tuple[list[int], Pictures | None]:
         """The token ids of the pictures, and the pictures."""
         if image is not None and video is not None:
             raise InputError("a record shows images or a video, not both")

@@ -1,0 +1,38 @@
+"""What all commands share: bad input is one clear line and exit status 2, results go to `--json` whole or not at all."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from yojo.files import InputError, whole_file
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # relative to the package, not to the current folder
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser with the options every command has."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        self.add_argument("--seed", type=int, default=0, help="seed of everything random")
+        self.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE as JSON")
+
+
+def run(main: Callable[[], dict | list], parser: Parser, args: argparse.Namespace) -> None:
+    """Run a command; its return value is what `--json` writes."""
+    try:
+        result = main()
+        if args.json:
+            write_json(args.json, result)
+    except InputError as error:
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def write_json(path: Path, value: object) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

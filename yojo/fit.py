@@ -1,0 +1,131 @@
+"""The one training loop: accumulation, schedule, clipping, saving, resuming.
+
+    for step:  g = mean over micro-batches of grad loss;  clip |g|;  AdamW with lr(step)
+
+What is learned comes from outside: `loss(step, part)` returns the loss of one micro-batch and what to log about it. It must
+be a function of its arguments (and of torch's random state), so that a run can go on from a saved state as if it had
+never stopped.
+
+See it: `pytest tests/test_fit.py`.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from yojo.files import InputError, whole_file
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Defaults are the paper's optimiser: AdamW 1e-4, no weight decay, linear decay without warm-up, clip 1.0."""
+
+    steps: int
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup: int = 0
+    schedule: str = "linear"  # or "cosine"
+    clip: float = 1.0
+    accumulate: int = 1
+    save_every: int = 100
+
+
+def learning_rate(step: int, c: FitConfig) -> float:
+    """A linear rise over `warmup` steps, then down to zero: along a line or half a cosine."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    done = (step - c.warmup) / max(1, c.steps - c.warmup)
+    return c.lr * ((1 - done) if c.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+def fit(
+    loss: Callable[[int, int], tuple[Tensor, dict[str, float]]],
+    parameters: list[nn.Parameter],
+    c: FitConfig,
+    folder: Path | None = None,
+    title: str | None = None,
+) -> list[dict[str, float]]:
+    """Train `parameters` in place -> one dict a step: step, loss, lr, norm of the gradient, seconds, and what `loss` logs.
+
+    With `folder`, `metrics.jsonl` grows there, and every `save_every` steps `state.pt` is written, whole or not at all;
+    when it is there already, the run goes on from it. `title` names a progress bar; None = none.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)
+    first, log = resume(folder, parameters, optimizer)
+    start = time.monotonic() - (log[-1]["seconds"] if log else 0)
+    bar = tqdm(range(first, c.steps), title, initial=first, total=c.steps, disable=title is None, mininterval=1)
+    for step in bar:
+        entry = {
+            "step": step,
+            **train_step(loss, step, parameters, optimizer, c),
+            "seconds": round(time.monotonic() - start, 3),
+        }
+        log.append(entry)
+        bar.set_postfix({k: f"{v:.3f}" for k, v in entry.items() if k in ("loss", "accuracy")}, refresh=False)
+        if folder is not None:
+            with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+            if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
+                save_state(folder, parameters, optimizer, log)
+    return log
+
+
+def train_step(loss, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, c: FitConfig) -> dict:
+    """One update from `accumulate` micro-batches."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, c)
+    seen: dict[str, float] = {}
+    for part in range(c.accumulate):
+        value, about = loss(step, part)
+        (value / c.accumulate).backward()
+        for key, number in {"loss": value.item(), **about}.items():
+            seen[key] = seen.get(key, 0.0) + number / c.accumulate
+    norm = nn.utils.clip_grad_norm_(parameters, c.clip).item()
+    if not math.isfinite(seen["loss"]) or not math.isfinite(norm):
+        raise FloatingPointError(
+            f"step {step}: loss {seen['loss']}, gradient norm {norm}; the parameters are untouched"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {**seen, "lr": learning_rate(step, c), "norm": norm}
+
+
+def save_state(folder: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, log: list[dict]) -> None:
+    """Everything a run needs to go on as if it had never stopped, in one file."""
+    state = {
+        "parameters": [p.detach() for p in parameters],
+        "optimizer": optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+        "log": log,
+    }
+    with whole_file(folder / "state.pt") as temporary:
+        torch.save(state, temporary)
+
+
+def resume(folder: Path | None, parameters: list[nn.Parameter], optimizer) -> tuple[int, list[dict[str, float]]]:
+    """(next step, log so far) from `state.pt`, or (0, []) where there is none. Steps after the save are done again."""
+    if folder is None or not (folder / "state.pt").exists():
+        return 0, []
+    try:
+        state = torch.load(folder / "state.pt", weights_only=True)
+        with torch.no_grad():
+            for p, saved in zip(parameters, state["parameters"], strict=True):
+                p.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+    except Exception as error:  # torch.load raises many kinds
+        raise InputError(
+            f"{folder / 'state.pt'} is not the state of this run ({error}): start over in another folder"
+        ) from None
+    with whole_file(folder / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(entry) + os.linesep for entry in state["log"]), encoding="utf-8")
+    return len(state["log"]), state["log"]

@@ -1,0 +1,350 @@
+"""Make `weights/tiny` from nothing: a tokenizer, and a Molmo2 of about 1.4 million parameters that can see shapes.
+
+    python -m yojo.pretrain --out weights/tiny
+
+A row is one picture and several short conversations about it. The conversations are laid out as isolated responses, so
+the picture is read once and none of them sees another: the same mask that makes one pass equal N passes
+(`mask.py`) packs pre-training.
+
+    loss = cross-entropy of the answers' tokens + AUXILIARY * what stands in each cell, read off each picture token
+
+The second term is a linear read-out of the projected picture features (shape, colour, size, row, column) that is thrown
+away afterwards; without it vision is learned only through the decoder, which takes most of the time.
+"""
+
+import json
+import random
+import tempfile
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as BPE
+from torch import Tensor, nn
+
+from yojo import shapes
+from yojo.checkpoint import save_backbone
+from yojo.cli import WEIGHTS, Parser, run, write_json
+from yojo.files import InputError, whole_file
+from yojo.fit import FitConfig, fit
+from yojo.image import ImageConfig, Pictures
+from yojo.mask import PADDING, PROMPT, AttentionMask
+from yojo.molmo2 import AdapterConfig, Config, Molmo2, TextConfig, VisionConfig, init_weights
+from yojo.prompt import TURN_END, Markup, Processor, Tokenizer
+
+TEXT = TextConfig(128, 4, 4, 2, 32, 384, 512, 16, 4096, 10_000.0)
+VISION = VisionConfig(96, 3, 4, 24, 256, 14, 36)
+ADAPTER = AdapterConfig(96, 4, 24, 256, (-1, -3))
+IMAGES = ImageConfig(size=shapes.GRID * shapes.CELL, margins=(1, 1), max_crops=1)
+PICTURES, TALKS, AUXILIARY = 16, 8, 0.5  # pictures in a micro-batch, conversations about each, weight of the read-out
+FIT = FitConfig(
+    steps=2600, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup=100, schedule="cosine", save_every=200
+)
+
+# -------------------------------------------------------------------------------------------------------- tokenizer
+
+# Qwen2's pre-tokenizer: contractions, words with one leading character, single digits, punctuation, blank lines.
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEXT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # below vocab_size: a policy must be able to stop
+PICTURE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<|image|>", "<im_low>")
+PICTURE_TOKENS += ("<frame_start>", "<frame_end>", "<|video|>")  # above it, in the release's order
+
+
+def make_tokenizer(path: Path, texts: list[str]) -> None:
+    """Byte-level BPE over all bytes, trained on `texts`, with Molmo2's added tokens at the places they have there."""
+    bpe = BPE(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN2), behavior="isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    size = TEXT.vocab_size - len(TEXT_TOKENS)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
+    if bpe.get_vocab_size() != size:
+        raise RuntimeError(f"the texts give {bpe.get_vocab_size()} tokens, the model has room for exactly {size}")
+    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in TEXT_TOKENS + PICTURE_TOKENS])
+    bpe.save(str(path))
+
+
+def corpus() -> list[str]:
+    """What the tokenizer is trained on: the world's own sentences, and some English of a fixed wording (`LICENSE`)."""
+    rng = random.Random(0)
+    world = [text for _ in range(4000) for talk in talks(shapes.make_scene(rng), rng, 4) for text in talk]
+    english = (WEIGHTS.parent / "LICENSE").read_text(encoding="utf-8").splitlines()
+    return ["user\n" + text for text in world] + ["assistant\n"] * 4000 + english
+
+
+# ---------------------------------------------------------------------------------------------------- conversations
+
+
+def talks(scene: shapes.Scene, rng: random.Random, count: int) -> list[tuple[str, str]]:
+    """(question, answer) pairs about one scene."""
+    kinds = (describe, describe, look_up, look_up, place, presence, check, check, name)
+    return [rng.choice(kinds)(scene, rng) for _ in range(count)]
+
+
+def describe(scene, rng):
+    return describe_thing(scene, rng.choice(scene.things), rng)
+
+
+def describe_thing(scene, thing, rng):
+    return shapes.ask(thing, rng.choice(("shape", "colour"))), shapes.describe(scene.facts(thing))
+
+
+def describe_held_out(scene, rng):
+    return describe_thing(scene, scene.things[0], rng)
+
+
+def look_up(scene, rng):
+    thing, slot = rng.choice(scene.things), rng.choice(("size", "colour", "shape", "row", "column", "count"))
+    if slot == "count":
+        return "How many things are there?", scene.facts(thing)["count"]
+    by = {"colour": "shape", "shape": "colour"}.get(slot) or rng.choice(("shape", "colour"))
+    subject = thing.shape if by == "shape" else f"{thing.colour} thing"
+    return f"What {slot} is the {subject}?", getattr(thing, slot)
+
+
+def place(scene, rng):
+    row, column = rng.choice(shapes.ROWS), rng.choice(shapes.COLUMNS)
+    if rng.random() < 0.7:
+        row, column = (lambda t: (t.row, t.column))(rng.choice(scene.things))
+    here = [t for t in scene.things if (t.row, t.column) == (row, column)]
+    return f"What is {row} {column}?", f"a {here[0].size} {here[0].colour} {here[0].shape}" if here else "nothing"
+
+
+def presence(scene, rng):
+    pairs = {(t.colour, t.shape) for t in scene.things}
+    absent = [p for p in shapes.PAIRS if p not in pairs and p not in shapes.HELD_OUT]
+    pair = rng.choice(sorted(pairs) if rng.random() < 0.5 else absent)
+    return f"Is there {rng.choice(shapes.wordings(*pair))}?", "yes" if pair in pairs else "no"
+
+
+def check(scene, rng):
+    """A description in which each fact is wrong with probability 0.25 (but never the one the question names)."""
+    thing, by = rng.choice(scene.things), rng.choice(("shape", "colour"))
+    truth, said = scene.facts(thing), dict(scene.facts(thing))
+    for slot in said.keys() - {by}:
+        wrong = [v for v in shapes.SLOTS[slot] if v != truth[slot] and shapes.may_say(truth, slot, v, held_out=False)]
+        if rng.random() < 0.25:
+            said[slot] = rng.choice(wrong)
+    errors = [slot for slot in shapes.SLOTS if said[slot] != truth[slot]]
+    return f"{shapes.ask(thing, by)} {shapes.describe(said)}. Right?", "wrong " + ", ".join(
+        errors
+    ) if errors else "right"
+
+
+def name(scene, rng):
+    thing = rng.choice(scene.things)
+    return shapes.CORROBORATED, rng.choice(shapes.wordings(thing.colour, thing.shape))
+
+
+# ------------------------------------------------------------------------------------------------------------ batch
+
+
+class Rows:
+    """Batches of rows: BOS, one picture, and `TALKS` conversations that do not see each other."""
+
+    def __init__(self, processor: Processor, seed: int):
+        self.processor, self.seed = processor, seed
+        self.encode = lru_cache(maxsize=None)(self._encode)
+
+    def _encode(self, question: str, answer: str) -> tuple[list[int], int]:
+        """One conversation and where its answer starts."""
+        asked = self.processor.encode(question, []).ids[1:].tolist()  # without BOS
+        said = self.processor.tokenizer.encode(answer) + [self.processor.tokenizer.id(TURN_END)]
+        return asked + said, len(asked)
+
+    def batch(self, step: int, part: int, size: int = PICTURES) -> dict[str, Tensor]:
+        rng = random.Random(f"{self.seed} {step} {part}")
+        scenes = [shapes.make_scene(rng) for _ in range(size)]
+        seen = [self.processor.look(shapes.render(scene)) for scene in scenes]
+        rows = [self._row(marks, talks(scene, rng, TALKS)) for scene, (marks, _) in zip(scenes, seen, strict=True)]
+        columns = [
+            nn.utils.rnn.pad_sequence([torch.tensor(r[i]) for r in rows], batch_first=True, padding_value=pad)
+            for i, pad in enumerate((0, PADDING, PROMPT, 0, -1))
+        ]
+        ids, record, response, positions, target = columns
+        patches, pooling = join([pictures for _, pictures in seen])
+        image = torch.isin(ids, self.processor.image_ids)
+        mask = AttentionMask(record, response, image, "isolated")
+        read = (target >= 0).nonzero()
+        cells = torch.tensor([cell for scene in scenes for _ in range(2) for cell in cell_labels(scene)])
+        return dict(
+            ids=ids,
+            mask=mask,
+            positions=positions,
+            read=read,
+            target=target[target >= 0],
+            patches=patches,
+            pooling=pooling,
+            cells=cells,
+        )
+
+    def _row(self, marks: list[int], talk: list[tuple[str, str]]) -> list[list[int]]:
+        """ids, record, response, position and, where the next token is to be learned, its id (else -1)."""
+        ids = [self.processor.tokenizer.id(TURN_END), *marks]
+        start = len(ids)
+        response, positions, target = [PROMPT] * start, list(range(start)), [-1] * start
+        for i, pair in enumerate(talk):
+            piece, answer = self.encode(*pair)
+            ids = ids + piece
+            response += [i] * len(piece)
+            positions += range(start, start + len(piece))
+            target += [-1] * (answer - 1) + piece[answer:] + [-1]
+        return [ids, [0] * len(ids), response, positions, target]
+
+
+def join(pictures: list[Pictures]) -> tuple[Tensor, Tensor]:
+    """Patches and pooling indices of several records, the indices moved up by the patches before them."""
+    patches, pooling, seen = [], [], 0
+    for p in pictures:
+        patches.append(p.patches)
+        pooling.append(torch.where(p.pooling >= 0, p.pooling + seen, -1))
+        seen += p.patches.shape[0] * p.patches.shape[1]
+    return torch.cat(patches), torch.cat(pooling)
+
+
+AUX_SIZES = (len(shapes.SHAPES) + 1, len(shapes.COLOURS) + 1, len(shapes.SIZES) + 1, 3, 3)
+
+
+def cell_labels(scene: shapes.Scene) -> list[tuple[int, ...]]:
+    """For each cell, row by row: shape, colour, size (the last class = empty), row, column."""
+    labels = []
+    for r, row in enumerate(shapes.ROWS):
+        for c, column in enumerate(shapes.COLUMNS):
+            here = [t for t in scene.things if (t.row, t.column) == (row, column)]
+            words = [(shapes.SHAPES, "shape"), (tuple(shapes.COLOURS), "colour"), (shapes.SIZES, "size")]
+            labels.append((*(w.index(getattr(here[0], k)) if here else len(w) for w, k in words), r, c))
+    return labels
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+class Pretraining:
+    """`loss(step, part)` for `fit`."""
+
+    def __init__(self, model: Molmo2, rows: Rows, generator: torch.Generator):
+        self.model, self.rows = model, rows
+        self.probe = nn.Linear(TEXT.hidden_size, sum(AUX_SIZES))
+        nn.init.normal_(self.probe.weight, std=0.02, generator=generator)
+        nn.init.zeros_(self.probe.bias)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.model.parameters(), *self.probe.parameters()]
+
+    def __call__(self, step: int, part: int) -> tuple[Tensor, dict[str, float]]:
+        b = self.rows.batch(step, part)
+        features = self.model.see(b["patches"], b["pooling"])
+        hidden = self.model(b["ids"], features, b["mask"], b["positions"], read=b["read"])
+        logits = self.model.logits(hidden)
+        guesses = self.probe(features).split(AUX_SIZES, dim=-1)
+        cells = torch.stack([F.cross_entropy(g, t) for g, t in zip(guesses, b["cells"].T, strict=True)])
+        words = F.cross_entropy(logits, b["target"])
+        right = (logits.argmax(-1) == b["target"]).float().mean().item()
+        return words + AUXILIARY * cells.mean(), {
+            "words": words.item(),
+            "cells": cells.mean().item(),
+            "accuracy": right,
+        }
+
+
+KINDS = (describe, describe_held_out, look_up, place, presence, check)
+
+
+@torch.no_grad()
+def examine(model: Molmo2, processor: Processor, seed: int, count: int = 200) -> dict[str, float]:
+    """Greedy answers about new pictures, the share that is right word for word, by kind of question."""
+    figures = {}
+    for kind in KINDS:
+        rng = random.Random(f"examine {seed} {kind.__name__}")
+        right = 0
+        for _ in range(count):
+            scene = shapes.make_scene(rng, held_out=kind is describe_held_out)
+            question, answer = kind(scene, rng)
+            e = processor.encode(question, [], shapes.render(scene))
+            mask = AttentionMask(torch.zeros_like(e.ids)[None], e.response[None], e.image[None], "joint")
+            features = model.see(e.pictures.patches, e.pictures.pooling)
+            spoken = model.generate(e.ids[None], features, mask, max_new_tokens=20, temperature=0)
+            right += processor.tokenizer.decode(spoken[0].tolist()) == answer + TURN_END
+        figures[kind.__name__] = right / count
+    return figures
+
+
+def write_companions(folder: Path) -> Processor:
+    """Tokenizer and processor files of the tiny checkpoint."""
+    make_tokenizer(folder / "tokenizer.json", corpus())
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": TURN_END,
+            "eos_token": TURN_END,
+            "pad_token": TEXT_TOKENS[0],
+        },
+    )
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "size": {"height": IMAGES.size, "width": IMAGES.size},
+            "patch_size": IMAGES.patch,
+            "overlap_margins": IMAGES.margins,
+            "max_crops": IMAGES.max_crops,
+            "pooling_size": IMAGES.pooling,
+            "image_mean": IMAGES.mean,
+            "image_std": IMAGES.std,
+            "resample": 2,
+        },
+    )
+    write_json(folder / "processor_config.json", asdict(Markup()))
+    return Processor.from_folder(folder, TEXT.max_position_embeddings)
+
+
+def new_model(tokenizer: Tokenizer, generator: torch.Generator) -> Molmo2:
+    end, pad = tokenizer.id(TURN_END), tokenizer.id(TEXT_TOKENS[0])
+    model = Molmo2(Config(TEXT, VISION, ADAPTER, tokenizer.id("<im_patch>"), end, pad))
+    init_weights(model, generator, std=0.05)
+    nn.init.normal_(model.model.vision_backbone.image_vit.positional_embedding, std=0.3, generator=generator)
+    return model
+
+
+def pretrain(out: Path, steps: int, seed: int, overwrite: bool) -> dict[str, float]:
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists already: choose another --out, or say --overwrite")
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as companions:
+        processor = write_companions(Path(companions))
+        model = new_model(processor.tokenizer, generator)
+        task = Pretraining(model, Rows(processor, seed), generator)
+        log = fit(task, task.parameters(), replace(FIT, steps=steps), title="pretrain")
+        figures = examine(model.eval(), processor, seed)
+        save_backbone(model, out, companions, overwrite)
+    curve = [{k: round(v, 4) for k, v in entry.items()} for entry in log[::20] + log[-1:]]
+    with whole_file(out / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in curve), encoding="utf-8")
+    for kind, share in figures.items():
+        print(f"{kind:20s} {share:.3f}")
+    return figures
+
+
+def main() -> None:
+    parser = Parser(
+        prog="python -m yojo.pretrain", description="Train the tiny backbone from nothing (about 20 minutes)."
+    )
+    parser.add_argument("--out", type=Path, default=WEIGHTS / "tiny", help="folder to write the checkpoint to")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    parser.add_argument("--steps", type=int, default=FIT.steps, help="training steps")
+    args = parser.parse_args()
+    run(lambda: pretrain(args.out, args.steps, args.seed, args.overwrite), parser, args)
+
+
+if __name__ == "__main__":
+    main()
