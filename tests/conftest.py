@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracles must not look for a network
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,3 +33,20 @@ def random_model(config: Config = TINY, seed: int = 0, dtype=torch.float64, std:
 @pytest.fixture
 def tiny_config() -> Config:
     return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A random tiny checkpoint with a real tokenizer and processor files."""
+    from yojo.checkpoint import save_backbone
+    from yojo.pretrain import write_companions
+
+    companions = tmp_path_factory.mktemp("companions")
+    processor = write_companions(companions)
+    tokenizer = processor.tokenizer
+    text = replace(TINY.text, vocab_size=512, additional_vocab_size=16)
+    ids = {"image_patch_id": tokenizer.id("<im_patch>"), "eos_id": tokenizer.id("<|im_end|>")}
+    save_backbone(
+        random_model(replace(TINY, text=text, **ids), dtype=torch.float32), companions.parent / "base", companions
+    )
+    return companions.parent / "base"

@@ -1,12 +1,11 @@
 """What all commands share: bad input is one clear line and exit status 2, results go to `--json` whole or not at all."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from yojo.files import InputError, whole_file
+from yojo.files import InputError, write_json
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # relative to the package, not to the current folder
 
@@ -31,8 +30,3 @@ def run(main: Callable[[], dict | list], parser: Parser, args: argparse.Namespac
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def write_json(path: Path, value: object) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -87,6 +87,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             Path(temporary).unlink(missing_ok=True)
 
 
+def write_json(path: str | Path, value: object) -> None:
+    """One JSON value, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
 @contextmanager
 def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `path`; on success it becomes `path`.

@@ -88,8 +88,11 @@ class AttentionMask:
         """The same predicate as a `BlockMask` for `flex_attention`, which then skips every block that is all zeros."""
         from torch.nn.attention.flex_attention import create_block_mask
 
+        def allow(b, h, q, k):  # flex_attention counts arguments, and would count a method's `self`
+            return self.allow(b, h, q, k)
+
         (B, T), device = self.record.shape, self.record.device
-        return create_block_mask(self.allow, B=B, H=None, Q_LEN=T, KV_LEN=T, device=str(device))
+        return create_block_mask(allow, B=B, H=None, Q_LEN=T, KV_LEN=T, device=str(device))
 
     def view(self) -> "Tensor | list[list[Segment]]":
         """The form the decoder uses: dense [B, 1, T, T] for short rows, structured for long ones."""

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from yojo import shapes
 from yojo.checkpoint import save_backbone
-from yojo.cli import WEIGHTS, Parser, run, write_json
-from yojo.files import InputError, whole_file
+from yojo.cli import WEIGHTS, Parser, run
+from yojo.data import join
+from yojo.files import InputError, whole_file, write_json
 from yojo.fit import FitConfig, fit
-from yojo.image import ImageConfig, Pictures
+from yojo.image import ImageConfig
 from yojo.mask import PADDING, PROMPT, AttentionMask
 from yojo.molmo2 import AdapterConfig, Config, Molmo2, TextConfig, VisionConfig, init_weights
 from yojo.prompt import TURN_END, Markup, Processor, Tokenizer
@@ -171,7 +172,7 @@ class Rows:
             for i, pad in enumerate((0, PADDING, PROMPT, 0, -1))
         ]
         ids, record, response, positions, target = columns
-        patches, pooling = join([pictures for _, pictures in seen])
+        pictures = join([pictures for _, pictures in seen])
         image = torch.isin(ids, self.processor.image_ids)
         mask = AttentionMask(record, response, image, "isolated")
         read = (target >= 0).nonzero()
@@ -182,8 +183,7 @@ class Rows:
             positions=positions,
             read=read,
             target=target[target >= 0],
-            patches=patches,
-            pooling=pooling,
+            pictures=pictures,
             cells=cells,
         )
 
@@ -199,16 +199,6 @@ class Rows:
             positions += range(start, start + len(piece))
             target += [-1] * (answer - 1) + piece[answer:] + [-1]
         return [ids, [0] * len(ids), response, positions, target]
-
-
-def join(pictures: list[Pictures]) -> tuple[Tensor, Tensor]:
-    """Patches and pooling indices of several records, the indices moved up by the patches before them."""
-    patches, pooling, seen = [], [], 0
-    for p in pictures:
-        patches.append(p.patches)
-        pooling.append(torch.where(p.pooling >= 0, p.pooling + seen, -1))
-        seen += p.patches.shape[0] * p.patches.shape[1]
-    return torch.cat(patches), torch.cat(pooling)
 
 
 AUX_SIZES = (len(shapes.SHAPES) + 1, len(shapes.COLOURS) + 1, len(shapes.SIZES) + 1, 3, 3)
@@ -242,7 +232,7 @@ class Pretraining:
 
     def __call__(self, step: int, part: int) -> tuple[Tensor, dict[str, float]]:
         b = self.rows.batch(step, part)
-        features = self.model.see(b["patches"], b["pooling"])
+        features = self.model.see(b["pictures"].patches, b["pictures"].pooling)
         hidden = self.model(b["ids"], features, b["mask"], b["positions"], read=b["read"])
         logits = self.model.logits(hidden)
         guesses = self.probe(features).split(AUX_SIZES, dim=-1)

@@ -155,6 +155,9 @@ class Encoded:
         return positions
 
 
+Seen = tuple[list[int], Pictures | None]  # the token ids of a record's pictures, and the pictures
+
+
 class Processor:
     """The files of a checkpoint folder that say how text and pictures become tokens."""
 
@@ -179,11 +182,14 @@ class Processor:
         image: a path, a Pillow picture, or a list of them; video: a list of (seconds, frame). More than 64 responses,
         an empty one, or more tokens than the model has positions for raise `InputError`: nothing is ever cut.
         """
+        return self.lay_out(prompt, responses, self.look(image, video))
+
+    def lay_out(self, prompt: str, responses: Sequence[str], seen: Seen) -> Encoded:
+        """`encode` for pictures that have been looked at already."""
+        marks, pictures = seen
         if len(responses) > MAX_RESPONSES:
-            raise InputError(
-                f"{len(responses)} responses are {len(responses) - MAX_RESPONSES} more than {MAX_RESPONSES}"
-            )
-        marks, pictures = self.look(image, video)
+            over = len(responses) - MAX_RESPONSES
+            raise InputError(f"{len(responses)} responses are {over} more than the limit of {MAX_RESPONSES}")
         user = self.tokenizer.encode("user\n" + prompt, "the prompt")
         start, end, newline = self.tokenizer.id(TURN_START), self.tokenizer.id(TURN_END), self.tokenizer.encode("\n")
         ids = [
@@ -213,8 +219,8 @@ class Processor:
         ids = torch.tensor(ids)
         return Encoded(ids, torch.tensor(owner), torch.isin(ids, self.image_ids), spans, pictures)
 
-    def look(self, image, video=None) -> tuple[list[int], Pictures | None]:
-        """The token ids of the pictures, and the pictures."""
+    def look(self, image, video=None) -> Seen:
+        """Open and cut pictures: their token ids, and what the vision tower reads."""
         if image is not None and video is not None:
             raise InputError("a record shows images or a video, not both")
         if video is not None:

@@ -1,0 +1,197 @@
+"""Who may look at whom, compared with 0/1 matrices typed by hand.
+
+    pytest tests/test_mask.py
+
+Rows are queries, columns are keys. In the comments P = prompt, I = picture token, 1..3 = response, . = padding.
+"""
+
+import pytest
+import torch
+from conftest import TINY, random_model
+from torch.nn.attention.flex_attention import flex_attention
+
+from yojo import mask as masks
+from yojo.mask import AttentionMask, draw
+from yojo.molmo2 import attend
+
+
+def make(kinds, mode, record=None):
+    """'PII112' -> the mask of one row."""
+    response = torch.tensor([[int(k) - 1 if k.isdigit() else -1 for k in kinds]])
+    image = torch.tensor([[k == "I" for k in kinds]])
+    number = [[-1 if k == "." else 0 for k in kinds]] if record is None else [record]
+    return AttentionMask(torch.tensor(number), response, image, mode)
+
+
+def matrix(text):
+    return torch.tensor([[int(c) for c in line.split()] for line in text.strip().splitlines()]).bool()
+
+
+CASES = {
+    "text only": (
+        make("PPP", "joint"),
+        """1 0 0
+           1 1 0
+           1 1 1""",
+    ),
+    "one image: its tokens see each other both ways": (
+        make("PIIIP", "joint"),
+        """1 0 0 0 0
+           1 1 1 1 0
+           1 1 1 1 0
+           1 1 1 1 0
+           1 1 1 1 1""",
+    ),
+    "two images with text between: all image tokens see each other": (
+        make("IPIP", "joint"),
+        """1 0 1 0
+           1 1 0 0
+           1 1 1 0
+           1 1 1 1""",
+    ),
+    "N = 1 is the same in both modes": (
+        make("PP11", "isolated"),
+        """1 0 0 0
+           1 1 0 0
+           1 1 1 0
+           1 1 1 1""",
+    ),
+    "N = 3 joint: plain causal": (
+        make("P11233", "joint"),
+        """1 0 0 0 0 0
+           1 1 0 0 0 0
+           1 1 1 0 0 0
+           1 1 1 1 0 0
+           1 1 1 1 1 0
+           1 1 1 1 1 1""",
+    ),
+    "N = 3 isolated: the prompt and itself": (
+        make("P11233", "isolated"),
+        """1 0 0 0 0 0
+           1 1 0 0 0 0
+           1 1 1 0 0 0
+           1 0 0 1 0 0
+           1 0 0 0 1 0
+           1 0 0 0 1 1""",
+    ),
+    "isolated with an image": (
+        make("II12", "isolated"),
+        """1 1 0 0
+           1 1 0 0
+           1 1 1 0
+           1 1 0 1""",
+    ),
+    "two records in a row": (
+        make("P1P12", "isolated", record=[0, 0, 1, 1, 1]),
+        """1 0 0 0 0
+           1 1 0 0 0
+           0 0 1 0 0
+           0 0 1 1 0
+           0 0 1 0 1""",
+    ),
+    "two records in a row, images do not meet": (
+        make("I1I1", "joint", record=[0, 0, 1, 1]),
+        """1 0 0 0
+           1 1 0 0
+           0 0 1 0
+           0 0 1 1""",
+    ),
+    "padding sees nothing and is seen by nobody": (
+        make("P12..", "isolated"),
+        """1 0 0 0 0
+           1 1 0 0 0
+           1 0 1 0 0
+           0 0 0 0 0
+           0 0 0 0 0""",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dense_equals_the_matrix_typed_by_hand(name):
+    mask, typed = CASES[name]
+    assert torch.equal(mask.dense[0], matrix(typed))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_structured_covers_exactly_the_same_pairs(name):
+    mask, typed = CASES[name]
+    covered = torch.zeros_like(matrix(typed))
+    for s in mask.structured[0]:
+        covered[s.start : s.stop, s.keys] = s.allow
+    assert torch.equal(covered, matrix(typed))
+    cuts = [(s.start, s.stop) for s in mask.structured[0]]
+    assert cuts[0][0] == 0 and cuts[-1][1] == len(typed.split("\n"))
+    assert all(a[1] == b[0] for a, b in zip(cuts, cuts[1:], strict=False))
+
+
+def batch_mask(mode):
+    """A padded batch: a packed row, a row with an image and three responses, a short row."""
+    rows = ["PP11P1122", "PIIP12233", "P1......."]
+    record = torch.tensor([[0] * 4 + [1] * 5, [0] * 9, [0] * 2 + [-1] * 7])
+    response = torch.tensor([[int(k) - 1 if k.isdigit() else -1 for k in row] for row in rows])
+    image = torch.tensor([[k == "I" for k in row] for row in rows])
+    return AttentionMask(record, response, image, mode)
+
+
+def qkv(T, seed=0, grad=False):
+    g = torch.Generator().manual_seed(seed)
+    heads = (4, 2, 2)
+    return [torch.randn(3, h, T, 8, generator=g, dtype=torch.float64).requires_grad_(grad) for h in heads]
+
+
+@pytest.mark.parametrize("mode", masks.MODES)
+def test_all_views_give_the_same_attention(mode):
+    mask = batch_mask(mode)
+    q, k, v = qkv(9)
+    dense = attend(q, k, v, mask.dense[:, None])
+    assert (attend(q, k, v, mask.structured) - dense).abs().max() < 1e-12
+    blocks = flex_attention(q, k, v, block_mask=mask.block_sparse(), enable_gqa=True)
+    assert (blocks - dense).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("mode", masks.MODES)
+def test_structured_has_the_gradients_of_dense(mode):
+    mask = batch_mask(mode)
+    grads = []
+    for look in (mask.dense[:, None], mask.structured):
+        inputs = qkv(9, grad=True)
+        attend(*inputs, look).square().sum().backward()
+        grads.append([x.grad for x in inputs])
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(*grads, strict=True))
+
+
+def test_a_fully_masked_row_gives_zeros_never_nan():
+    mask = make("P1..", "joint")
+    q, k, v = (x[:1] for x in qkv(4))
+    for look in (mask.dense[:, None], mask.structured):
+        out = attend(q, k, v, look)
+        assert torch.equal(out[:, :, 2:], torch.zeros_like(out[:, :, 2:])) and out.isfinite().all()
+    model = random_model()
+    assert model(torch.tensor([[1, 2, 0, 0]]), mask=mask).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", masks.MODES)
+def test_the_network_is_the_same_under_dense_and_structured(mode, monkeypatch):
+    mask, model = batch_mask(mode), random_model()
+    ids = torch.randint(0, TINY.text.vocab_size, (3, 9))
+    dense = model(ids, mask=mask)
+    monkeypatch.setattr(masks, "DENSE_UP_TO", 0)
+    assert (model(ids, mask=mask) - dense).abs().max() < 1e-12
+
+
+def test_wrong_shapes_and_modes_are_named():
+    with pytest.raises(ValueError, match="mode 'both'"):
+        make("P1", "both")
+    with pytest.raises(ValueError, match="must share one"):
+        AttentionMask(torch.zeros(1, 2), torch.zeros(1, 3), torch.zeros(1, 2), "joint")
+
+
+def test_the_picture_shows_the_matrix():
+    """Every cell of the drawing, read back from its pixels."""
+    mask, typed = CASES["isolated with an image"]
+    picture = draw(mask, cell=20)
+    for i, row in enumerate(matrix(typed)):
+        for j, allowed in enumerate(row):
+            pixel = picture.getpixel((120 + 20 * j + 8, 120 + 20 * i + 8))
+            assert (pixel != (238, 238, 238)) == bool(allowed)

@@ -1,0 +1,145 @@
+"""Preference records and batches.
+
+A record is one line of JSONL, in the schema of the released training code:
+
+    {"prompt": str, "responses": [str, ...], "rankings": [int, ...], "image": path | "images": [path, ...]}
+
+rankings: 1 = best, ties allowed, one per response; only training and evaluation need them. Picture paths are relative
+to the JSONL file. A bad line raises `InputError` with the file and the line number; nothing is skipped.
+
+A batch lays records into rows. By default a row is a record; several records in one row see nothing of each other.
+
+See it: `pytest tests/test_data.py`.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from yojo.files import InputError
+from yojo.image import Pictures
+from yojo.mask import PADDING, PROMPT, AttentionMask
+from yojo.prompt import Encoded
+
+
+@dataclass(frozen=True)
+class Record:
+    """One preference record. `images`: paths; `rankings`: None where the line has none; `where`: file and line."""
+
+    prompt: str
+    responses: list[str]
+    rankings: list[int] | None
+    images: list[Path]
+    where: str
+
+
+def read_records(path: str | Path, ranked: bool = True) -> list[Record]:
+    """All records of a JSONL file. `ranked`: a record without rankings raises."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a JSON string may hold U+2028
+    except FileNotFoundError:
+        raise InputError(f"no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    records = [_record(line, f"{path}:{n}", path.parent, ranked) for n, line in enumerate(lines, 1) if line.strip()]
+    if not records:
+        raise InputError(f"{path} holds no records")
+    return records
+
+
+def _record(line: str, where: str, folder: Path, ranked: bool) -> Record:
+    try:
+        raw = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{where} holds a JSON {type(raw).__name__}, not an object")
+    prompt, responses, rankings = raw.get("prompt"), raw.get("responses"), raw.get("rankings")
+    if not isinstance(prompt, str):
+        raise InputError(f"{where}: prompt must be a string, got {prompt!r}")
+    if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
+        raise InputError(f"{where}: responses must be a list of at least one string")
+    if rankings is None and ranked:
+        raise InputError(f"{where} has no rankings")
+    if rankings is not None:
+        whole = isinstance(rankings, list) and all(
+            isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in rankings
+        )
+        if not whole or len(rankings) != len(responses):
+            raise InputError(f"{where}: rankings must be {len(responses)} whole numbers from 1, got {rankings!r}")
+    return Record(prompt, responses, rankings, [folder / name for name in _images(raw, where)], where)
+
+
+def _images(raw: dict, where: str) -> list[str]:
+    if "video" in raw:
+        raise InputError(f"{where}: video folders are not read yet; `RewardModel.score(video=...)` takes frames")
+    if "image" in raw and "images" in raw:
+        raise InputError(f"{where} has both image and images: keep one")
+    images = raw.get("images", [raw["image"]] if raw.get("image") is not None else [])
+    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        raise InputError(f"{where}: image must be a path, images a list of paths, got {images!r}")
+    return images
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows ready for the backbone. input_ids, positions int [B, T]; read int [R, 2], one (row, index) a response, in
+    the order of the records; counts: responses of each record; pictures: those of all rows, in order."""
+
+    input_ids: Tensor
+    mask: AttentionMask
+    positions: Tensor
+    read: Tensor
+    counts: list[int]
+    pictures: Pictures | None
+
+    def to(self, device: torch.device) -> "Batch":
+        m = self.mask
+        mask = AttentionMask(m.record.to(device), m.response.to(device), m.image.to(device), m.mode)
+        ids, positions, read = (x.to(device) for x in (self.input_ids, self.positions, self.read))
+        return Batch(ids, mask, positions, read, self.counts, self.pictures)
+
+
+def collate(rows: Sequence[Encoded | Sequence[Encoded]], mode: str, pad_id: int = 0) -> Batch:
+    """Encoded records -> one batch, padded on the right. An entry that is itself a list shares one row."""
+    rows = [[row] if isinstance(row, Encoded) else list(row) for row in rows]
+    records = [e for row in rows for e in row]
+
+    def pad(columns: Iterable[list[Tensor]], value: int) -> Tensor:
+        return nn.utils.rnn.pad_sequence([torch.cat(c) for c in columns], batch_first=True, padding_value=value)
+
+    ids = pad(([e.ids for e in row] for row in rows), pad_id)
+    record = pad(([torch.full_like(e.ids, i) for i, e in enumerate(row)] for row in rows), PADDING)
+    response = pad(([e.response for e in row] for row in rows), PROMPT)
+    image = pad(([e.image for e in row] for row in rows), False)
+    positions = pad(([e.positions(mode) for e in row] for row in rows), 0)
+    read = [(b, start + t) for b, row in enumerate(rows) for start, e in _starts(row) for t in e.read]
+    mask = AttentionMask(record, response, image, mode)
+    shown = [e.pictures for e in records if e.pictures is not None]
+    read = torch.tensor(read, dtype=torch.long).view(-1, 2)
+    return Batch(ids, mask, positions, read, [len(e.spans) for e in records], join(shown) if shown else None)
+
+
+def _starts(row: list[Encoded]) -> Iterable[tuple[int, Encoded]]:
+    start = 0
+    for e in row:
+        yield start, e
+        start += len(e.ids)
+
+
+def join(pictures: Sequence[Pictures]) -> Pictures:
+    """Those of several records as one: pooling indices move up by the patches that stand before them, narrow windows
+    are filled up with -1."""
+    patches, pooling, seen = [], [], 0
+    widest = max(p.pooling.shape[1] for p in pictures)
+    for p in pictures:
+        windows = torch.where(p.pooling >= 0, p.pooling + seen, -1)
+        pooling.append(nn.functional.pad(windows, (0, widest - windows.shape[1]), value=-1))
+        patches.append(p.patches)
+        seen += p.patches.shape[0] * p.patches.shape[1]
+    return Pictures(torch.cat(patches), torch.cat(pooling), [grid for p in pictures for grid in p.grids])

@@ -1,0 +1,95 @@
+"""How good scores are. scores: one list of floats a record; ranks: one list of ints, 1 = best.
+
+    best-of-N accuracy   is the top-scored response among the best-ranked? (tied tops count by their share)
+    pairwise accuracy    over all pairs of different rank: is the better one scored higher? (a tie counts one half)
+    Kendall's tau-b      (concordant - discordant) / sqrt(pairs untied in scores * pairs untied in ranks)
+
+Every accuracy comes with a bootstrap interval over records, and with the baselines that look at no picture.
+
+See it: `pytest tests/test_metrics.py`.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+Scores = Sequence[float]
+Ranks = Sequence[int]
+
+
+def best_of_n(scores: Scores, ranks: Ranks) -> float:
+    """1, 0, or the share of best-ranked among tied top scores."""
+    if not all(map(math.isfinite, scores)):
+        raise ValueError(f"scores must be finite, got {list(scores)}")
+    top = [r for s, r in zip(scores, ranks, strict=True) if s == max(scores)]
+    return top.count(min(ranks)) / len(top)
+
+
+def pairwise(scores: Scores, ranks: Ranks) -> float | None:
+    """Share of ordered pairs the scores agree with; None where all ranks are tied."""
+    pairs = [(scores[i], scores[j]) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+    return sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs) if pairs else None
+
+
+def tau_b(scores: Scores, ranks: Ranks) -> float | None:
+    """Kendall's tau-b between scores and quality; None where one of them is all ties."""
+    agree = [np.sign(scores[i] - scores[j]) * np.sign(ranks[j] - ranks[i]) for i in range(len(ranks)) for j in range(i)]
+    untied = [sum(x[i] != x[j] for i in range(len(x)) for j in range(i)) for x in (scores, ranks)]
+    return float(sum(agree)) / math.sqrt(untied[0] * untied[1]) if all(untied) else None
+
+
+def mean(values: Sequence[float | None]) -> float:
+    """Over the records where the figure is defined."""
+    return float(np.mean([v for v in values if v is not None]))
+
+
+def interval(values: Sequence[float], seed: int = 0, draws: int = 2000, level: float = 0.95) -> tuple[float, float]:
+    """Bootstrap interval of the mean: records drawn again with replacement."""
+    values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+# Baselines: responses -> scores, without any picture. What a model must beat before it has learned anything.
+
+
+def longest(responses: Sequence[str]) -> list[float]:
+    return [float(len(r)) for r in responses]
+
+
+def first(responses: Sequence[str]) -> list[float]:
+    return [-float(i) for i in range(len(responses))]
+
+
+def medoid(responses: Sequence[str]) -> list[float]:
+    """The answer that shares most words, place by place, with the others."""
+    words = [r.split() for r in responses]
+    return [float(sum(x == y for other in words for x, y in zip(mine, other, strict=False))) for mine in words]
+
+
+def chance(responses: Sequence[str]) -> list[float]:
+    """All tied: the share of best-ranked responses."""
+    return [0.0] * len(responses)
+
+
+BASELINES: dict[str, Callable[[Sequence[str]], list[float]]] = {
+    "random": chance,
+    "longest": longest,
+    "first": first,
+    "medoid": medoid,
+}
+
+
+def vote(scores: Scores, responses: Sequence[str]) -> list[float]:
+    """Comparison by hand, after the fact: how often a text occurs, for texts in the upper half of the scores' range."""
+    middle = (max(scores) + min(scores)) / 2
+    return [float(responses.count(r) * (s > middle)) for s, r in zip(scores, responses, strict=True)]
+
+
+def with_noise(scores: Scores, rng: random.Random, size: float = 0.5) -> list[float]:
+    """Scores with normal noise of `size` times their spread: what a model gains that merely breaks ties at random."""
+    spread = float(np.std(scores))
+    return [s + rng.gauss(0, size * spread) for s in scores]

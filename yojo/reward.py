@@ -1,0 +1,222 @@
+"""The reward model: a backbone with an adapter, and a small head that reads one number per response.
+
+    hidden = backbone(prompt + responses)          encode: one pass over all N responses
+    h_i    = hidden at the last token of response i   gather: positions known from the prompt, never searched
+    s_i    = w2 silu(W1 h_i + b1) + b2) / sqrt(D)     score: in at least float32
+
+No logits are ever computed. A saved reward model is a folder: the adapter in PEFT's files, `value_head.safetensors`, and
+`reward_model_config.json`, which names the base (relative to the folder), its fingerprint, the separator's id, the layout
+and the mode; a base that is not the one it was trained on is refused.
+
+    rm = RewardModel.load("weights/tiny-rm")
+    rm.score("Describe the star.", ["a small red star, ...", "..."], image="picture.png")
+
+See it: `tests/test_single_pass.py` proves that one pass equals N passes; `python -m yojo.score --tiny`.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from yojo import lora
+from yojo.checkpoint import fingerprint, load_backbone
+from yojo.data import Batch, collate
+from yojo.files import InputError, read_json, read_tensors, whole_folder, write_json
+from yojo.mask import MODES
+from yojo.molmo2 import Molmo2
+from yojo.prompt import SEPARATOR, Encoded, Processor
+
+ADAPTER = "reward"
+LAYOUT = "default"
+CONFIG, HEAD = "reward_model_config.json", "value_head.safetensors"
+
+
+class ValueHead(nn.Sequential):
+    """hidden [..., D] -> score [...]; an MLP with SiLU over sqrt(D)."""
+
+    def __init__(self, width: int, inner: int, generator: torch.Generator | None = None):
+        super().__init__(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, 1))
+        for layer in (self[0], self[2]):
+            nn.init.normal_(layer.weight, std=0.01, generator=generator)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        # s = (w2 silu(W1 h + b1) + b2) / sqrt(D)
+        return super().forward(hidden.to(self[0].weight.dtype)).squeeze(-1) / math.sqrt(hidden.shape[-1])
+
+
+class RewardModel(nn.Module):
+    """`mode` is the attention it was trained with; `base` the folder its backbone came from."""
+
+    def __init__(self, backbone: Molmo2, processor: Processor, head: ValueHead, mode: str, base: Path):
+        super().__init__()
+        if mode not in MODES:
+            raise InputError(f"mode {mode!r} is none of {MODES}")
+        self.backbone, self.processor, self.head, self.mode, self.base = backbone, processor, head, mode, base
+
+    @classmethod
+    def new(
+        cls,
+        base: str | Path,
+        mode: str,
+        config: lora.LoraConfig,
+        inner: int = 1024,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        seed: int = 0,
+    ) -> "RewardModel":
+        """An untrained one on the checkpoint in `base`: fresh adapter, fresh head of `inner` hidden units."""
+        generator = torch.Generator().manual_seed(seed)
+        backbone, processor, digest = open_base(base, dtype, device)
+        lora.add(backbone, ADAPTER, config, generator)
+        head = ValueHead(backbone.config.text.hidden_size, inner, generator)
+        head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
+        rm = cls(backbone, processor, head, mode, Path(base))
+        rm.fingerprint = digest
+        return rm
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The adapter and the head; everything else is frozen."""
+        return [*lora.parameters(self.backbone, ADAPTER), *self.head.parameters()]
+
+    def forward(self, batch: Batch, features: Tensor | None = None) -> Tensor:
+        """Scores [R] in at least float32, one a response, in the order of the batch's records.
+
+        features [M, D]: what `see` made of the batch's pictures; None = look at them now.
+        """
+        if features is None and batch.pictures is not None:
+            features = self.backbone.see(batch.pictures.patches, batch.pictures.pooling)
+        with lora.use(self.backbone, ADAPTER):
+            hidden = self.backbone(batch.input_ids, features, batch.mask, batch.positions, read=batch.read)
+        return self.head(hidden)
+
+    @torch.no_grad()
+    def score(
+        self,
+        prompt: str,
+        responses: Sequence[str],
+        image: "str | Path | Image.Image | Sequence | None" = None,
+        video: Sequence[tuple[float, Image.Image]] | None = None,
+        mode: str | None = None,
+    ) -> list[float]:
+        """One score per response, in input order, from one forward pass.
+
+        image: a path, a Pillow picture or a list of them; video: a list of (seconds, frame). mode None = the one the
+        model was trained in. Scores of one call compare with each other; joint scores of different calls do not.
+        """
+        if not responses:
+            raise InputError("there are no responses: at least one is needed")
+        return self.score_encoded([self.processor.encode(prompt, responses, image, video)], mode)[0]
+
+    @torch.no_grad()
+    def score_encoded(
+        self, records: Sequence[Encoded], mode: str | None = None, features: Tensor | None = None
+    ) -> list[list[float]]:
+        """Scores of several encoded records, read in one batch."""
+        batch = collate(records, mode or self.mode, self.backbone.config.pad_id).to(self.backbone.device)
+        return [s.tolist() for s in self(batch, features).split(batch.counts)]
+
+    # -------------------------------------------------------------------------------------------------------- files
+
+    def save(self, folder: str | Path, overwrite: bool = False, also: Sequence[Path] = ()) -> None:
+        """Write the folder, whole or not at all, with copies of the files in `also`. The base is not copied: its
+        relative path and fingerprint are kept."""
+        folder = Path(folder)
+        config = {
+            "format": "yojo",
+            "base": os.path.relpath(self.base.resolve(), folder.resolve()),
+            "fingerprint": self.fingerprint,
+            "separator": SEPARATOR,
+            "separator_id": self.processor.tokenizer.separator_id,
+            "layout": LAYOUT,
+            "mode": self.mode,
+            "value_head_hidden_dim": self.head[0].out_features,
+        }
+        with whole_folder(folder, overwrite) as new:
+            lora.save(self.backbone, ADAPTER, new)
+            save_file({k: v.detach().contiguous() for k, v in self.head.state_dict().items()}, new / HEAD)
+            write_json(new / CONFIG, config)
+            for path in also:
+                shutil.copy(path, new)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        base: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> "RewardModel":
+        """A saved reward model, in eval mode. base None = where the folder says it is; dtype and device as in
+        `load_backbone`. Anything that does not fit what was saved raises `InputError`."""
+        folder = Path(folder)
+        config = _read_config(folder / CONFIG)
+        base = folder / config["base"] if base is None else Path(base)
+        if not base.is_dir():
+            raise InputError(f"{folder} was trained on a base at {base}, and there is none: pass its folder as `base`")
+        backbone, processor, digest = open_base(base, dtype, device)
+        for part, what in (("weights", "weights"), ("tokenizer", "tokenizer")):
+            if digest[part] != config["fingerprint"].get(part):
+                raise InputError(
+                    f"{folder} was trained on another base: the {what} in {base} are not the ones it remembers"
+                )
+        if processor.tokenizer.separator_id != config["separator_id"]:
+            raise InputError(
+                f"{folder} uses separator id {config['separator_id']}, the tokenizer in {base} gives "
+                f"{processor.tokenizer.separator_id}"
+            )
+        lora.load(backbone, ADAPTER, folder)
+        head = ValueHead(backbone.config.text.hidden_size, config["value_head_hidden_dim"])
+        head.load_state_dict(read_tensors(folder / HEAD, {k: v.shape for k, v in head.state_dict().items()}))
+        head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
+        rm = cls(backbone, processor, head, config["mode"], base)
+        rm.fingerprint = digest
+        return rm.requires_grad_(False).eval()
+
+
+def _read_config(path: Path) -> dict:
+    config = read_json(path)
+    kinds = {"base": str, "fingerprint": dict, "separator_id": int, "mode": str, "value_head_hidden_dim": int}
+    wrong = [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]
+    if config.get("format") != "yojo" or wrong:
+        raise InputError(
+            f"{path} is not a reward model of this project: {', '.join(wrong) or 'format'} missing or wrong"
+        )
+    if config.get("layout") != LAYOUT:
+        raise InputError(f"{path}: layout {config.get('layout')!r} is unknown, only {LAYOUT!r}")
+    return config
+
+
+def open_base(
+    base: str | Path, dtype: torch.dtype | None, device: str | torch.device | None
+) -> tuple[Molmo2, Processor, dict[str, str]]:
+    """Backbone without its vocabulary matrix and with a row for the separator, processor, fingerprint."""
+    backbone = load_backbone(base, dtype, device or "cpu", lm_head=False)
+    processor = Processor.from_folder(base, backbone.config.text.max_position_embeddings)
+    digest = fingerprint(backbone, processor.tokenizer.path)
+    place_separator(backbone, processor.tokenizer.separator_id)
+    return backbone, processor, digest
+
+
+def place_separator(backbone: Molmo2, separator_id: int) -> None:
+    """Make sure the table has the separator's row. One that is there is used as it is, as in the release; one that is
+    just missing is appended as zeros; it is frozen either way."""
+    wte, c = backbone.model.transformer.wte, backbone.config
+    height = len(wte.embedding)
+    if separator_id > height:
+        raise InputError(
+            f"the separator's id {separator_id} lies {separator_id - height} beyond the {height} embedding rows"
+        )
+    if separator_id == height:
+        grown = torch.cat([wte.embedding.detach(), torch.zeros_like(wte.embedding[:1])])
+        wte.embedding = nn.Parameter(grown, requires_grad=False)
+        text = replace(c.text, additional_vocab_size=c.text.additional_vocab_size + 1)
+        backbone.config = replace(c, text=text)

@@ -1,0 +1,104 @@
+"""Score N responses to one prompt, in one pass.
+
+    python -m yojo.score --tiny
+    python -m yojo.score --tiny --image picture.png --prompt "Describe the star." --response "a small ..." --response ...
+    python -m yojo.score --model runs/rm --data records.jsonl --json scores.json
+
+Prints a ranked table per record; with `--draw-mask FILE`, also who may look at whom, as a picture.
+"""
+
+import argparse
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from yojo import shapes
+from yojo.cli import WEIGHTS, Parser, run
+from yojo.data import collate, read_records
+from yojo.files import InputError, whole_file
+from yojo.mask import MODES, draw
+from yojo.prompt import Encoded
+from yojo.reward import RewardModel
+
+
+def main() -> None:
+    parser = Parser(
+        prog="python -m yojo.score", description="Score several responses to one prompt in one forward pass."
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="use the built-in model, and its world where no --prompt is given"
+    )
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a reward model's folder")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="its backbone, where that is not where it was")
+    parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="a picture; repeat for several")
+    parser.add_argument("--prompt", metavar="TEXT", help="the question")
+    parser.add_argument("--response", action="append", default=[], metavar="TEXT", help="a candidate answer; repeat")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="JSONL records to score instead")
+    parser.add_argument("--mode", choices=MODES, help="attention, where not the one the model was trained in")
+    parser.add_argument("--draw-mask", type=Path, metavar="FILE", help="draw the first record's mask as a PNG")
+    args = parser.parse_args()
+    run(lambda: score(args), parser, args)
+
+
+def score(args: argparse.Namespace) -> dict | list[dict]:
+    rm = load(args)
+    mode = args.mode or rm.mode
+    print(f"mode: {mode}" + ("" if mode == rm.mode else f" (trained in {rm.mode})"))
+    results = []
+    for prompt, responses, images in asked(args):
+        encoded = rm.processor.encode(prompt, responses, images or None)
+        scores = rm.score_encoded([encoded], mode)[0]
+        print(f"\n{prompt}\n" + table(responses, scores))
+        if args.draw_mask and not results:
+            save_mask(encoded, mode, rm, args.draw_mask)
+        results.append({"mode": mode, "scores": scores})
+    return results if args.data else results[0]
+
+
+def load(args: argparse.Namespace) -> RewardModel:
+    if args.tiny == (args.model is not None):
+        raise InputError("give either --tiny or --model DIR")
+    folder = WEIGHTS / ("tiny-rm-isolated" if args.mode == "isolated" else "tiny-rm") if args.tiny else args.model
+    return RewardModel.load(folder, args.base, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def asked(args: argparse.Namespace) -> Sequence[tuple[str, list[str], list]]:
+    """(prompt, responses, pictures) of every record to score."""
+    if args.data:
+        if args.prompt or args.response or args.image:
+            raise InputError("--data brings its own prompts, responses and images")
+        return [(r.prompt, r.responses, r.images) for r in read_records(args.data, ranked=False)]
+    if args.prompt is None and args.tiny and not args.response and not args.image:
+        rng = random.Random(args.seed)
+        scene = shapes.make_scene(rng)
+        record = shapes.absolute(scene, rng)
+        print("a scene of the tiny world: " + "; ".join(shapes.describe(scene.facts(t)) for t in scene.things))
+        return [(record["prompt"], record["responses"], [shapes.render(scene)])]
+    if args.prompt is None or not args.response:
+        raise InputError("give --prompt and at least one --response, or --data FILE")
+    return [(args.prompt, args.response, args.image)]
+
+
+def table(responses: Sequence[str], scores: Sequence[float]) -> str:
+    """Best first, numbered as they were given."""
+    ranked = sorted(range(len(scores)), key=lambda i: -scores[i])
+    return "\n".join(
+        [" rank  score    #  response"]
+        + [
+            f"{rank:5d} {scores[i]:7.3f} {i + 1:3d}  {' '.join(responses[i].split())}"
+            for rank, i in enumerate(ranked, 1)
+        ]
+    )
+
+
+def save_mask(encoded: Encoded, mode: str, rm: RewardModel, path: Path) -> None:
+    labels = [rm.processor.tokenizer.name(t).strip() or "⏎" for t in encoded.ids.tolist()]
+    with whole_file(path) as temporary:
+        draw(collate([encoded], mode).mask, labels=labels).save(temporary, "PNG")
+    print(f"\nmask drawn in {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Train a reward model on preference records, and say what its accuracy means.
+
+    python -m yojo.train --tiny                          both modes on the tiny world
+    python -m yojo.train --tiny --task corroborated      the task that only comparison solves
+    python -m yojo.train --weights weights/Molmo2-4B --data prefs.jsonl --out runs/rm --mode joint
+
+Accuracy is best-of-N on records that were not trained on. Beside it stand the controls (the picture blanked, or swapped
+with another record's) and baselines that read no picture.
+
+`--out` becomes a reward model's folder when the run is complete. Until then `<out>.training` holds its state: an
+interrupted run goes on from there with `--resume`.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from yojo import metrics, shapes
+from yojo.cli import WEIGHTS, Parser, run
+from yojo.data import Record, read_records
+from yojo.files import InputError
+from yojo.fit import fit
+from yojo.mask import MODES
+from yojo.preference import CORROBORATED, TINY, Dataset, Recipe, Task, evaluate
+from yojo.reward import RewardModel
+
+TASKS = {
+    # task: recipe, responses in training, responses in the test
+    "absolute": (TINY, (2, 3, 4, 5, 6, 7, 8), 4),
+    "corroborated": (CORROBORATED, (6,), 6),
+}
+SCENES, TEST, HELD_OUT = 2400, 2000, 1000
+NAMES = {"joint": "tiny-rm", "isolated": "tiny-rm-isolated"}
+
+
+def train(
+    rm: RewardModel,
+    records: Sequence[Record],
+    recipe: Recipe,
+    seed: int,
+    title: str | None,
+    folder: Path | None = None,
+    keep: bool = False,
+) -> list[dict[str, float]]:
+    """Fit the adapter and the head of `rm` in place -> one dict a step."""
+    torch.manual_seed(seed)
+    rm.train()
+    task = Task(Dataset(records, rm, keep), recipe, seed)
+    log = fit(task, rm.trainable(), recipe.fit, folder, title)
+    rm.eval()
+    return log
+
+
+def accuracies(scores: Sequence[Sequence[float]], records: Sequence[Record]) -> list[float]:
+    return [metrics.best_of_n(s, r.rankings) for s, r in zip(scores, records, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------- the tiny world
+
+
+def write_world(folder: Path, task: str, seed: int, paraphrase: bool) -> None:
+    """train, test and heldout records of the tiny world, as JSONL and PNG files."""
+    recipe, sizes, n = TASKS[task]
+    count = recipe.records * recipe.fit.steps
+    for name, total, scenes, many, held_out in (
+        ("train", count, min(SCENES, count), sizes, False),
+        ("test", TEST, TEST, (n,), False),
+        ("heldout", HELD_OUT, HELD_OUT, (n,), True),
+    ):
+        rng = random.Random(f"{seed} {task} {name}")
+        made = shapes.records(rng, task, total, scenes, many, held_out, paraphrase)
+        shapes.write_records(folder, name, made)
+
+
+def tiny_run(task: str, mode: str, seed: int, folder: Path, out: Path | None, overwrite: bool, threads: int) -> dict:
+    """Train one mode on the records in `folder` and measure it. Runs in a process of its own."""
+    torch.set_num_threads(threads)
+    recipe = TASKS[task][0]
+    rm = RewardModel.new(WEIGHTS / "tiny", mode, recipe.lora, recipe.inner, seed=seed)
+    log = train(rm, read_records(folder / "train.jsonl"), recipe, seed, f"{mode} seed {seed}", keep=True)
+    test, heldout = read_records(folder / "test.jsonl"), read_records(folder / "heldout.jsonl")
+    data = Dataset(test, rm, keep=True)
+    own = evaluate(data, seed)
+    rng = random.Random(f"{seed} noise")
+    figures = {
+        mode: accuracies(own, test),
+        f"{mode}_blank": accuracies(evaluate(data, seed, "blank"), test),
+        f"{mode}_swapped": accuracies(evaluate(data, seed, "swapped"), test),
+        f"{mode}_heldout": accuracies(evaluate(Dataset(heldout, rm, keep=True), seed), heldout),
+        f"{mode}_vote": accuracies([metrics.vote(s, r.responses) for s, r in zip(own, test, strict=True)], test),
+        f"{mode}_noise": accuracies([metrics.with_noise(s, rng) for s in own], test),
+    }
+    if out is not None:
+        rm.save(out / NAMES[mode], overwrite)
+    return {"seed": seed, "mode": mode, "figures": figures, "log": log}
+
+
+def tiny(
+    task: str, modes: Sequence[str], seeds: Sequence[int], out: Path | None, overwrite: bool, paraphrase: bool
+) -> dict:
+    """Train and measure every mode and seed, as many at a time as there are two cores for."""
+    start = time.monotonic()
+    for mode in modes if out is not None else ():
+        if (out / NAMES[mode]).exists() and not overwrite:
+            raise InputError(f"{out / NAMES[mode]} exists already: choose another --out, or say --overwrite")
+    workers = min(2, len(modes) * len(seeds), os.cpu_count() or 1)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        jobs, tests = [], []
+        for seed in seeds:
+            folder = Path(temporary) / str(seed)
+            write_world(folder, task, seed, paraphrase)
+            jobs += [pool.submit(tiny_run, task, m, seed, folder, out, overwrite, threads) for m in modes]
+            tests.append(read_records(folder / "test.jsonl"))
+        runs = [job.result() for job in jobs]
+    result = summary(task, runs, [record for test in tests for record in test])
+    result["seconds"] = round(time.monotonic() - start, 1)
+    print(table(result))
+    return result
+
+
+def summary(task: str, runs: list[dict], test: list[Record]) -> dict:
+    """Means over seeds of every figure, with 95% intervals over the test groups, and the baselines."""
+    pooled: dict[str, list[float]] = {}
+    for r in runs:
+        for name, values in r["figures"].items():
+            pooled.setdefault(name, []).extend(values)
+    for name, baseline in metrics.BASELINES.items():
+        pooled[name] = accuracies([baseline(r.responses) for r in test], test)
+    if task == "corroborated":
+        pooled["any_true"] = accuracies([[float(rank <= 3) for rank in r.rankings] for r in test], test)
+    seeds = sorted({r["seed"] for r in runs})
+    per_seed = [
+        {"seed": s, **{k: metrics.mean(v) for r in runs if r["seed"] == s for k, v in r["figures"].items()}}
+        for s in seeds
+    ]
+    return {
+        "task": task,
+        "n": TASKS[task][2],
+        "groups": len(test),
+        **{name: metrics.mean(values) for name, values in pooled.items()},
+        "intervals": {name: metrics.interval(values) for name, values in pooled.items()},
+        "per_seed": per_seed,
+    }
+
+
+ROWS = {
+    "": "own picture",
+    "_heldout": "own picture, held-out colour-shape pairs",
+    "_blank": "picture blanked",
+    "_swapped": "another record's picture",
+}
+
+
+def table(r: dict) -> str:
+    """What `--tiny` prints."""
+
+    def cell(name: str) -> str:
+        low, high = r["intervals"].get(name, (0, 0))
+        return f"{r[name]:.3f} [{low:.3f}, {high:.3f}]".rjust(24) if name in r else "-".rjust(24)
+
+    seeds = [s["seed"] for s in r["per_seed"]]
+    lines = [
+        f"\nbest-of-{r['n']} accuracy, task {r['task']}, {r['groups']} held-out groups, seeds {seeds}, 95% intervals"
+    ]
+    lines.append(f"{'':42s}{'joint':>24s}{'isolated':>24s}")
+    for suffix, what in ROWS.items():
+        lines.append(f"{what:42s}{cell('joint' + suffix)}{cell('isolated' + suffix)}")
+    if r["task"] == "corroborated":
+        lines.append(f"{'scores with noise':42s}{cell('joint_noise')}{cell('isolated_noise')}")
+        lines.append(f"{'scores, then a vote over identical texts':42s}{cell('joint_vote')}{cell('isolated_vote')}")
+        ceilings = "".join(f"{shapes.CEILINGS[k]:24.3f}" for k in ("joint", "isolated"))
+        lines.append(f"{'exact ceiling':42s}{ceilings}")
+    names = [*metrics.BASELINES, *(["any_true"] if "any_true" in r else [])]
+    lines.append(
+        "without a picture: " + ", ".join(f"{n.replace('_', ' ')} {r[n]:.3f}" for n in names if n != "any_true")
+    )
+    if "any_true" in r:
+        lines.append(f"a random true answer: {r['any_true']:.3f}")
+    lines.append(f"{r['seconds']} seconds")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------- real checkpoints
+
+
+def full(args: argparse.Namespace) -> dict:
+    """Train on a checkpoint and a JSONL file, evaluate on records held back, save."""
+    training = prepare(args.out, args.overwrite, args.resume)
+    records, test = split(read_records(args.data), args.test, args.seed)
+    recipe = Recipe()
+    steps = args.steps or max(1, recipe.epochs * len(records) // (recipe.records * recipe.fit.accumulate))
+    recipe = replace(recipe, fit=replace(recipe.fit, steps=steps))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rm = RewardModel.new(args.weights, args.mode, recipe.lora, recipe.inner, device=device, seed=args.seed)
+    rm.backbone.checkpointing = True
+    training.mkdir(parents=True, exist_ok=True)
+    train(rm, records, recipe, args.seed, "train", training)
+    data = Dataset(test, rm, keep=False)
+    figures = {show: accuracies(evaluate(data, args.seed, show, size=1), test) for show in ("own", "blank", "swapped")}
+    figures |= {name: accuracies([b(r.responses) for r in test], test) for name, b in metrics.BASELINES.items()}
+    print(f"\nbest-of-N accuracy of the {args.mode} model on {len(test)} records it was not trained on, 95% intervals")
+    for name, values in figures.items():
+        print("{:10s} {:.3f} [{:.3f}, {:.3f}]".format(name, metrics.mean(values), *metrics.interval(values)))
+    rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
+    shutil.rmtree(training)
+    return {"mode": args.mode, "steps": steps, **{name: metrics.mean(values) for name, values in figures.items()}}
+
+
+def prepare(out: Path, overwrite: bool, resume: bool) -> Path:
+    """The folder of a run's state; refuses to touch what it was not told to."""
+    training = out.with_name(out.name + ".training")
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists already: choose another --out, or say --overwrite")
+    if resume and not training.exists():
+        raise InputError(f"there is no unfinished run at {training} to resume")
+    if training.exists() and not resume:
+        if not overwrite:
+            raise InputError(f"{training} holds an unfinished run: say --resume to go on, --overwrite to start over")
+        shutil.rmtree(training)
+    return training
+
+
+def split(records: list[Record], test: Path | None, seed: int) -> tuple[list[Record], list[Record]]:
+    """Records to train on and to test on: the file `test`, or one record in twenty held back."""
+    if test is not None:
+        return records, read_records(test)
+    if len(records) < 2:
+        raise InputError("one record can't both be trained on and held back: add records, or give --test FILE")
+    held_back = set(random.Random(f"{seed} hold back").sample(range(len(records)), max(1, len(records) // 20)))
+    print(f"held back for the evaluation: {len(held_back)} of {len(records)} records")
+    return [r for i, r in enumerate(records) if i not in held_back], [records[i] for i in sorted(held_back)]
+
+
+def main() -> None:
+    parser = Parser(prog="python -m yojo.train", description="Train a reward model: LoRA and a value head.")
+    parser.add_argument("--tiny", action="store_true", help="the built-in model and world; needs no files")
+    parser.add_argument("--task", choices=TASKS, default="absolute", help="with --tiny: what the best answer is")
+    parser.add_argument(
+        "--paraphrase", action="store_true", help="with --task corroborated: word the copies differently"
+    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="K", help="with --tiny: seeds --seed to --seed + K - 1")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="checkpoint folder to train on")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="preference records, JSONL")
+    parser.add_argument(
+        "--test", type=Path, metavar="FILE", help="records to evaluate on; else one in twenty is held back"
+    )
+    parser.add_argument("--mode", choices=MODES, help="attention; --tiny trains both where this is not given")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the reward model; with --tiny, for both")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--steps", type=int, help="training steps, where not the recipe's")
+    args = parser.parse_args()
+    run(lambda: start(args), parser, args)
+
+
+def start(args: argparse.Namespace) -> dict:
+    if args.tiny:
+        if args.weights or args.data or args.test or args.resume:
+            raise InputError("--tiny brings its own weights and data: leave out --weights, --data, --test and --resume")
+        modes = [args.mode] if args.mode else MODES
+        seeds = range(args.seed, args.seed + args.seeds)
+        return tiny(args.task, modes, seeds, args.out, args.overwrite, args.paraphrase)
+    if not (args.weights and args.data and args.out and args.mode):
+        raise InputError("give --tiny, or all of --weights, --data, --out and --mode")
+    return full(args)
+
+
+if __name__ == "__main__":
+    main()
