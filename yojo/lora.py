@@ -60,7 +60,7 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
-        return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+        return F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B)  # scaled where it is narrow
 
 
 class Linear(nn.Linear):

@@ -13,13 +13,14 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from yojo import loss as losses
-from yojo.data import Record, collate
+from yojo.data import Record, collate, join
 from yojo.files import InputError
 from yojo.fit import FitConfig
 from yojo.image import open_picture
@@ -55,57 +56,70 @@ CORROBORATED = replace(
 )
 
 
+WINDOW = 16  # micro-batches among which records are sorted by their number of responses
+
+
 class Dataset:
     """Records as one reward model reads them.
 
-    keep: look at every picture once and keep what the frozen tower sees, which suits pictures by the thousand.
+    keep: look at every picture once, at the start, and keep what the frozen tower sees: for pictures by the thousand.
     """
 
-    def __init__(self, records: Sequence[Record], rm: RewardModel, keep: bool):
+    def __init__(self, records: Sequence[Record], rm: RewardModel, keep: bool, shows: Sequence[str] = ("own",)):
         self.records, self.rm = records, rm
-        self.look = lru_cache(maxsize=None)(self._look) if keep else self._look
-        self.keep = keep
+        self.kept: dict[tuple, tuple[Seen, Tensor | None]] = {}
+        if keep:
+            keys = dict.fromkeys(self.key(i, show) for i in range(len(records)) for show in shows)
+            for start in range(0, len(keys), 64):
+                self._keep(list(keys)[start : start + 64])
 
     def __len__(self) -> int:
         return len(self.records)
 
     @torch.no_grad()
-    def _look(self, images: tuple) -> tuple[Seen, Tensor | None]:
-        seen = self.rm.processor.look(images) if images else ([], None)
-        if not self.keep or seen[1] is None:
-            return seen, None
-        return seen, self.rm.backbone.see(seen[1].patches, seen[1].pooling)
+    def _keep(self, keys: list[tuple]) -> None:
+        """Look at some records' pictures, and let the tower see them in one pass."""
+        looked = [self._look(*key) for key in keys]
+        shown = [pictures for _, pictures in looked if pictures is not None]
+        joined = join(shown) if shown else None
+        features = self.rm.backbone.see(joined.patches, joined.pooling) if joined else torch.empty(0)
+        counts = [0 if pictures is None else len(pictures.pooling) for _, pictures in looked]
+        for key, seen, mine in zip(keys, looked, features.split(counts), strict=True):
+            self.kept[key] = (seen[0], None), mine
+
+    def _look(self, paths: tuple[Path, ...], blank: bool) -> Seen:
+        """Pictures, or grey ones of the same size."""
+        pictures = [open_picture(path) for path in paths]
+        if blank:
+            pictures = [Image.new("RGB", picture.size, (128, 128, 128)) for picture in pictures]
+        return self.rm.processor.look(pictures) if pictures else ([], None)
+
+    def key(self, i: int, show: str) -> tuple[tuple[Path, ...], bool]:
+        """Which pictures are shown with record i, and whether they are blanked."""
+        own = self.records[i].images
+        if show == "swapped":  # the next record's that has others
+            others = (self.records[(i + k) % len(self)].images for k in range(1, len(self)))
+            own = next((images for images in others if images != own), own)
+        return tuple(own), show == "blank"
 
     def encode(self, i: int, order: Sequence[int], show: str = "own") -> tuple[Encoded, Tensor | None]:
-        """Record i with its responses in `order` -> what the model reads, and the picture features where kept."""
+        """Record i with its responses in `order` -> what the model reads, and the picture features where kept.
+
+        show: the record's "own" pictures, "blank" ones of the same size, or another record's, "swapped".
+        """
         record = self.records[i]
         try:
-            seen, features = self.look(tuple(self.shown(i, show)))
+            key = self.key(i, show)
+            seen, features = self.kept[key] if key in self.kept else (self._look(*key), None)
             return self.rm.processor.lay_out(record.prompt, [record.responses[k] for k in order], seen), features
         except InputError as error:
             raise InputError(f"{record.where}: {error}") from None
-
-    def shown(self, i: int, show: str) -> Sequence:
-        """The record's "own" pictures, "blank" ones of the same size, or "swapped": those of the next record that has
-        others."""
-        own = self.records[i].images
-        if show == "blank":
-            return [blank(open_picture(path).size) for path in own]
-        if show == "swapped":
-            others = (self.records[(i + k) % len(self)].images for k in range(1, len(self)))
-            return next((images for images in others if images != own), own)
-        return own
 
     def scores(self, encoded: Sequence[tuple[Encoded, Tensor | None]]) -> tuple[Tensor, ...]:
         """One pass over several records -> the scores of each."""
         batch = collate([e for e, _ in encoded], self.rm.mode, self.rm.backbone.config.pad_id)
         kept = [f for _, f in encoded if f is not None]
         return self.rm(batch.to(self.rm.backbone.device), torch.cat(kept) if kept else None).split(batch.counts)
-
-
-@lru_cache
-def blank(size: tuple[int, int]) -> Image.Image:
-    return Image.new("RGB", size, (128, 128, 128))
 
 
 class Task:
@@ -116,8 +130,15 @@ class Task:
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 
     def _epoch(self, number: int) -> list[int]:
-        """Every record once, in an order drawn anew for each epoch."""
-        return random.Random(f"{self.seed} epoch {number}").sample(range(len(self.data)), len(self.data))
+        """Every record once, in an order drawn anew for each epoch; within each window of micro-batches, records with
+        as many responses stand together, which saves padding, and the micro-batches are shuffled again."""
+        rng, size = random.Random(f"{self.seed} epoch {number}"), self.recipe.records
+        order = rng.sample(range(len(self.data)), len(self.data))
+        batches = []
+        for start in range(0, len(order), WINDOW * size):
+            window = sorted(order[start : start + WINDOW * size], key=lambda i: len(self.data.records[i].responses))
+            batches += [window[k : k + size] for k in range(0, len(window), size)]
+        return [i for batch in rng.sample(batches, len(batches)) for i in batch]
 
     def indices(self, step: int, part: int) -> list[int]:
         n, size = len(self.data), self.recipe.records

@@ -2,9 +2,9 @@
 
     python -m yojo.pretrain --out weights/tiny
 
-A row is one picture and several short conversations about it. The conversations are laid out as isolated responses, so
-the picture is read once and none of them sees another: the same mask that makes one pass equal N passes
-(`mask.py`) packs pre-training.
+A row is one picture and several short conversations about it, laid out as responses are (`mask.py`): in one half of each
+step isolated, so that the picture is read once and no conversation sees another, in the other half joint, as one long
+conversation. A reward model meets both.
 
     loss = cross-entropy of the answers' tokens + AUXILIARY * what stands in each cell, read off each picture token
 
@@ -32,7 +32,7 @@ from yojo.data import join
 from yojo.files import InputError, whole_file, write_json
 from yojo.fit import FitConfig, fit
 from yojo.image import ImageConfig
-from yojo.mask import PADDING, PROMPT, AttentionMask
+from yojo.mask import MODES, PADDING, PROMPT, AttentionMask
 from yojo.molmo2 import AdapterConfig, Config, Molmo2, TextConfig, VisionConfig, init_weights
 from yojo.prompt import TURN_END, Markup, Processor, Tokenizer
 
@@ -40,9 +40,9 @@ TEXT = TextConfig(128, 4, 4, 2, 32, 384, 512, 16, 4096, 10_000.0)
 VISION = VisionConfig(96, 3, 4, 24, 256, 14, 36)
 ADAPTER = AdapterConfig(96, 4, 24, 256, (-1, -3))
 IMAGES = ImageConfig(size=shapes.GRID * shapes.CELL, margins=(1, 1), max_crops=1)
-PICTURES, TALKS, AUXILIARY = 16, 8, 0.5  # pictures in a micro-batch, conversations about each, weight of the read-out
+PICTURES, TALKS, AUXILIARY = 8, 8, 0.5  # pictures in a micro-batch, conversations about each, weight of the read-out
 FIT = FitConfig(
-    steps=2600, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup=100, schedule="cosine", save_every=200
+    steps=4800, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup=100, schedule="cosine", accumulate=len(MODES)
 )
 
 # -------------------------------------------------------------------------------------------------------- tokenizer
@@ -87,7 +87,7 @@ def corpus() -> list[str]:
 
 def talks(scene: shapes.Scene, rng: random.Random, count: int) -> list[tuple[str, str]]:
     """(question, answer) pairs about one scene."""
-    kinds = (describe, describe, look_up, look_up, place, presence, check, check, name)
+    kinds = (describe, describe, look_up, look_up, place, presence, check, check, check, name)
     return [rng.choice(kinds)(scene, rng) for _ in range(count)]
 
 
@@ -150,7 +150,7 @@ def name(scene, rng):
 
 
 class Rows:
-    """Batches of rows: BOS, one picture, and `TALKS` conversations that do not see each other."""
+    """Batches of rows: BOS, one picture, and `TALKS` conversations; part 0 of a step is joint, part 1 isolated."""
 
     def __init__(self, processor: Processor, seed: int):
         self.processor, self.seed = processor, seed
@@ -174,7 +174,10 @@ class Rows:
         ids, record, response, positions, target = columns
         pictures = join([pictures for _, pictures in seen])
         image = torch.isin(ids, self.processor.image_ids)
-        mask = AttentionMask(record, response, image, "isolated")
+        mode = MODES[part]
+        if mode == "joint":
+            positions = torch.arange(ids.shape[1]).expand_as(ids)
+        mask = AttentionMask(record, response, image, mode)
         read = (target >= 0).nonzero()
         cells = torch.tensor([cell for scene in scenes for _ in range(2) for cell in cell_labels(scene)])
         return dict(

@@ -43,7 +43,7 @@ ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
 COUNTS = ("two", "three", "four")
 SLOTS = {"size": SIZES, "colour": tuple(COLOURS), "shape": SHAPES, "row": ROWS, "column": COLUMNS, "count": COUNTS}
-HELD_OUT = frozenset(itertools.product(("cyan", "orange"), ("star", "cross")))
+HELD_OUT = frozenset({("cyan", "star"), ("green", "cross"), ("blue", "circle"), ("yellow", "square")})
 HELD_OUT_WORDS = {word for pair in HELD_OUT for word in pair}
 CORROBORATED = "What is in the picture?"
 PAIRS = tuple(itertools.product(COLOURS, SHAPES))
@@ -83,7 +83,7 @@ def make_scene(rng: random.Random, held_out: bool = False, fewest: int = 2) -> S
     others share no word with any."""
     pairs = [rng.choice(sorted(HELD_OUT))] if held_out else []
     others = [p for p in PAIRS if not (held_out and set(p) & HELD_OUT_WORDS) and p not in HELD_OUT]
-    count = rng.randint(fewest, 4)
+    count = rng.randint(fewest, 3 if held_out else 4)  # two shapes are in no held-out pair
     while len(pairs) < count:
         pair = rng.choice(others)
         if all(pair[0] != c and pair[1] != s for c, s in pairs):
@@ -279,7 +279,7 @@ def write_records(folder: str | Path, name: str, made: Iterator[tuple[int, Scene
     with open(path, "w", encoding="utf-8") as file:
         for number, scene, record in made:
             if number not in drawn:
-                render(scene).save(pictures / f"{number}.png", compress_level=1)
+                render(scene).save(pictures / f"{number}.png", compress_level=0)
                 drawn.add(number)
             file.write(json.dumps({**record, "image": f"{name}/{number}.png"}) + "\n")
     return path

@@ -89,7 +89,7 @@ def tiny_run(task: str, mode: str, seed: int, folder: Path, out: Path | None, ov
     rm = RewardModel.new(WEIGHTS / "tiny", mode, recipe.lora, recipe.inner, seed=seed)
     log = train(rm, read_records(folder / "train.jsonl"), recipe, seed, f"{mode} seed {seed}", keep=True)
     test, heldout = read_records(folder / "test.jsonl"), read_records(folder / "heldout.jsonl")
-    data = Dataset(test, rm, keep=True)
+    data = Dataset(test, rm, keep=True, shows=("own", "blank"))
     own = evaluate(data, seed)
     rng = random.Random(f"{seed} noise")
     figures = {

@@ -1,0 +1,118 @@
+"""Records are read strictly; batches keep every record to itself.
+
+    pytest tests/test_data.py
+"""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+from yojo.data import collate, join, read_records
+from yojo.files import InputError
+from yojo.image import Pictures
+from yojo.prompt import Processor
+
+GOOD = {"prompt": "?", "responses": ["a", "b"], "rankings": [2, 1]}
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def test_a_record_in_each_form(tmp_path):
+    path = write(
+        tmp_path, GOOD, {**GOOD, "image": "a.png"}, "", {**GOOD, "images": ["a.png", "b/c.png"]}, {**GOOD, "image": None}
+    )
+    records = read_records(path)
+    assert [r.images for r in records] == [[], [tmp_path / "a.png"], [tmp_path / "a.png", tmp_path / "b/c.png"], []]
+    assert [r.where for r in records] == [f"{path}:{n}" for n in (1, 2, 4, 5)]
+    assert records[0].responses == ["a", "b"] and records[0].rankings == [2, 1]
+
+
+def test_a_line_break_inside_a_string_is_no_line_break(tmp_path):
+    path = write(tmp_path, json.dumps({**GOOD, "prompt": "a\u2028b"}, ensure_ascii=False), GOOD)
+    assert [r.prompt for r in read_records(path)] == ["a\u2028b", "?"]
+
+
+@pytest.mark.parametrize(
+    "line, why",
+    [
+        ("{", "is not JSON"),
+        ("[1]", "holds a JSON list"),
+        ({**GOOD, "prompt": 3}, "prompt must be a string"),
+        ({**GOOD, "responses": []}, "at least one string"),
+        ({**GOOD, "responses": "ab"}, "at least one string"),
+        ({**GOOD, "responses": ["a", 1]}, "at least one string"),
+        ({"prompt": "?", "responses": ["a"]}, "has no rankings"),
+        ({**GOOD, "rankings": [1]}, "rankings must be 2 whole numbers"),
+        ({**GOOD, "rankings": [1, "2"]}, "rankings must be 2 whole numbers"),
+        ({**GOOD, "rankings": [1, True]}, "rankings must be 2 whole numbers"),
+        ({**GOOD, "rankings": [0, 1]}, "rankings must be 2 whole numbers"),
+        ({**GOOD, "rankings": {"a": 1}}, "rankings must be 2 whole numbers"),
+        ({**GOOD, "image": 5}, "image must be a path"),
+        ({**GOOD, "images": "a.png"}, "images a list of paths"),
+        ({**GOOD, "image": "a", "images": ["b"]}, "both image and images"),
+        ({**GOOD, "video": "v"}, "video folders are not read yet"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number(tmp_path, line, why):
+    path = write(tmp_path, GOOD, line)
+    with pytest.raises(InputError) as error:
+        read_records(path)
+    assert f"{path}:2" in str(error.value) and why in str(error.value)
+
+
+def test_files_that_hold_nothing(tmp_path):
+    with pytest.raises(InputError, match="no file"):
+        read_records(tmp_path / "none.jsonl")
+    with pytest.raises(InputError, match="holds no records"):
+        read_records(write(tmp_path, "", ""))
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_records(tmp_path / "bytes.jsonl")
+
+
+def test_rankings_are_optional_where_only_scores_are_asked_for(tmp_path):
+    assert read_records(write(tmp_path, {"prompt": "?", "responses": ["a"]}), ranked=False)[0].rankings is None
+
+
+def test_joining_moves_pooling_indices_up():
+    a = Pictures(torch.zeros(2, 4, 3), torch.tensor([[0, 7], [1, -1]]), [(1, 1, 1, 1)])
+    b = Pictures(torch.ones(1, 4, 3), torch.tensor([[3, 2, -1]]), [(1, 1)])
+    both = join([a, b])
+    assert both.pooling.tolist() == [[0, 7, -1], [1, -1, -1], [11, 10, -1]]
+    assert both.patches.shape == (3, 4, 3) and both.grids == [(1, 1, 1, 1), (1, 1)]
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_folder):
+    return Processor.from_folder(tiny_folder, TINY.text.max_position_embeddings)
+
+
+def test_a_padded_batch_written_out(processor):
+    a, b = processor.encode("x", ["y", "z"]), processor.encode("x", ["y"])
+    batch = collate([a, b], "isolated", pad_id=9)
+    (T, short), P = (len(a.ids), len(b.ids)), a.prompt_length
+    assert batch.input_ids.tolist() == [a.ids.tolist(), b.ids.tolist() + [9] * (T - short)]
+    assert batch.mask.record.tolist() == [[0] * T, [0] * short + [-1] * (T - short)]
+    assert batch.mask.response.tolist()[0] == [-1] * P + [0, 0, 1, 1]
+    assert batch.positions.tolist()[0] == [*range(P), P, P + 1, P, P + 1]
+    assert batch.read.tolist() == [[0, P], [0, P + 2], [1, P]]
+    assert batch.counts == [2, 1] and batch.pictures is None
+
+
+def test_records_that_share_a_row_start_again(processor):
+    picture = Image.new("RGB", (84, 84))
+    a, b = processor.encode("x", ["y", "z"], picture), processor.encode("x", ["y"], picture)
+    batch = collate([[a, b]], "joint")
+    n = len(a.ids)
+    assert batch.input_ids.shape == (1, n + len(b.ids))
+    assert batch.mask.record[0].tolist() == [0] * n + [1] * len(b.ids)
+    assert batch.positions[0, n:].tolist() == list(range(len(b.ids)))
+    assert batch.read.tolist() == [[0, t] for t in a.read] + [[0, n + t] for t in b.read]
+    assert len(batch.pictures.patches) == 4
