@@ -1,6 +1,6 @@
 """Checkpoints load strictly, whole or not at all, and what is wrong is named.
 
-    pytest tests/test_checkpoint.py
+pytest tests/test_checkpoint.py
 """
 
 import json
@@ -126,7 +126,10 @@ def test_a_truncated_file_is_named(folder, size):
         (lambda c: c.pop("model_type"), "model_type is None"),
         (lambda c: c.pop("text_config"), "has no text_config"),
         (lambda c: c["text_config"].pop("head_dim"), "lacks head_dim"),
-        (lambda c: c["text_config"].update(qk_norm_type="olmo"), "qk_norm_type = 'olmo'; this network computes 'qwen3'"),
+        (
+            lambda c: c["text_config"].update(qk_norm_type="olmo"),
+            "qk_norm_type = 'olmo'; this network computes 'qwen3'",
+        ),
         (lambda c: c["text_config"].update(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' is not supported"),
     ],
 )

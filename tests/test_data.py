@@ -1,6 +1,6 @@
 """Records are read strictly; batches keep every record to itself.
 
-    pytest tests/test_data.py
+pytest tests/test_data.py
 """
 
 import json
@@ -26,7 +26,12 @@ def write(tmp_path, *lines):
 
 def test_a_record_in_each_form(tmp_path):
     path = write(
-        tmp_path, GOOD, {**GOOD, "image": "a.png"}, "", {**GOOD, "images": ["a.png", "b/c.png"]}, {**GOOD, "image": None}
+        tmp_path,
+        GOOD,
+        {**GOOD, "image": "a.png"},
+        "",
+        {**GOOD, "images": ["a.png", "b/c.png"]},
+        {**GOOD, "image": None},
     )
     records = read_records(path)
     assert [r.images for r in records] == [[], [tmp_path / "a.png"], [tmp_path / "a.png", tmp_path / "b/c.png"], []]

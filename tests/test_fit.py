@@ -1,6 +1,6 @@
 """The training loop: schedules by hand, accumulation is a mean, and a stopped run goes on as if it had not stopped.
 
-    pytest tests/test_fit.py
+pytest tests/test_fit.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """LoRA by hand: unchanged at the start, one adapter at a time, the right gradient under checkpointing, PEFT's files.
 
-    pytest tests/test_lora.py
+pytest tests/test_lora.py
 """
 
 import json
@@ -153,7 +153,9 @@ def test_saving_and_loading_changes_no_bit(tmp_path):
     assert lora.adapters(again)["b"] == lora.LoraConfig(3, 6, 0.0, tuple(sorted(lora.TARGETS)))
 
 
-@pytest.mark.parametrize("key, value", [("use_dora", True), ("use_rslora", True), ("bias", "all"), ("peft_type", "IA3")])
+@pytest.mark.parametrize(
+    "key, value", [("use_dora", True), ("use_rslora", True), ("bias", "all"), ("peft_type", "IA3")]
+)
 def test_what_peft_can_do_and_this_cannot_is_refused(tmp_path, key, value):
     lora.save(with_adapters("a"), "a", tmp_path)
     path = tmp_path / "adapter_config.json"

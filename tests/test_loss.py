@@ -1,6 +1,6 @@
 """The four losses, each worked by hand.
 
-    pytest tests/test_loss.py
+pytest tests/test_loss.py
 """
 
 import math

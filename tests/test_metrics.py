@@ -1,6 +1,6 @@
 """Accuracies, tau-b and intervals against values worked by hand.
 
-    pytest tests/test_metrics.py
+pytest tests/test_metrics.py
 """
 
 import random

@@ -24,19 +24,25 @@ from yojo.molmo2 import AdapterConfig, Cache, TextConfig, VisionConfig, attend
 
 PATCH, START, END, COL, LOW = 407, 401, 402, 403, 404
 PICTURES = ImageConfig(size=84, margins=(1, 1), max_crops=4)
-NAMES = {
+# Decoder and vision tower, as differences from `their_config`'s defaults.
+SHAPES = {
     "gqa": {},
-    "mha": dict(num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_hidden_layers=1),
-    "one-kv": dict(num_attention_heads=3, num_key_value_heads=1, head_dim=6, rope_theta=5e6),
+    "mha": {"text": {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 1}},
+    "one-kv": {"text": {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6, "rope_theta": 5e6}},
+    "deep-vision": {"vision": {"num_hidden_layers": 5, "hidden_size": 32, "head_dim": 16}, "vit_layers": (4, 1)},
+    "one-layer-read": {"vision": {"num_attention_heads": 3, "head_dim": 8}, "vit_layers": (2,)},
 }
 
 
-def their_config(text=None, vision=None, dialect="new", vit_layers=(2, 0)):
+def their_config(text=None, vision=None, vit_layers=(2, 0)):
     base = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
     base |= dict(intermediate_size=48, vocab_size=400, additional_vocab_size=24, max_position_embeddings=4096)
     v = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, head_dim=12)
     v |= dict(intermediate_size=40, patch_size=14, image_size=[84, 84], num_position_embeddings=36) | (vision or {})
-    a = dict(hidden_size=24, num_attention_heads=2, num_key_value_heads=2, head_dim=8, intermediate_size=24)
+    v["num_key_value_heads"] = v["num_attention_heads"]
+    a = dict(
+        hidden_size=v["hidden_size"], num_attention_heads=2, num_key_value_heads=2, head_dim=8, intermediate_size=24
+    )
     a |= dict(text_hidden_size=32, vision_feature_layer=list(vit_layers))
     text = base | (text or {})
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": text.pop("rope_theta", 10000.0)}
@@ -112,20 +118,24 @@ def assert_close(ours, reference, relative=2e-5):
     assert (ours - reference).abs().max() <= relative * reference.abs().max()
 
 
-CONFIGS = [
-    ("gqa", "image"),
-    ("gqa", "images"),
-    ("mha", "video"),
-    ("mha", "text"),
-    ("one-kv", "images"),
-    ("one-kv", "image"),
-]
-
-
-@pytest.mark.parametrize("name, kind", CONFIGS)
+@pytest.mark.parametrize(
+    "shape, kind, dialect",
+    [
+        ("gqa", "image", "new"),
+        ("gqa", "images", "released"),
+        ("mha", "video", "new"),
+        ("mha", "text", "released"),
+        ("one-kv", "images", "new"),
+        ("one-kv", "image", "released"),
+        ("deep-vision", "video", "released"),
+        ("one-layer-read", "images", "new"),
+    ],
+)
 @torch.no_grad()
-def test_hidden_states_logits_and_greedy_samples(theirs, tmp_path, name, kind):
-    model = theirs(text=NAMES[name], seed=len(kind))
+def test_hidden_states_logits_and_greedy_samples(theirs, tmp_path, shape, kind, dialect):
+    model = theirs(seed=len(kind), **SHAPES[shape])
+    if dialect == "released":
+        to_released_dialect(tmp_path / "theirs/config.json")
     ours = load_backbone(tmp_path / "theirs")
     ids, seen = scene(kind)
     out = model(**ask_theirs(model, ids, seen), output_hidden_states=True)
@@ -135,12 +145,9 @@ def test_hidden_states_logits_and_greedy_samples(theirs, tmp_path, name, kind):
     assert_close(ours.logits(hidden), out.logits)
     if seen is None:  # a mask without pictures is the causal default
         assert_close(ours(ids), hidden, 1e-6)
-
     spoken = model.generate(**ask_theirs(model, ids, seen), max_new_tokens=12, do_sample=False, pad_token_id=0)
-    assert (
-        ours.generate(ids, features, our_mask(ids), max_new_tokens=12, temperature=0).tolist()
-        == spoken[:, ids.shape[1] :].tolist()
-    )
+    greedy = ours.generate(ids, features, our_mask(ids), max_new_tokens=12, temperature=0)
+    assert greedy.tolist() == spoken[:, ids.shape[1] :].tolist()
 
 
 @torch.no_grad()
@@ -154,22 +161,28 @@ def test_padded_rows_of_unequal_lengths(theirs, tmp_path):
     assert_close(ours(ids, mask=mask)[real], expected[real])
 
 
-def test_both_dialects_of_the_config_mean_the_same(theirs, tmp_path):
-    theirs()
-    new = read_config(tmp_path / "theirs")
-    raw = json.loads((tmp_path / "theirs/config.json").read_text())
+def to_released_dialect(path):
+    """Rewrite a config of transformers 5 in the words of the released files, which declare two vision layers more than
+    are stored and count those that are read from the end."""
+    raw = json.loads(path.read_text())
     text, vision, adapter = raw["text_config"], raw.pop("vision_config"), raw["adapter_config"]
     text["layer_norm_eps"], text["rope_theta"] = text.pop("rms_norm_eps"), text.pop("rope_parameters")["rope_theta"]
     vision["image_default_input_size"], vision["image_patch_size"] = vision.pop("image_size"), vision.pop("patch_size")
     vision["image_num_pos"] = vision.pop("num_position_embeddings")
-    vision["num_hidden_layers"], adapter["vit_layers"] = 5, [-3, -5]
-    del adapter["vision_feature_layer"]
-    raw["vit_config"] = vision
-    (tmp_path / "theirs/config.json").write_text(json.dumps(raw))
+    vision["num_hidden_layers"] += 2
+    read = adapter.pop("vision_feature_layer")
+    adapter["vit_layers"] = [layer - vision["num_hidden_layers"] for layer in read]
+    path.write_text(json.dumps({**raw, "vit_config": vision}))
+
+
+def test_both_dialects_of_the_config_mean_the_same(theirs, tmp_path):
+    theirs()
+    new = read_config(tmp_path / "theirs")
+    to_released_dialect(tmp_path / "theirs/config.json")
     old = read_config(tmp_path / "theirs")
-    assert old.vision_layers == new.vision_layers == (2, 0)
-    assert old.text == new.text and old.vision_depth == new.vision_depth == 3
-    load_backbone(tmp_path / "theirs")  # declared depth 5, stored 3
+    assert old.adapter.vit_layers == (-3, -5) and new.adapter.vit_layers == (2, 0)
+    assert old.vision_layers == new.vision_layers and old.text == new.text
+    assert old.vision_depth == new.vision_depth == 3 < old.vision.num_hidden_layers
 
 
 @pytest.mark.parametrize("declared, vit_layers, depth", [(27, (-3, -9), 25), (25, (24, 18), 25), (6, (1,), 2)])

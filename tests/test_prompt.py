@@ -1,6 +1,6 @@
 """Ids are built piece by piece, so every position is known, and text is never anything but text.
 
-    pytest tests/test_prompt.py
+pytest tests/test_prompt.py
 """
 
 import unicodedata
@@ -88,7 +88,9 @@ def test_text_that_spells_a_special_token_is_text(processor, text):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), min_size=1, max_size=6))
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), min_size=1, max_size=6)
+)
 def test_property_every_span_decodes_to_its_response(processor, responses):
     """To its NFC form: the tokenizer normalises. A response is encoded the same wherever it stands."""
     e = processor.encode("prompt", responses)
@@ -112,7 +114,9 @@ def test_limits_say_by_how_much(processor):
     assert len(processor.encode("prompt", ["x"] * 64).spans) == 64
     e = processor.encode("prompt", ["x"])
     narrow = Processor(processor.tokenizer, processor.images, processor.markup, max_tokens=len(e.ids) - 1)
-    with pytest.raises(InputError, match=f"{len(e.ids)} tokens .* are 1 more than the model's limit of {len(e.ids) - 1}"):
+    with pytest.raises(
+        InputError, match=f"{len(e.ids)} tokens .* are 1 more than the model's limit of {len(e.ids) - 1}"
+    ):
         narrow.encode("prompt", ["x"])
 
 

@@ -1,6 +1,7 @@
-"""The tiny world is honest: the oracle is right, held-out pairs are unseen, and no text-only rule finds the best answer.
+"""The tiny world is honest: the oracle is right, held-out pairs are unseen, and no text-only rule finds the best
+answer.
 
-    pytest tests/test_shapes.py
+pytest tests/test_shapes.py
 """
 
 import itertools

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from yojo import shapes
 from yojo.cli import WEIGHTS
 from yojo.data import collate
 from yojo.lora import LoraConfig
+from yojo.mask import DENSE_UP_TO, MODES
 from yojo.reward import RewardModel
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
@@ -50,23 +52,36 @@ def make_model(base, mode="joint", dtype=torch.float64, trained=True):
     return rm.eval()
 
 
+class Judge:
+    """`RewardModel.score` for the four kinds of record, with their pictures cut once."""
+
+    def __init__(self, rm):
+        self.rm, self.tolerance = rm, TOLERANCE[rm.backbone.dtype]
+        self.seen = {kind: rm.processor.look(s.get("image"), s.get("video")) for kind, s in SEEN.items()}
+
+    def encode(self, prompt, responses, kind):
+        return self.rm.processor.lay_out(prompt, responses, self.seen[kind])
+
+    def __call__(self, prompt, responses, kind="text", mode="isolated"):
+        return self.rm.score_encoded([self.encode(prompt, responses, kind)], mode)[0]
+
+    def one_by_one(self, prompt, responses, kind="text"):
+        return [self(prompt, [r], kind)[0] for r in responses]
+
+
 @pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["float64", "float32"])
-def model(request, tiny_folder):
-    return make_model(tiny_folder, dtype=request.param)
+def judge(request, tiny_folder):
+    return Judge(make_model(tiny_folder, dtype=request.param))
 
 
 @pytest.fixture(scope="module")
 def exact(tiny_folder):
-    return make_model(tiny_folder)
+    return Judge(make_model(tiny_folder))
 
 
-def assert_equal(ours, theirs, rm):
-    far = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-    assert far <= TOLERANCE[rm.backbone.dtype], f"scores differ by {far}"
-
-
-def one_by_one(rm, prompt, responses, mode="isolated", **seen):
-    return [rm.score(prompt, [r], mode=mode, **seen)[0] for r in responses]
+def assert_equal(ours, theirs, tolerance):
+    far = max((abs(a - b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+    assert far <= tolerance, f"scores differ by {far}"
 
 
 # ----------------------------------------------------------------------------------------------------- isolated mode
@@ -74,11 +89,11 @@ def one_by_one(rm, prompt, responses, mode="isolated", **seen):
 
 @pytest.mark.parametrize("kind", SEEN)
 @pytest.mark.parametrize("n", range(1, 17))
-def test_one_pass_equals_n_passes(model, kind, n):
+def test_one_pass_equals_n_passes(judge, kind, n):
     rng = random.Random(n)
     prompt, responses = words(rng), [words(rng) for _ in range(n)]
-    together = model.score(prompt, responses, mode="isolated", **SEEN[kind])
-    assert_equal(together, one_by_one(model, prompt, responses, **SEEN[kind]), model)
+    together = judge(prompt, responses, kind)
+    assert_equal(together, judge.one_by_one(prompt, responses, kind), judge.tolerance)
     if n > 1:
         assert max(together) - min(together) > 1e-3, "the scores do not differ: this test would prove nothing"
 
@@ -86,41 +101,37 @@ def test_one_pass_equals_n_passes(model, kind, n):
 @pytest.mark.parametrize("name", ["tiny-rm", "tiny-rm-isolated"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_one_pass_equals_n_passes_with_the_shipped_weights(name, dtype):
-    from yojo import shapes
-
     rm = RewardModel.load(WEIGHTS / name, dtype=dtype)
     rng = random.Random(0)
     for n in (1, 2, 3, 4, 8, 16):
         scene = shapes.make_scene(rng)
-        record = shapes.absolute(scene, rng, n)
-        ask = record["prompt"], record["responses"]
-        together = rm.score(*ask, image=shapes.render(scene), mode="isolated")
-        assert_equal(together, one_by_one(rm, *ask, image=shapes.render(scene)), rm)
+        record, picture = shapes.absolute(scene, rng, n), shapes.render(scene)
+        together = rm.score(record["prompt"], record["responses"], image=picture, mode="isolated")
+        alone = [rm.score(record["prompt"], [r], image=picture, mode="isolated")[0] for r in record["responses"]]
+        assert_equal(together, alone, TOLERANCE[dtype])
 
 
 def test_one_pass_equals_n_passes_without_lora(tiny_folder):
-    rm = make_model(tiny_folder, trained=False)
+    judge = Judge(make_model(tiny_folder, trained=False))
     responses = ["one", "two words", "and three more"]
-    together = rm.score("prompt", responses, mode="isolated")
-    assert_equal(together, one_by_one(rm, "prompt", responses), rm)
+    assert_equal(judge("prompt", responses), judge.one_by_one("prompt", responses), judge.tolerance)
 
 
 def test_long_rows_take_the_structured_form_and_give_the_same_scores(exact):
     """Beyond 512 tokens the decoder stops building a [T, T] mask; nothing may change."""
     responses = [f"{i} " * 90 for i in range(8)]
-    encoded = exact.processor.encode("prompt", responses, noise(1))
-    assert len(encoded.ids) > 512
-    together = exact.score("prompt", responses, noise(1), mode="isolated")
-    assert_equal(together, one_by_one(exact, "prompt", responses, image=noise(1)), exact)
+    assert len(exact.encode("prompt", responses, "image").ids) > DENSE_UP_TO
+    together = exact("prompt", responses, "image")
+    assert_equal(together, exact.one_by_one("prompt", responses, "image"), exact.tolerance)
 
 
-def test_the_order_of_the_responses_does_not_matter(model):
+def test_the_order_of_the_responses_does_not_matter(judge):
     rng = random.Random(5)
     responses = [words(rng) for _ in range(6)]
     order = rng.sample(range(6), 6)
-    straight = model.score("prompt", responses, SEEN["image"]["image"], mode="isolated")
-    shuffled = model.score("prompt", [responses[i] for i in order], SEEN["image"]["image"], mode="isolated")
-    assert_equal(shuffled, [straight[i] for i in order], model)
+    straight = judge("prompt", responses, "image")
+    shuffled = judge("prompt", [responses[i] for i in order], "image")
+    assert_equal(shuffled, [straight[i] for i in order], judge.tolerance)
 
 
 # -------------------------------------------------------------------------------------------------------- joint mode
@@ -130,74 +141,73 @@ def test_the_order_of_the_responses_does_not_matter(model):
 def test_joint_editing_a_response_moves_only_what_comes_after_it(exact, kind):
     rng = random.Random(1)
     prompt, responses = words(rng), [words(rng) for _ in range(6)]
-    before = exact.score(prompt, responses, mode="joint", **SEEN[kind])
+    before = exact(prompt, responses, kind, "joint")
     for j in range(6):
         edited = responses[:j] + ["something else altogether"] + responses[j + 1 :]
-        after = exact.score(prompt, edited, mode="joint", **SEEN[kind])
-        assert max([abs(a - b) for a, b in zip(before[:j], after[:j], strict=True)], default=0) < 1e-10
+        after = exact(prompt, edited, kind, "joint")
+        assert_equal(before[:j], after[:j], exact.tolerance)
         assert all(abs(a - b) > 1e-6 for a, b in zip(before[j:], after[j:], strict=True))
 
 
 @pytest.mark.parametrize("kind", SEEN)
 def test_the_first_response_is_judged_blind_in_both_modes(exact, kind):
     responses = ["first", "second one", "the third of them"]
-    joint, isolated = (exact.score("prompt", responses, mode=mode, **SEEN[kind]) for mode in ("joint", "isolated"))
-    assert abs(joint[0] - isolated[0]) < 1e-10
+    joint, isolated = (exact("prompt", responses, kind, mode) for mode in MODES)
+    assert abs(joint[0] - isolated[0]) < exact.tolerance
     assert abs(joint[1] - isolated[1]) > 1e-6
 
 
 @pytest.mark.parametrize("kind", SEEN)
 def test_a_single_response_scores_the_same_in_both_modes(exact, kind):
-    joint, isolated = (exact.score("prompt", ["only"], mode=mode, **SEEN[kind]) for mode in ("joint", "isolated"))
-    assert abs(joint[0] - isolated[0]) < 1e-10
+    joint, isolated = (exact("prompt", ["only"], kind, mode) for mode in MODES)
+    assert abs(joint[0] - isolated[0]) < exact.tolerance
 
 
 # ------------------------------------------------------------------------------------- the company a record keeps
 
 
-@pytest.mark.parametrize("mode", ["joint", "isolated"])
-def test_scores_do_not_depend_on_the_batch_or_the_row(model, mode):
+@pytest.mark.parametrize("mode", MODES)
+def test_scores_do_not_depend_on_the_batch_or_the_row(judge, mode):
     rng = random.Random(2)
     records = [
-        model.processor.encode(words(rng), [words(rng) for _ in range(n)], **SEEN[kind])
+        judge.encode(words(rng), [words(rng) for _ in range(n)], kind)
         for n, kind in ((3, "image"), (1, "text"), (5, "images"), (2, "video"))
     ]
-    alone = [s for e in records for s in model.score_encoded([e], mode)[0]]
-    in_a_batch = [s for scores in model.score_encoded(records, mode) for s in scores]
+    alone = [s for e in records for s in judge.rm.score_encoded([e], mode)[0]]
+    in_a_batch = [s for scores in judge.rm.score_encoded(records, mode) for s in scores]
     with torch.no_grad():
-        in_one_row = model(collate([records], mode)).tolist()
-        in_two_rows = model(collate([records[:1], records[1:]], mode)).tolist()
+        in_one_row = judge.rm(collate([records], mode)).tolist()
+        in_two_rows = judge.rm(collate([records[:1], records[1:]], mode)).tolist()
     for other in (in_a_batch, in_one_row, in_two_rows):
-        assert max(abs(a - b) for a, b in zip(alone, other, strict=True)) < 1e-5
+        assert_equal(alone, other, 1e-5)
 
 
 # --------------------------------------------------------------------------------- the same, hunted for exceptions
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(str.strip)
 answers = st.lists(texts, min_size=1, max_size=6)
+hunt = settings(max_examples=200, deadline=None)
 
 
-@settings(max_examples=200, deadline=None)
-@given(prompt=texts, responses=answers, picture=st.booleans())
-def test_property_one_pass_equals_n_passes(exact, prompt, responses, picture):
-    seen = SEEN["image"] if picture else {}
-    together = exact.score(prompt, responses, mode="isolated", **seen)
-    assert_equal(together, one_by_one(exact, prompt, responses, **seen), exact)
+@hunt
+@given(prompt=texts, responses=answers, kind=st.sampled_from(sorted(SEEN)))
+def test_property_one_pass_equals_n_passes(exact, prompt, responses, kind):
+    together = exact(prompt, responses, kind)
+    assert_equal(together, exact.one_by_one(prompt, responses, kind), exact.tolerance)
 
 
-@settings(max_examples=200, deadline=None)
+@hunt
 @given(prompt=texts, responses=answers, seed=st.integers(0, 999))
 def test_property_order_does_not_matter(exact, prompt, responses, seed):
     order = random.Random(seed).sample(range(len(responses)), len(responses))
-    straight = exact.score(prompt, responses, mode="isolated")
-    shuffled = exact.score(prompt, [responses[i] for i in order], mode="isolated")
-    assert_equal(shuffled, [straight[i] for i in order], exact)
+    straight, shuffled = exact(prompt, responses), exact(prompt, [responses[i] for i in order])
+    assert_equal(shuffled, [straight[i] for i in order], exact.tolerance)
 
 
-@settings(max_examples=200, deadline=None)
+@hunt
 @given(prompt=texts, responses=answers, other=texts, seed=st.integers(0, 999))
 def test_property_joint_scores_ignore_what_comes_later(exact, prompt, responses, other, seed):
     j = seed % len(responses)
-    before = exact.score(prompt, responses, mode="joint")
-    after = exact.score(prompt, responses[:j] + [other] + responses[j + 1 :], mode="joint")
-    assert max([abs(a - b) for a, b in zip(before[:j], after[:j], strict=True)], default=0) < 1e-10
+    before = exact(prompt, responses, mode="joint")
+    after = exact(prompt, responses[:j] + [other] + responses[j + 1 :], mode="joint")
+    assert_equal(before[:j], after[:j], exact.tolerance)

@@ -4,8 +4,8 @@ A checkpoint folder is Molmo2's: `config.json`, `model.safetensors` or shards wi
 `generation_config.json`, `tokenizer.json`, `preprocessor_config.json`, `processor_config.json`.
 
 Module attributes carry the tensor names, so loading is one concatenation (the embedding table, cut in two in files) and
-one strict check of names and shapes. Two dialects of `config.json` are read, the released one (`vit_config`) and that of
-transformers 5 (`vision_config`); the released one is written.
+one strict check of names and shapes. Two dialects of `config.json` are read, the released one (`vit_config`) and that
+of transformers 5 (`vision_config`); the released one is written.
 
 See it: `pytest tests/test_checkpoint.py`.
 """

@@ -1,4 +1,4 @@
-"""What all commands share: bad input is one clear line and exit status 2, results go to `--json` whole or not at all."""
+"""What all commands share: bad input is one clear line and exit status 2, results go to `--json` whole."""
 
 import argparse
 import sys

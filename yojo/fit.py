@@ -2,9 +2,9 @@
 
     for step:  g = mean over micro-batches of grad loss;  clip |g|;  AdamW with lr(step)
 
-What is learned comes from outside: `loss(step, part)` returns the loss of one micro-batch and what to log about it. It must
-be a function of its arguments (and of torch's random state), so that a run can go on from a saved state as if it had
-never stopped.
+What is learned comes from outside: `loss(step, part)` returns the loss of one micro-batch and what to log about it. It
+must be a function of its arguments (and of torch's random state), so that a run can go on from a saved state as if it
+had never stopped.
 
 See it: `pytest tests/test_fit.py`.
 """
@@ -54,7 +54,8 @@ def fit(
     folder: Path | None = None,
     title: str | None = None,
 ) -> list[dict[str, float]]:
-    """Train `parameters` in place -> one dict a step: step, loss, lr, norm of the gradient, seconds, and what `loss` logs.
+    """Train `parameters` in place -> one dict a step: step, loss, lr, norm of the gradient, seconds, and what `loss`
+    logs.
 
     With `folder`, `metrics.jsonl` grows there, and every `save_every` steps `state.pt` is written, whole or not at all;
     when it is there already, the run goes on from it. `title` names a progress bar; None = none.

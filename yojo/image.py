@@ -7,8 +7,8 @@ An image gives one global view of size x size, then a tiling of crops that overl
 cut in a place where neither crop sees it whole; the shared patches are dealt out so that each token has one owner.
 A video frame gives one view and coarser windows.
 
-Resizing is bilinear without antialiasing, rounded to whole grey levels, as in the released preprocessing; aspect ratio is
-not kept. Facts: `preprocessor_config.json` of the release; `tests/data/molmo2_images.safetensors` holds the expected
+Resizing is bilinear without antialiasing, rounded to whole grey levels, as in the released preprocessing; aspect ratio
+is not kept. Facts: `preprocessor_config.json` of the release; `tests/data/molmo2_images.safetensors` holds the expected
 tensors.
 
 See it: `pytest tests/test_image.py`.
@@ -82,8 +82,9 @@ def read_image_config(folder: str | Path) -> ImageConfig:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What one record shows the tower: patches float32 [views, P, 3 * patch^2], pooling int64 [M, window], and the token
-    grids: for each image (global rows, columns, high-resolution rows, columns), for each frame (rows, columns)."""
+    """What one record shows the tower: patches float32 [views, P, 3 * patch^2], pooling int64 [M, window], and the
+    token grids: for each image (global rows, columns, high-resolution rows, columns), for each frame (rows,
+    columns)."""
 
     patches: Tensor
     pooling: Tensor

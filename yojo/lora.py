@@ -138,7 +138,7 @@ def remove(model: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def merge(model: nn.Module, name: str) -> None:
-    """Fold an adapter into the base, W <- W + (alpha / r) B A, and remove it. The sum is taken in the adapter's dtype."""
+    """Fold an adapter into the base, W <- W + (alpha / r) B A, and remove it. The sum is in the adapter's dtype."""
     for _, linear, a in _matrices(model, name):
         linear.weight.copy_(linear.weight.to(a.lora_A.dtype) + a.scale * (a.lora_B @ a.lora_A))
     remove(model, name)
@@ -205,7 +205,7 @@ def read_config(folder: str | Path) -> LoraConfig:
 
 
 def load(model: nn.Module, name: str, folder: str | Path) -> list[nn.Parameter]:
-    """Add the adapter in `folder` under `name`, strictly: every tensor must be there, of the right shape, and no more."""
+    """Add the adapter in `folder` under `name`, strictly: exactly its tensors, in their shapes."""
     path = Path(folder) / "adapter_model.safetensors"
     config = read_config(folder)
     parameters = add(model, name, config)

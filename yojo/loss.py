@@ -5,8 +5,8 @@
     Plackett-Luce           L = - sum_i log  e^{s_i} / sum_{j not better than i} e^{s_j}
     Bradley-Terry           L = - mean over pairs ranked i before j of  log sigmoid(s_i - s_j)
 
-The paper's release draws one of several best at random at every use; sharing the target is the mean of that. All four are
-means over records, computed in at least float32.
+The paper's release draws one of several best at random at every use; sharing the target is the mean of that. All four
+are means over records, computed in at least float32.
 
 See it: `pytest tests/test_loss.py` works each by hand.
 """
@@ -44,7 +44,7 @@ def any_best(scores: Tensor, rank: Tensor) -> Tensor:
 
 
 def plackett_luce(scores: Tensor, rank: Tensor) -> Tensor:
-    """- log likelihood of the whole ranking, chosen best first; tied responses do not compete with each other. -> scalar"""
+    """- log likelihood of the whole ranking, chosen best first; tied responses do not compete. -> scalar"""
     rivals = (rank[:, None, :] > rank[:, :, None]) | torch.eye(rank.shape[1], dtype=torch.bool, device=rank.device)
     log_p = _log_softmax(scores, rank)
     among = log_p[:, None, :].masked_fill(~rivals | (rank == 0)[:, None, :], -torch.inf)

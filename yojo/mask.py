@@ -53,7 +53,7 @@ class AttentionMask:
     # ------------------------------------------------------------------------------------------------ the predicate
 
     def allow(self, b, h, q, k) -> Tensor:
-        """May query q look at key k, in row b? Index tensors of broadcastable shapes -> bool; h (head) plays no part."""
+        """May query q look at key k, in row b? Broadcastable index tensors -> bool; h, the head, plays no part."""
         return self.real(b, q, k) & self.same_record(b, q, k) & self.ordered(b, q, k) & self.open(b, q, k)
 
     def real(self, b, q, k) -> Tensor:
@@ -81,7 +81,7 @@ class AttentionMask:
 
     @cached_property
     def structured(self) -> "list[list[Segment]]":
-        """Per row, the segments that tile it: the prompt attends to itself once, each response to the prompt and itself."""
+        """Per row, the segments that tile it: the prompt looks at itself once, each response at what it may see."""
         return [[self._segment(b, *cut) for cut in self._cuts(b)] for b in range(len(self.record))]
 
     def block_sparse(self):
@@ -141,31 +141,33 @@ class Segment:
 
 COLOURS = {"prompt": (120, 120, 120), "picture": (190, 150, 70)}
 RESPONSES = ((52, 101, 164), (78, 154, 6), (164, 40, 60), (117, 80, 123), (6, 130, 130), (196, 110, 20))
+MARGIN = 120  # pixels for labels
 
 
 def draw(mask: AttentionMask, b: int = 0, labels: list[str] | None = None, cell: int = 12):
     """Row b of a mask as a Pillow picture: queries downwards, keys to the right, a filled cell where q looks at k.
 
-    The colour is the key's: grey prompt, ochre picture, one colour a response. `labels` [T] are written on both
-    axes; without them only the spans are named.
+    The colour is the key's: grey prompt, ochre picture, one colour a response. `labels` [T] name every token; without
+    them each span is named at its middle.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     real = (mask.record[b] != PADDING).nonzero().flatten().tolist()
-    T, margin = len(real), 120
-    allow = mask.dense[b][real][:, real]
-    image = Image.new("RGB", (margin + T * cell + 12, margin + T * cell + 12), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=max(9, cell - 1))
-    kinds = [_kind(mask, b, t) for t in real]
-    for i in range(T):
-        for j in range(T):
-            box = [margin + j * cell, margin + i * cell, margin + (j + 1) * cell - 2, margin + (i + 1) * cell - 2]
-            pen.rectangle(box, fill=kinds[j][1] if allow[i, j] else (238, 238, 238))
-    marks = list(enumerate(labels)) if labels else [(0, kinds[0][0])]
-    if not labels:
-        marks += [(i, kinds[i][0]) for i in range(1, T) if kinds[i][0] != kinds[i - 1][0]]
-    for i, text in marks:
-        _label(image, font, text, kinds[i][1], margin, margin + i * cell, cell)
+    allow, kinds = mask.dense[b][real][:, real], [_kind(mask, b, t) for t in real]
+    side = MARGIN + len(real) * cell + 12
+    image, font = Image.new("RGB", (side, side), "white"), ImageFont.load_default(size=max(11, cell - 2))
+    pen = ImageDraw.Draw(image)
+    for i, row in enumerate(allow.tolist()):
+        for j, seen in enumerate(row):
+            box = [MARGIN + k * cell for k in (j, i, j + 1, i + 1)]
+            pen.rectangle([*box[:2], box[2] - 2, box[3] - 2], fill=kinds[j][1] if seen else (238, 238, 238))
+    for first, last, text in _spans(kinds) if labels is None else ((i, i, t) for i, t in enumerate(labels)):
+        strip = Image.new("RGBA", (MARGIN, 24))
+        ImageDraw.Draw(strip).text((MARGIN - 6, 12), text, fill=kinds[first][1], font=font, anchor="rm")
+        at = int(MARGIN + (first + last + 1) * cell / 2) - 13
+        image.paste(strip, (0, at), strip)
+        turned = strip.rotate(-90, expand=True)
+        image.paste(turned, (at, 0), turned)
     return image
 
 
@@ -177,11 +179,7 @@ def _kind(mask: AttentionMask, b: int, t: int) -> tuple[str, tuple[int, int, int
     return name, COLOURS[name]
 
 
-def _label(image, font, text: str, colour, margin: int, at: int, cell: int) -> None:
-    """The same word left of its row and, turned, above its column."""
-    from PIL import Image, ImageDraw
-
-    strip = Image.new("RGB", (margin - 8, cell + 4), "white")
-    ImageDraw.Draw(strip).text((margin - 10, (cell + 4) // 2), text, fill=colour, font=font, anchor="rm")
-    image.paste(strip, (4, at - 2))
-    image.paste(strip.rotate(-90, expand=True), (at - 2, 4))
+def _spans(kinds: list[tuple]) -> list[tuple[int, int, str]]:
+    """(first, last, name) of the runs of one kind."""
+    starts = [i for i in range(len(kinds)) if i == 0 or kinds[i] != kinds[i - 1]]
+    return [(a, z - 1, kinds[a][0]) for a, z in zip(starts, [*starts[1:], len(kinds)], strict=True)]

@@ -42,14 +42,14 @@ class Recipe:
 
 
 TINY = Recipe(
-    lora=LoraConfig(r=16, alpha=32, dropout=0.0),
+    lora=LoraConfig(r=16, alpha=64, dropout=0.0),
     inner=128,
     records=32,
-    fit=FitConfig(steps=150, lr=2e-3, warmup=30, schedule="cosine"),
+    fit=FitConfig(steps=150, lr=3e-3, warmup=10, schedule="cosine"),
 )
 CORROBORATED = replace(
     TINY,
-    lora=LoraConfig(r=32, alpha=64, dropout=0.0),
+    lora=LoraConfig(r=32, alpha=128, dropout=0.0),
     records=64,
     loss=losses.any_best,
     fit=replace(TINY.fit, steps=300),

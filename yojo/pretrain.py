@@ -2,9 +2,9 @@
 
     python -m yojo.pretrain --out weights/tiny
 
-A row is one picture and several short conversations about it, laid out as responses are (`mask.py`): in one half of each
-step isolated, so that the picture is read once and no conversation sees another, in the other half joint, as one long
-conversation. A reward model meets both.
+A row is one picture and several short conversations about it, laid out as responses are (`mask.py`): in one half of
+each step isolated, so that the picture is read once and no conversation sees another, in the other half joint, as one
+long conversation. A reward model meets both.
 
     loss = cross-entropy of the answers' tokens + AUXILIARY * what stands in each cell, read off each picture token
 
@@ -42,7 +42,7 @@ ADAPTER = AdapterConfig(96, 4, 24, 256, (-1, -3))
 IMAGES = ImageConfig(size=shapes.GRID * shapes.CELL, margins=(1, 1), max_crops=1)
 PICTURES, TALKS, AUXILIARY = 8, 8, 0.5  # pictures in a micro-batch, conversations about each, weight of the read-out
 FIT = FitConfig(
-    steps=4800, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup=100, schedule="cosine", accumulate=len(MODES)
+    steps=4500, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup=100, schedule="cosine", accumulate=len(MODES)
 )
 
 # -------------------------------------------------------------------------------------------------------- tokenizer
@@ -77,7 +77,10 @@ def make_tokenizer(path: Path, texts: list[str]) -> None:
 def corpus() -> list[str]:
     """What the tokenizer is trained on: the world's own sentences, and some English of a fixed wording (`LICENSE`)."""
     rng = random.Random(0)
-    world = [text for _ in range(4000) for talk in talks(shapes.make_scene(rng), rng, 4) for text in talk]
+    world = []
+    for _ in range(4000):
+        for turns, answer in talks(shapes.make_scene(rng), rng, 4):
+            world += [*turns, answer]
     english = (WEIGHTS.parent / "LICENSE").read_text(encoding="utf-8").splitlines()
     return ["user\n" + text for text in world] + ["assistant\n"] * 4000 + english
 
@@ -85,65 +88,79 @@ def corpus() -> list[str]:
 # ---------------------------------------------------------------------------------------------------- conversations
 
 
-def talks(scene: shapes.Scene, rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """(question, answer) pairs about one scene."""
-    kinds = (describe, describe, look_up, look_up, place, presence, check, check, check, name)
+Talk = tuple[list[str], str]  # turns, the user's first and last; and the answer to be learned
+
+
+def talks(scene: shapes.Scene, rng: random.Random, count: int) -> list[Talk]:
+    """Conversations about one scene."""
+    kinds = (describe, describe, look_up, look_up, place, presence, check, check, check, name, claim)
     return [rng.choice(kinds)(scene, rng) for _ in range(count)]
 
 
-def describe(scene, rng):
+def describe(scene: shapes.Scene, rng: random.Random) -> Talk:
     return describe_thing(scene, rng.choice(scene.things), rng)
 
 
-def describe_thing(scene, thing, rng):
-    return shapes.ask(thing, rng.choice(("shape", "colour"))), shapes.describe(scene.facts(thing))
+def describe_thing(scene: shapes.Scene, thing: shapes.Thing, rng: random.Random) -> Talk:
+    return [shapes.ask(thing, rng.choice(("shape", "colour")))], shapes.describe(scene.facts(thing))
 
 
-def describe_held_out(scene, rng):
+def describe_held_out(scene: shapes.Scene, rng: random.Random) -> Talk:
     return describe_thing(scene, scene.things[0], rng)
 
 
-def look_up(scene, rng):
-    thing, slot = rng.choice(scene.things), rng.choice(("size", "colour", "shape", "row", "column", "count"))
+def look_up(scene: shapes.Scene, rng: random.Random) -> Talk:
+    thing, slot = rng.choice(scene.things), rng.choice(list(shapes.SLOTS))
     if slot == "count":
-        return "How many things are there?", scene.facts(thing)["count"]
+        return ["How many things are there?"], scene.facts(thing)["count"]
     by = {"colour": "shape", "shape": "colour"}.get(slot) or rng.choice(("shape", "colour"))
     subject = thing.shape if by == "shape" else f"{thing.colour} thing"
-    return f"What {slot} is the {subject}?", getattr(thing, slot)
+    return [f"What {slot} is the {subject}?"], getattr(thing, slot)
 
 
-def place(scene, rng):
+def place(scene: shapes.Scene, rng: random.Random) -> Talk:
     row, column = rng.choice(shapes.ROWS), rng.choice(shapes.COLUMNS)
     if rng.random() < 0.7:
         row, column = (lambda t: (t.row, t.column))(rng.choice(scene.things))
     here = [t for t in scene.things if (t.row, t.column) == (row, column)]
-    return f"What is {row} {column}?", f"a {here[0].size} {here[0].colour} {here[0].shape}" if here else "nothing"
+    return [f"What is {row} {column}?"], f"a {here[0].size} {here[0].colour} {here[0].shape}" if here else "nothing"
 
 
-def presence(scene, rng):
+def some_pair(scene: shapes.Scene, rng: random.Random) -> tuple[str, bool]:
+    """A colour and a shape in words, and whether the picture shows it; half of them it does."""
     pairs = {(t.colour, t.shape) for t in scene.things}
     absent = [p for p in shapes.PAIRS if p not in pairs and p not in shapes.HELD_OUT]
     pair = rng.choice(sorted(pairs) if rng.random() < 0.5 else absent)
-    return f"Is there {rng.choice(shapes.wordings(*pair))}?", "yes" if pair in pairs else "no"
+    return rng.choice(shapes.wordings(*pair)), pair in pairs
 
 
-def check(scene, rng):
+def presence(scene: shapes.Scene, rng: random.Random) -> Talk:
+    words, true = some_pair(scene, rng)
+    return [f"Is there {words}?"], "yes" if true else "no"
+
+
+def claim(scene: shapes.Scene, rng: random.Random) -> Talk:
+    words, true = some_pair(scene, rng)
+    return [shapes.CORROBORATED, words, "Right?"], "right" if true else "wrong"
+
+
+def name(scene: shapes.Scene, rng: random.Random) -> Talk:
+    thing = rng.choice(scene.things)
+    return [shapes.CORROBORATED], rng.choice(shapes.wordings(thing.colour, thing.shape))
+
+
+def check(scene: shapes.Scene, rng: random.Random) -> Talk:
     """A description in which each fact is wrong with probability 0.25 (but never the one the question names)."""
     thing, by = rng.choice(scene.things), rng.choice(("shape", "colour"))
-    truth, said = scene.facts(thing), dict(scene.facts(thing))
-    for slot in said.keys() - {by}:
+    truth = scene.facts(thing)
+    said = dict(truth)
+    for slot in said:
         wrong = [v for v in shapes.SLOTS[slot] if v != truth[slot] and shapes.may_say(truth, slot, v, held_out=False)]
-        if rng.random() < 0.25:
+        if slot != by and rng.random() < 0.25:
             said[slot] = rng.choice(wrong)
     errors = [slot for slot in shapes.SLOTS if said[slot] != truth[slot]]
-    return f"{shapes.ask(thing, by)} {shapes.describe(said)}. Right?", "wrong " + ", ".join(
-        errors
-    ) if errors else "right"
-
-
-def name(scene, rng):
-    thing = rng.choice(scene.things)
-    return shapes.CORROBORATED, rng.choice(shapes.wordings(thing.colour, thing.shape))
+    verdict = "wrong " + ", ".join(errors) if errors else "right"
+    return [shapes.ask(thing, by), shapes.describe(said), "Right?"], verdict
 
 
 # ------------------------------------------------------------------------------------------------------------ batch
@@ -156,11 +173,15 @@ class Rows:
         self.processor, self.seed = processor, seed
         self.encode = lru_cache(maxsize=None)(self._encode)
 
-    def _encode(self, question: str, answer: str) -> tuple[list[int], int]:
+    def _encode(self, answer: str, *turns: str) -> tuple[list[int], int]:
         """One conversation and where its answer starts."""
-        asked = self.processor.encode(question, []).ids[1:].tolist()  # without BOS
-        said = self.processor.tokenizer.encode(answer) + [self.processor.tokenizer.id(TURN_END)]
-        return asked + said, len(asked)
+        t, ids = self.processor.tokenizer, []
+        for question, reply in zip(turns[::2], [*turns[1::2], answer], strict=True):
+            ids += self.processor.encode(question, []).ids[1:].tolist()  # without BOS
+            start = len(ids)
+            ids += [*t.encode(reply), t.id(TURN_END)]
+            ids += t.encode("\n") if reply is not answer else []
+        return ids, start
 
     def batch(self, step: int, part: int, size: int = PICTURES) -> dict[str, Tensor]:
         rng = random.Random(f"{self.seed} {step} {part}")
@@ -190,13 +211,13 @@ class Rows:
             cells=cells,
         )
 
-    def _row(self, marks: list[int], talk: list[tuple[str, str]]) -> list[list[int]]:
+    def _row(self, marks: list[int], talk: list[Talk]) -> list[list[int]]:
         """ids, record, response, position and, where the next token is to be learned, its id (else -1)."""
         ids = [self.processor.tokenizer.id(TURN_END), *marks]
         start = len(ids)
         response, positions, target = [PROMPT] * start, list(range(start)), [-1] * start
-        for i, pair in enumerate(talk):
-            piece, answer = self.encode(*pair)
+        for i, (turns, last) in enumerate(talk):
+            piece, answer = self.encode(last, *turns)
             ids = ids + piece
             response += [i] * len(piece)
             positions += range(start, start + len(piece))
@@ -249,11 +270,23 @@ class Pretraining:
         }
 
 
-KINDS = (describe, describe_held_out, look_up, place, presence, check)
+KINDS = (describe, describe_held_out, look_up, place, presence, check, claim)
 
 
 @torch.no_grad()
-def examine(model: Molmo2, processor: Processor, seed: int, count: int = 200) -> dict[str, float]:
+def answer_to(model: Molmo2, rows: Rows, scene: shapes.Scene, turns: list[str], answer: str) -> bool:
+    """Is the greedy answer right, word for word?"""
+    talk, start = rows.encode(answer, *turns)
+    marks, pictures = rows.processor.look(shapes.render(scene))
+    ids = torch.tensor([[rows.processor.tokenizer.id(TURN_END), *marks, *talk[:start]]])
+    mask = AttentionMask(
+        torch.zeros_like(ids), torch.full_like(ids, PROMPT), torch.isin(ids, rows.processor.image_ids), "joint"
+    )
+    features = model.see(pictures.patches, pictures.pooling)
+    return model.generate(ids, features, mask, max_new_tokens=20, temperature=0)[0].tolist() == talk[start:]
+
+
+def examine(model: Molmo2, rows: Rows, seed: int, count: int = 200) -> dict[str, float]:
     """Greedy answers about new pictures, the share that is right word for word, by kind of question."""
     figures = {}
     for kind in KINDS:
@@ -261,12 +294,7 @@ def examine(model: Molmo2, processor: Processor, seed: int, count: int = 200) ->
         right = 0
         for _ in range(count):
             scene = shapes.make_scene(rng, held_out=kind is describe_held_out)
-            question, answer = kind(scene, rng)
-            e = processor.encode(question, [], shapes.render(scene))
-            mask = AttentionMask(torch.zeros_like(e.ids)[None], e.response[None], e.image[None], "joint")
-            features = model.see(e.pictures.patches, e.pictures.pooling)
-            spoken = model.generate(e.ids[None], features, mask, max_new_tokens=20, temperature=0)
-            right += processor.tokenizer.decode(spoken[0].tolist()) == answer + TURN_END
+            right += answer_to(model, rows, scene, *kind(scene, rng))
         figures[kind.__name__] = right / count
     return figures
 
@@ -318,7 +346,7 @@ def pretrain(out: Path, steps: int, seed: int, overwrite: bool) -> dict[str, flo
         model = new_model(processor.tokenizer, generator)
         task = Pretraining(model, Rows(processor, seed), generator)
         log = fit(task, task.parameters(), replace(FIT, steps=steps), title="pretrain")
-        figures = examine(model.eval(), processor, seed)
+        figures = examine(model.eval(), task.rows, seed)
         save_backbone(model, out, companions, overwrite)
     curve = [{k: round(v, 4) for k, v in entry.items()} for entry in log[::20] + log[-1:]]
     with whole_file(out / "metrics.jsonl") as temporary:

@@ -4,13 +4,13 @@
                                      RESPONSE 1 <|resp_sep|> RESPONSE 2 <|resp_sep|> ... RESPONSE N <|resp_sep|>
                                               ^ read here             ^                          ^
 
-The ids are built piece by piece, so every position is known because it was put there: nothing is ever searched for in the
-finished ids. Each response is tokenized alone, hence encoded the same wherever it stands, and its score is read at its
-last token, just before the separator that closes it.
+The ids are built piece by piece, so every position is known because it was put there: nothing is ever searched for in
+the finished ids. Each response is tokenized alone, hence encoded the same wherever it stands, and its score is read at
+its last token, just before the separator that closes it.
 
-Markup (turns, picture tokens, the separator) enters as ids, looked up by name. Text goes through a copy of the tokenizer
-that knows no added token, so a prompt or response that spells `<|resp_sep|>` or `<im_patch>` is encoded as the ordinary
-characters it is: no answer can add a separator, end a turn or fake a picture.
+Markup (turns, picture tokens, the separator) enters as ids, looked up by name. Text goes through a copy of the
+tokenizer that knows no added token, so a prompt or response that spells `<|resp_sep|>` or `<im_patch>` is encoded as
+the ordinary characters it is: no answer can add a separator, end a turn or fake a picture.
 
 In `isolated` mode the positions of every response start right after the prompt, as they would if it stood alone.
 

@@ -2,11 +2,11 @@
 
     hidden = backbone(prompt + responses)          encode: one pass over all N responses
     h_i    = hidden at the last token of response i   gather: positions known from the prompt, never searched
-    s_i    = w2 silu(W1 h_i + b1) + b2) / sqrt(D)     score: in at least float32
+    s_i    = (w2 silu(W1 h_i + b1) + b2) / sqrt(D)    score: in at least float32
 
-No logits are ever computed. A saved reward model is a folder: the adapter in PEFT's files, `value_head.safetensors`, and
-`reward_model_config.json`, which names the base (relative to the folder), its fingerprint, the separator's id, the layout
-and the mode; a base that is not the one it was trained on is refused.
+No logits are ever computed. A saved reward model is a folder: the adapter in PEFT's files, `value_head.safetensors`,
+and `reward_model_config.json`, which names the base (relative to the folder), its fingerprint, the separator's id, the
+layout and the mode; a base that is not the one it was trained on is refused.
 
     rm = RewardModel.load("weights/tiny-rm")
     rm.score("Describe the star.", ["a small red star, ...", "..."], image="picture.png")

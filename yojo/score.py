@@ -1,7 +1,7 @@
 """Score N responses to one prompt, in one pass.
 
     python -m yojo.score --tiny
-    python -m yojo.score --tiny --image picture.png --prompt "Describe the star." --response "a small ..." --response ...
+    python -m yojo.score --tiny --image picture.png --prompt "Describe the star." --response "..." --response "..."
     python -m yojo.score --model runs/rm --data records.jsonl --json scores.json
 
 Prints a ranked table per record; with `--draw-mask FILE`, also who may look at whom, as a picture.

@@ -5,13 +5,13 @@ colour-shape pairs (`HELD_OUT`) never occur in training: neither in a picture no
 
 Two tasks, both written as ordinary preference records:
 
-- `absolute`: "Describe the star." Each answer states five checkable facts; rank = number of true ones. An answer set is a
-  factorial design: a few facts take k values each, and every combination is an answer. Which of the k values is the
-  truth is exchangeable, so by symmetry NO rule that reads only the texts (the longest, the first, the medoid of the set)
-  beats chance. (For n = 5 and 7, which no design of 2, 3 and 4 gives, answers of the next larger one are left out.)
-- `corroborated`: six answers {T, T, U, V, F, F}, each "a COLOUR SHAPE"; T, U, V are true, F is false; the best is T, the
-  true fact that another answer confirms. F differs from U and V in both words, as T does: without the picture, T and F
-  are exchangeable. Exact ceilings: `CEILINGS`.
+- `absolute`: "Describe the star." Each answer states five checkable facts; rank = number of true ones. An answer set
+  is a factorial design: a few facts take k values each, and every combination is an answer. Which of the k values is
+  the truth is exchangeable, so by symmetry NO rule that reads only the texts (the longest, the first, the medoid of the
+  set) beats chance. (For n = 5 and 7, which no design gives, answers of the next larger one are left out.)
+- `corroborated`: six answers {T, T, U, V, F, F}, each "a COLOUR SHAPE"; T, U, V are true, F is false; the best is T,
+  the true fact that another answer confirms. F differs from U and V in both words, as T does: without the picture, T
+  and F are exchangeable. Exact ceilings: `CEILINGS`.
 
 See it: `pytest tests/test_shapes.py`.
 """

@@ -1,0 +1,176 @@
+"""Commands as a user types them: bad input gives one clear line and exit status 2, and loses nothing.
+
+pytest tests/test_commands.py
+"""
+
+import json
+import sys
+
+import pytest
+from PIL import Image
+
+from yojo import pretrain, score, train
+from yojo.cli import WEIGHTS
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command in this process -> (exit status, stdout, stderr)."""
+
+    def call(module, *words):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        status = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(command):
+    def call(why, module, *words):
+        status, _, err = command(module, *words)
+        lines = [line for line in err.splitlines() if not line.startswith("usage")]
+        assert status == 2, err
+        assert len(lines) == 1 or "usage" in err, err
+        assert why in err and "Traceback" not in err, err
+
+    return call
+
+
+ONE = ("--prompt", "?", "--response", "x")
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        ((), "give either --tiny or --model DIR"),
+        (("--tiny", "--model", "x"), "give either --tiny or --model DIR"),
+        (("--model", "nowhere", *ONE), "nowhere/reward_model_config.json does not exist"),
+        (("--tiny", "--prompt", "?"), "give --prompt and at least one --response"),
+        (("--tiny", "--prompt", "?", "--response", ""), "response 1 is empty"),
+        (("--tiny", "--prompt", "?", "--response", "x", "--response", " \t"), "response 2 is empty"),
+        (("--tiny", "--prompt", "?", *("--response", "x") * 65), "65 responses are 1 more than the limit of 64"),
+        (("--tiny", "--prompt", "?", "--response", "x " * 5000), "more than the model's limit of 4096"),
+        (("--tiny", "--prompt", "?", "--response", "\ud800"), "lone surrogate"),
+        (("--tiny", "--image", "none.png", *ONE), "no picture at none.png"),
+        (("--tiny", "--image", __file__, *ONE), "is not a picture"),
+        (("--tiny", "--data", "none.jsonl"), "no file none.jsonl"),
+        (("--tiny", "--data", "x.jsonl", *ONE), "--data brings its own"),
+        (("--tiny", "--mode", "both", *ONE), "invalid choice: 'both'"),
+        (("--tiny", "--json", "/proc/none/x.json", *ONE), "cannot write in"),
+    ],
+)
+def test_score_refuses(refused, words, why):
+    refused(why, score, *words)
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        ((), "give --tiny, or all of"),
+        (("--weights", "x"), "give --tiny, or all of"),
+        (("--tiny", "--weights", "x"), "--tiny brings its own"),
+        (("--tiny", "--task", "other"), "invalid choice: 'other'"),
+    ],
+)
+def test_train_refuses(refused, words, why):
+    refused(why, train, *words)
+
+
+@pytest.mark.parametrize("module", [pretrain, score, train])
+def test_help_explains_every_option(command, module):
+    status, out, _ = command(module, "--help")
+    assert status == 0 and "--seed" in out and "--json" in out
+
+
+def test_score_tiny_prints_a_ranked_table(command, tmp_path):
+    status, out, err = command(score, "--tiny", "--json", tmp_path / "s.json", "--draw-mask", tmp_path / "m.png")
+    assert status == 0, err
+    assert "mode: joint" in out and "rank  score    #  response" in out
+    result = json.loads((tmp_path / "s.json").read_text())
+    assert result["mode"] == "joint" and len(result["scores"]) == 4
+    assert Image.open(tmp_path / "m.png").width > 500
+    rows = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit()]
+    assert [float(row[1]) for row in rows] == sorted((float(row[1]) for row in rows), reverse=True)
+
+
+def test_score_names_the_mode_that_was_asked_for(command):
+    _, out, _ = command(score, "--model", WEIGHTS / "tiny-rm", "--mode", "isolated", *ONE)
+    assert "mode: isolated (trained in joint)" in out
+
+
+def test_score_reads_records(command, tmp_path):
+    Image.new("RGB", (40, 90), "red").save(tmp_path / "p.png")
+    lines = [{"prompt": "?", "responses": ["a", "b"], "image": "p.png"}, {"prompt": "!", "responses": ["c"]}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    status, _, err = command(score, "--tiny", "--data", tmp_path / "d.jsonl", "--json", tmp_path / "s.json")
+    assert status == 0, err
+    assert [len(r["scores"]) for r in json.loads((tmp_path / "s.json").read_text())] == [2, 1]
+
+
+# ---------------------------------------------------------------------------- training on a checkpoint and a file
+
+
+@pytest.fixture
+def run_folder(tiny_folder, tmp_path, monkeypatch):
+    """Preference records and the paper's recipe, shrunk."""
+    from dataclasses import replace
+
+    from yojo.fit import FitConfig
+    from yojo.lora import LoraConfig
+    from yojo.preference import Recipe
+
+    small = Recipe(LoraConfig(r=2, dropout=0.0), inner=8, records=1, fit=FitConfig(steps=0, accumulate=2, save_every=2))
+    monkeypatch.setattr(train, "Recipe", lambda: replace(small))
+    Image.effect_noise((84, 84), 60).save(tmp_path / "p.png")
+    record = {"prompt": "?", "responses": ["good", "bad", "worse"], "rankings": [1, 2, 3], "image": "p.png"}
+    (tmp_path / "prefs.jsonl").write_text("\n".join(json.dumps(record) for _ in range(6)))
+    words = ("--weights", tiny_folder, "--data", tmp_path / "prefs.jsonl", "--out", tmp_path / "rm", "--mode", "joint")
+    return tmp_path, words
+
+
+def test_training_writes_a_reward_model(command, run_folder):
+    folder, words = run_folder
+    status, out, err = command(train, *words, "--json", folder / "r.json")
+    assert status == 0, err
+    result = json.loads((folder / "r.json").read_text())
+    assert result["mode"] == "joint" and 0 <= result["own"] <= 1 and {"blank", "swapped", "longest"} <= result.keys()
+    assert len((folder / "rm/metrics.jsonl").read_text().splitlines()) == result["steps"] == 3 * 5 // 2
+    assert not (folder / "rm.training").exists()
+    status, _, err = command(score, "--model", folder / "rm", *ONE)
+    assert status == 0, err
+
+
+def test_a_run_is_not_overwritten_and_an_unfinished_one_goes_on(command, refused, run_folder):
+    folder, words = run_folder
+    assert command(train, *words)[0] == 0
+    before = (folder / "rm/value_head.safetensors").read_bytes()
+    refused("rm exists already", train, *words)
+    refused("no unfinished run", train, *words, "--overwrite", "--resume")
+    (folder / "rm").rename(folder / "old")
+    (folder / "rm.training").mkdir()
+    refused("holds an unfinished run", train, *words)
+    assert command(train, *words, "--resume")[0] == 0
+    assert (folder / "rm/value_head.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ('{"prompt": "?"', "prefs.jsonl:1 is not JSON"),
+        ('{"prompt": "?", "responses": ["a", "b"], "rankings": [1]}', "prefs.jsonl:1: rankings must be 2"),
+        ('{"prompt": "?", "responses": ["a", "b"], "rankings": [1, 2]}', "one record can't both"),
+        (2 * '{"prompt": "?", "responses": ["a", " "], "rankings": [1, 2]}\n', "response 2 is empty"),
+        (2 * '{"prompt": "?", "responses": ["a", "b"], "rankings": [1, 2], "image": "no.png"}\n', "no picture at"),
+    ],
+)
+def test_training_refuses_bad_records(refused, run_folder, text, why):
+    folder, words = run_folder
+    (folder / "prefs.jsonl").write_text(text)
+    refused(why, train, *words)
+    assert not (folder / "rm").exists()

@@ -1,0 +1,191 @@
+"""The reward model's own parts: head, separator row, files. (That one pass equals N passes: test_single_pass.py.)
+
+pytest tests/test_reward.py
+"""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import random_model
+from safetensors.torch import load_file, save_file
+from test_single_pass import make_model
+
+from yojo import lora
+from yojo.checkpoint import load_backbone
+from yojo.data import collate
+from yojo.files import InputError
+from yojo.loss import best_of_n
+from yojo.reward import RewardModel, ValueHead, place_separator
+
+ASK = ("Describe the star.", ["a small red star", "a large red star", "nothing"])
+
+
+def test_the_head_by_hand():
+    """s = (w2 silu(W1 h + b1) + b2) / sqrt(D)"""
+    head = ValueHead(4, 2)
+    with torch.no_grad():
+        head[0].weight.copy_(torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]]))
+        head[2].weight.copy_(torch.tensor([[2.0, -1.0]]))
+        head[2].bias.fill_(0.5)
+    silu = [x / (1 + math.exp(-x)) for x in (1.0, -2.0)]
+    score = head(torch.tensor([[1.0, -2.0, 9.0, 9.0]]))
+    assert score.shape == (1,) and score.item() == pytest.approx((2 * silu[0] - silu[1] + 0.5) / 2)
+
+
+def test_the_head_starts_small_and_computes_in_at_least_float32():
+    head = ValueHead(2560, 1024, torch.Generator().manual_seed(0))
+    assert head[0].weight.std().item() == pytest.approx(0.01, rel=0.01)
+    assert head[0].bias.abs().max() == 0 == head[2].bias.abs().max()
+    assert head(torch.randn(3, 2560, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_scoring_has_no_vocabulary_matrix(tiny_folder):
+    assert make_model(tiny_folder).backbone.lm_head is None
+
+
+def test_only_the_adapter_and_the_head_learn(tiny_folder):
+    rm = make_model(tiny_folder)
+    batch = collate([rm.processor.encode(*ASK)], "joint")
+    for p in rm.trainable():
+        p.requires_grad_(True)
+    best_of_n(rm(batch).view(1, -1), torch.tensor([[1, 2, 3]])).backward()
+    touched = {name for name, p in rm.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert {n for n in touched if ".adapters." not in n and not n.startswith("head.")} == set()
+    assert len(touched) == len(rm.trainable()) - 1  # the head's last bias moves all scores alike: its gradient is zero
+
+
+def test_the_adapter_is_used_for_scoring_and_left_off_afterwards(tiny_folder):
+    rm = make_model(tiny_folder)
+    with_it = rm.score(*ASK)
+    assert rm.backbone.adapter is None
+    with torch.no_grad():
+        for p in lora.parameters(rm.backbone, "reward"):
+            p.zero_()
+    assert rm.score(*ASK) != with_it
+
+
+def test_mode_none_is_the_one_it_was_trained_in(tiny_folder):
+    for mode, other in (("joint", "isolated"), ("isolated", "joint")):
+        rm = make_model(tiny_folder, mode)
+        assert rm.score(*ASK) == rm.score(*ASK, mode=mode) != rm.score(*ASK, mode=other)
+    with pytest.raises(InputError, match="mode 'both' is none of"):
+        rm.score(*ASK, mode="both")
+
+
+def test_no_response_is_refused(tiny_folder):
+    with pytest.raises(InputError, match="no responses"):
+        make_model(tiny_folder).score("prompt", [])
+
+
+@pytest.mark.parametrize("additional, row", [(11, "used"), (10, "appended"), (9, "refused")])
+def test_the_row_of_the_separator(tiny_folder, additional, row):
+    """The tokenizer has 522 entries, so the separator's id is 522; the table has 512 + additional rows."""
+    from dataclasses import replace
+
+    config = load_backbone(tiny_folder).config
+    model = random_model(
+        replace(config, text=replace(config.text, additional_vocab_size=additional)), dtype=torch.float32
+    )
+    before = model.model.transformer.wte.embedding.clone()
+    if row == "refused":
+        with pytest.raises(InputError, match="522 lies 1 beyond the 521 embedding rows"):
+            place_separator(model, 522)
+        return
+    place_separator(model, 522)
+    table = model.model.transformer.wte.embedding
+    assert len(table) == 523 == model.config.text.rows and not table.requires_grad
+    assert torch.equal(table[: len(before)], before)
+    assert bool(table[522].any()) == (row == "used")
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def saved(tiny_folder, tmp_path):
+    """A base, and beside it a trained reward model."""
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    rm = make_model(base, "isolated", dtype=torch.float32)
+    rm.save(tmp_path / "rm")
+    return rm, tmp_path
+
+
+def test_saving_and_loading_changes_no_bit(saved):
+    rm, folder = saved
+    again = RewardModel.load(folder / "rm")
+    assert again.mode == "isolated" and again.score(*ASK) == rm.score(*ASK)
+    assert not any(p.requires_grad for p in again.parameters()) and not again.training
+
+
+def test_the_base_is_found_relative_to_the_folder(saved, monkeypatch):
+    rm, folder = saved
+    assert json.loads((folder / "rm/reward_model_config.json").read_text())["base"] == "../base"
+    (folder / "moved").mkdir()
+    for name in ("base", "rm"):
+        shutil.move(folder / name, folder / "moved" / name)
+    monkeypatch.chdir("/")
+    assert RewardModel.load(folder / "moved/rm").score(*ASK) == rm.score(*ASK)
+    shutil.move(folder / "moved/base", folder / "elsewhere")
+    with pytest.raises(InputError, match="there is none: pass its folder as `base`"):
+        RewardModel.load(folder / "moved/rm")
+    assert RewardModel.load(folder / "moved/rm", base=folder / "elsewhere").score(*ASK) == rm.score(*ASK)
+
+
+def test_another_base_is_refused(saved):
+    _, folder = saved
+    path = folder / "base/model.safetensors"
+    tensors = load_file(path)
+    tensors["model.transformer.ln_f.weight"] += 1
+    save_file(tensors, path)
+    with pytest.raises(InputError, match="trained on another base: the weights in"):
+        RewardModel.load(folder / "rm")
+
+
+def test_another_tokenizer_is_refused(saved):
+    _, folder = saved
+    path = folder / "base/tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(InputError, match="trained on another base: the tokenizer in"):
+        RewardModel.load(folder / "rm")
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("separator_id", 7, "separator id 7, the tokenizer in .* gives 522"),
+        ("mode", "both", "mode 'both' is none of"),
+        ("layout", "other", "layout 'other' is unknown"),
+        ("mode", None, "mode missing or wrong"),
+        ("format", "x", "is not a reward model of this project"),
+        ("value_head_hidden_dim", 5, "value_head.safetensors does not hold this model's tensors"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(saved, key, value, message):
+    _, folder = saved
+    path = folder / "rm/reward_model_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=message):
+        RewardModel.load(folder / "rm")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "value_head.safetensors", "adapter_config.json"])
+def test_a_missing_or_truncated_file_is_named(saved, name):
+    _, folder = saved
+    path = folder / "rm" / name
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(InputError, match=name):
+        RewardModel.load(folder / "rm")
+    path.unlink()
+    with pytest.raises(InputError, match=f"{name} does not exist"):
+        RewardModel.load(folder / "rm")
+
+
+def test_an_existing_folder_is_kept_unless_told(saved):
+    rm, folder = saved
+    with pytest.raises(InputError, match="exists already"):
+        rm.save(folder / "rm")
+    rm.save(folder / "rm", overwrite=True)
+    assert RewardModel.load(folder / "rm").score(*ASK) == rm.score(*ASK)
