@@ -59,6 +59,9 @@ CORROBORATED = replace(
 WINDOW = 16  # micro-batches among which records are sorted by their number of responses
 
 
+Source = Path | tuple[int, int]  # a picture's file, or the size of a blank one
+
+
 class Dataset:
     """Records as one reward model reads them.
 
@@ -67,50 +70,47 @@ class Dataset:
 
     def __init__(self, records: Sequence[Record], rm: RewardModel, keep: bool, shows: Sequence[str] = ("own",)):
         self.records, self.rm = records, rm
-        self.kept: dict[tuple, tuple[Seen, Tensor | None]] = {}
+        self.kept: dict[tuple[Source, ...], tuple[Seen, Tensor | None]] = {}
         if keep:
-            keys = dict.fromkeys(self.key(i, show) for i in range(len(records)) for show in shows)
-            for start in range(0, len(keys), 64):
-                self._keep(list(keys)[start : start + 64])
+            sources = list(dict.fromkeys(self.shown(i, show) for i in range(len(records)) for show in shows))
+            for start in range(0, len(sources), 64):
+                self._keep(sources[start : start + 64])
 
     def __len__(self) -> int:
         return len(self.records)
 
     @torch.no_grad()
-    def _keep(self, keys: list[tuple]) -> None:
+    def _keep(self, sources: list[tuple[Source, ...]]) -> None:
         """Look at some records' pictures, and let the tower see them in one pass."""
-        looked = [self._look(*key) for key in keys]
-        shown = [pictures for _, pictures in looked if pictures is not None]
-        joined = join(shown) if shown else None
+        looked = [self._look(source) for source in sources]
+        pictures = [p for _, p in looked if p is not None]
+        joined = join(pictures) if pictures else None
         features = self.rm.backbone.see(joined.patches, joined.pooling) if joined else torch.empty(0)
-        counts = [0 if pictures is None else len(pictures.pooling) for _, pictures in looked]
-        for key, seen, mine in zip(keys, looked, features.split(counts), strict=True):
-            self.kept[key] = (seen[0], None), mine
+        counts = [0 if p is None else len(p.pooling) for _, p in looked]
+        for source, (marks, _), mine in zip(sources, looked, features.split(counts), strict=True):
+            self.kept[source] = (marks, None), mine
 
-    def _look(self, paths: tuple[Path, ...], blank: bool) -> Seen:
-        """Pictures, or grey ones of the same size."""
-        pictures = [open_picture(path) for path in paths]
-        if blank:
-            pictures = [Image.new("RGB", picture.size, (128, 128, 128)) for picture in pictures]
+    def _look(self, sources: tuple[Source, ...]) -> Seen:
+        pictures = [open_picture(s) if isinstance(s, Path) else Image.new("RGB", s, (128, 128, 128)) for s in sources]
         return self.rm.processor.look(pictures) if pictures else ([], None)
 
-    def key(self, i: int, show: str) -> tuple[tuple[Path, ...], bool]:
-        """Which pictures are shown with record i, and whether they are blanked."""
+    def shown(self, i: int, show: str) -> tuple[Source, ...]:
+        """What stands beside record i: its "own" pictures, "blank" ones of their size, or "swapped", those of the next
+        record that has others."""
         own = self.records[i].images
-        if show == "swapped":  # the next record's that has others
+        if show == "blank":
+            return tuple(open_picture(path).size for path in own)
+        if show == "swapped":
             others = (self.records[(i + k) % len(self)].images for k in range(1, len(self)))
             own = next((images for images in others if images != own), own)
-        return tuple(own), show == "blank"
+        return tuple(own)
 
     def encode(self, i: int, order: Sequence[int], show: str = "own") -> tuple[Encoded, Tensor | None]:
-        """Record i with its responses in `order` -> what the model reads, and the picture features where kept.
-
-        show: the record's "own" pictures, "blank" ones of the same size, or another record's, "swapped".
-        """
+        """Record i with its responses in `order` -> what the model reads, and the picture features where kept."""
         record = self.records[i]
         try:
-            key = self.key(i, show)
-            seen, features = self.kept[key] if key in self.kept else (self._look(*key), None)
+            sources = self.shown(i, show)
+            seen, features = self.kept[sources] if sources in self.kept else (self._look(sources), None)
             return self.rm.processor.lay_out(record.prompt, [record.responses[k] for k in order], seen), features
         except InputError as error:
             raise InputError(f"{record.where}: {error}") from None

@@ -171,17 +171,17 @@ class Rows:
 
     def __init__(self, processor: Processor, seed: int):
         self.processor, self.seed = processor, seed
-        self.encode = lru_cache(maxsize=None)(self._encode)
+        self.encode = lru_cache(maxsize=100_000)(self._encode)
 
     def _encode(self, answer: str, *turns: str) -> tuple[list[int], int]:
-        """One conversation and where its answer starts."""
-        t, ids = self.processor.tokenizer, []
-        for question, reply in zip(turns[::2], [*turns[1::2], answer], strict=True):
-            ids += self.processor.encode(question, []).ids[1:].tolist()  # without BOS
-            start = len(ids)
-            ids += [*t.encode(reply), t.id(TURN_END)]
-            ids += t.encode("\n") if reply is not answer else []
-        return ids, start
+        """One conversation and where its answer starts. Turns are the user's and, between them, the assistant's."""
+        tokenizer, ids = self.processor.tokenizer, []
+        for i, turn in enumerate(turns):
+            if i % 2:
+                ids += [*tokenizer.encode(turn), tokenizer.id(TURN_END), *tokenizer.encode("\n")]
+            else:
+                ids += self.processor.encode(turn, []).ids[1:].tolist()  # without BOS
+        return [*ids, *tokenizer.encode(answer), tokenizer.id(TURN_END)], len(ids)
 
     def batch(self, step: int, part: int, size: int = PICTURES) -> dict[str, Tensor]:
         rng = random.Random(f"{self.seed} {step} {part}")

@@ -1,6 +1,6 @@
 """The reward model: a backbone with an adapter, and a small head that reads one number per response.
 
-    hidden = backbone(prompt + responses)          encode: one pass over all N responses
+    hidden = backbone(prompt + responses)             encode: one pass over all N responses
     h_i    = hidden at the last token of response i   gather: positions known from the prompt, never searched
     s_i    = (w2 silu(W1 h_i + b1) + b2) / sqrt(D)    score: in at least float32
 
