@@ -101,6 +101,7 @@ NORM = "model.transformer.ln_f.weight"
         (lambda t: t.update({NORM: torch.zeros(32, dtype=torch.int64)}), "is torch.int64, weights are floating-point"),
         (lambda t: t.pop("model.transformer.wte.new_embedding"), r"wte.embedding is \[512, 32\], expected \[528, 32\]"),
         (lambda t: t.clear(), "missing"),
+        (lambda t: t.update({"model.transformer.wte.new_embedding": torch.zeros(16, 7)}), "differ in width"),
     ],
 )
 def test_wrong_tensors_are_named(folder, change, message):
@@ -126,6 +127,11 @@ def test_a_truncated_file_is_named(folder, size):
         (lambda c: c.pop("model_type"), "model_type is None"),
         (lambda c: c.pop("text_config"), "has no text_config"),
         (lambda c: c["text_config"].pop("head_dim"), "lacks head_dim"),
+        (lambda c: c["text_config"].update(head_dim="8"), "head_dim must be like 128, got '8'"),
+        (lambda c: c["text_config"].update(num_key_value_heads=3), "must divide the query heads"),
+        (lambda c: c["adapter_config"].update(vit_layers=2), "vit_layers must be like"),
+        (lambda c: c["adapter_config"].update(vit_layers=[7]), "must lie among the 3 declared vision layers"),
+        (lambda c: c.pop("image_patch_id"), "image_patch_id must be a token id"),
         (
             lambda c: c["text_config"].update(qk_norm_type="olmo"),
             "qk_norm_type = 'olmo'; this network computes 'qwen3'",
@@ -186,8 +192,33 @@ def test_a_write_that_fails_leaves_the_previous_one(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write in"), whole_file(tmp_path / "file" / "below"):
+    with pytest.raises(InputError, match="cannot write"), whole_file(tmp_path / "file" / "below"):
         pass
+
+
+def test_a_folder_is_put_back_when_the_last_rename_fails(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").write_text("before")
+    real = os.rename
+
+    def rename(a, b):
+        if b == tmp_path / "out" and ".old" not in a.name:
+            raise OSError(28, "No space left on device")
+        real(a, b)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(InputError, match="No space left"), whole_folder(tmp_path / "out", overwrite=True) as new:
+        (new / "file").write_text("after")
+    assert (tmp_path / "out/file").read_text() == "before"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_moved_aside_by_a_kill_is_put_back_by_the_next_write(tmp_path):
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old/file").write_text("before")
+    with pytest.raises(InputError, match="exists already"), whole_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out/file").read_text() == "before"
 
 
 KILLED = """

@@ -9,7 +9,7 @@ import sys
 import pytest
 from PIL import Image
 
-from yojo import pretrain, score, train
+from yojo import preference, pretrain, score, train
 from yojo.cli import WEIGHTS
 
 
@@ -60,9 +60,10 @@ ONE = ("--prompt", "?", "--response", "x")
         (("--tiny", "--image", "none.png", *ONE), "no picture at none.png"),
         (("--tiny", "--image", __file__, *ONE), "is not a picture"),
         (("--tiny", "--data", "none.jsonl"), "no file none.jsonl"),
+        (("--tiny", "--prompt", "?", "--response", "x " * 999, "--draw-mask", "m.png"), "too many to draw"),
         (("--tiny", "--data", "x.jsonl", *ONE), "--data brings its own"),
         (("--tiny", "--mode", "both", *ONE), "invalid choice: 'both'"),
-        (("--tiny", "--json", "/proc/none/x.json", *ONE), "cannot write in"),
+        (("--tiny", "--json", "/proc/none/x.json", *ONE), "cannot write"),
     ],
 )
 def test_score_refuses(refused, words, why):
@@ -74,7 +75,13 @@ def test_score_refuses(refused, words, why):
     [
         ((), "give --tiny, or all of"),
         (("--weights", "x"), "give --tiny, or all of"),
-        (("--tiny", "--weights", "x"), "--tiny brings its own"),
+        (("--tiny", "--weights", "x"), "--weights goes without --tiny only"),
+        (("--paraphrase", "--weights", "x"), "--paraphrase goes with --tiny only"),
+        (("--tiny", "--paraphrase"), "--paraphrase goes with --task corroborated only"),
+        (("--tiny", "--seeds", "0"), "--seeds 0"),
+        (("--tiny", "--seeds", "3", "--out", "x"), "no more than 1 with --out"),
+        (("--tiny", "--steps", "-5"), "--steps -5: at least 1"),
+        (("--tiny", "--sizes", "1"), "2 to 16 responses"),
         (("--tiny", "--task", "other"), "invalid choice: 'other'"),
     ],
 )
@@ -146,16 +153,31 @@ def test_training_writes_a_reward_model(command, run_folder):
     assert status == 0, err
 
 
-def test_a_run_is_not_overwritten_and_an_unfinished_one_goes_on(command, refused, run_folder):
+def test_a_run_is_not_overwritten_and_an_unfinished_one_goes_on(command, refused, run_folder, monkeypatch):
     folder, words = run_folder
     assert command(train, *words)[0] == 0
     before = (folder / "rm/value_head.safetensors").read_bytes()
     refused("rm exists already", train, *words)
     refused("no unfinished run", train, *words, "--overwrite", "--resume")
     (folder / "rm").rename(folder / "old")
-    (folder / "rm.training").mkdir()
+
+    real, calls = preference.Task.__call__, []
+
+    def stops(task, step, part):  # after the save that follows step 5
+        calls.append(step)
+        if step == 6:
+            raise KeyboardInterrupt
+        return real(task, step, part)
+
+    monkeypatch.setattr(preference.Task, "__call__", stops)
+    assert command(train, *words)[0] == 130
+    monkeypatch.setattr(preference.Task, "__call__", real)
     refused("holds an unfinished run", train, *words)
+    refused("no file nowhere", train, *words, "--overwrite", "--data", "nowhere")
+    assert (folder / "rm.training/state.pt").exists(), "a typing error cost the run"
+    refused("its mode is 'joint', not 'isolated'", train, *words, "--resume", "--mode", "isolated")
     assert command(train, *words, "--resume")[0] == 0
+    assert calls == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
     assert (folder / "rm/value_head.safetensors").read_bytes() == before
 
 

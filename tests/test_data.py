@@ -25,6 +25,9 @@ def write(tmp_path, *lines):
 
 
 def test_a_record_in_each_form(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name in ("a.png", "b/c.png"):
+        (tmp_path / name).touch()
     path = write(
         tmp_path,
         GOOD,
@@ -49,6 +52,9 @@ def test_a_line_break_inside_a_string_is_no_line_break(tmp_path):
     [
         ("{", "is not JSON"),
         ("[1]", "holds a JSON list"),
+        ("9" * 5000, "is not JSON"),
+        ({**GOOD, "responses": ["a", " "]}, "response 2 is empty"),
+        ({**GOOD, "image": "none.png"}, "no picture at"),
         ({**GOOD, "prompt": 3}, "prompt must be a string"),
         ({**GOOD, "responses": []}, "at least one string"),
         ({**GOOD, "responses": "ab"}, "at least one string"),

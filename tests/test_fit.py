@@ -91,5 +91,29 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights():
 def test_a_foreign_state_is_refused(tmp_path):
     (tmp_path / "state.pt").write_bytes(b"not a state")
     w, loss = problem()
-    with pytest.raises(InputError, match="is not the state of this run"):
+    with pytest.raises(InputError, match="is not the state of a run"):
         fit(loss, [w], FitConfig(steps=1), tmp_path)
+
+
+def test_another_run_is_not_resumed(tmp_path):
+    """The saved state remembers what was trained on what: a joint run can't go on as an isolated one."""
+    w, loss = problem()
+    c = FitConfig(steps=2, save_every=1)
+    fit(loss, [w], c, tmp_path, run={"mode": "joint"})
+    with pytest.raises(InputError, match="its mode is 'joint', not 'isolated'"):
+        fit(loss, [w], c, tmp_path, run={"mode": "isolated"})
+    with pytest.raises(InputError, match="its steps is 2, not 3"):
+        fit(loss, [w], FitConfig(steps=3, save_every=1), tmp_path, run={"mode": "joint"})
+
+
+def test_steps_logged_before_the_first_save_are_not_logged_twice(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    w, loss = problem()
+    fit(loss, [w], FitConfig(steps=2), tmp_path)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+
+
+def test_groups_learn_at_their_pace():
+    slow, fast = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    fit(lambda step, part: ((slow + fast).sum(), {}), {1.0: [slow], 5.0: [fast]}, FitConfig(steps=1, lr=0.01))
+    assert fast.item() == pytest.approx(5 * slow.item(), rel=1e-5) == pytest.approx(-0.05, rel=1e-5)

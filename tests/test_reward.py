@@ -49,12 +49,14 @@ def test_scoring_has_no_vocabulary_matrix(tiny_folder):
 def test_only_the_adapter_and_the_head_learn(tiny_folder):
     rm = make_model(tiny_folder)
     batch = collate([rm.processor.encode(*ASK)], "joint")
-    for p in rm.trainable():
+    for p in sum(rm.trainable(), []):
         p.requires_grad_(True)
     best_of_n(rm(batch).view(1, -1), torch.tensor([[1, 2, 3]])).backward()
     touched = {name for name, p in rm.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert {n for n in touched if ".adapters." not in n and not n.startswith("head.")} == set()
-    assert len(touched) == len(rm.trainable()) - 1  # the head's last bias moves all scores alike: its gradient is zero
+    assert (
+        len(touched) == len(sum(rm.trainable(), [])) - 1
+    )  # the head's last bias moves all scores alike: its gradient is zero
 
 
 def test_the_adapter_is_used_for_scoring_and_left_off_afterwards(tiny_folder):
@@ -120,6 +122,31 @@ def test_saving_and_loading_changes_no_bit(saved):
     assert not any(p.requires_grad for p in again.parameters()) and not again.training
 
 
+def test_float64_stays_float64(tiny_folder, tmp_path):
+    rm = make_model(tiny_folder, dtype=torch.float64)
+    rm.save(tmp_path / "rm")
+    again = RewardModel.load(tmp_path / "rm", dtype=torch.float64)
+    assert again.score(*ASK) == rm.score(*ASK)
+
+
+def test_responses_are_a_list_of_strings(tiny_folder):
+    for wrong in ("good", ["good", 3]):
+        with pytest.raises(InputError, match="a list of strings"):
+            make_model(tiny_folder).score("prompt", wrong)
+
+
+def test_pictures_must_be_cut_as_the_tower_reads_them(saved):
+    _, folder = saved
+    path = folder / "base/preprocessor_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"size": {"height": 56, "width": 56}}))
+    with pytest.raises(InputError, match="cuts views into 16 patches of 14 pixels, the vision tower reads 36 of 14"):
+        RewardModel.load(folder / "rm")
+    path.write_text(json.dumps(raw | {"overlap_margins": 1}))
+    with pytest.raises(InputError, match="wrong kind"):
+        RewardModel.load(folder / "rm")
+
+
 def test_the_base_is_found_relative_to_the_folder(saved, monkeypatch):
     rm, folder = saved
     assert json.loads((folder / "rm/reward_model_config.json").read_text())["base"] == "../base"
@@ -159,7 +186,8 @@ def test_another_tokenizer_is_refused(saved):
         ("mode", "both", "mode 'both' is none of"),
         ("layout", "other", "layout 'other' is unknown"),
         ("mode", None, "mode missing or wrong"),
-        ("format", "x", "is not a reward model of this project"),
+        ("format", "x", "is no reward model of this project"),
+        ("value_head_hidden_dim", -1, "value_head_hidden_dim missing or wrong"),
         ("value_head_hidden_dim", 5, "value_head.safetensors does not hold this model's tensors"),
     ],
 )

@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -96,16 +97,23 @@ def read_config(folder: str | Path) -> Config:
     generation = Path(folder) / "generation_config.json"
     said = read_json(generation) if generation.exists() else {}
     eos, pad = said.get("eos_token_id"), said.get("pad_token_id")
+    if isinstance(eos, list):
+        if len(eos) != 1:
+            raise InputError(f"{generation}: eos_token_id {eos} names {len(eos)} tokens; this network stops at one")
+        eos = eos[0]
     ids |= {"eos_id": eos, "pad_id": eos or 0 if pad is None else pad}  # what fills a row that has ended is never read
-    try:
-        return Config(
-            TextConfig(**_pick(path, text, TEXT)),
-            VisionConfig(**_pick(path, parts["vision_config"], VISION)),
-            AdapterConfig(**_pick(path, parts["adapter_config"], ADAPTER)),
-            **ids,
-        )
-    except TypeError as error:
-        raise InputError(f"{path}: {error}") from None
+    if not isinstance(ids["image_patch_id"], int):
+        raise InputError(f"{path}: image_patch_id must be a token id, got {ids['image_patch_id']!r}")
+    config = Config(
+        TextConfig(**_pick(path, text, TEXT, TextConfig)),
+        VisionConfig(**_pick(path, parts["vision_config"], VISION, VisionConfig)),
+        AdapterConfig(**_pick(path, parts["adapter_config"], ADAPTER, AdapterConfig)),
+        **ids,
+    )
+    if config.text.num_attention_heads % config.text.num_key_value_heads:
+        raise InputError(f"{path}: key/value heads must divide the query heads, got {config.text}")
+    _ = config.vision_layers  # raises where these do not fit the declared depth
+    return config
 
 
 def _rope(path: Path, text: dict) -> dict:
@@ -115,13 +123,21 @@ def _rope(path: Path, text: dict) -> dict:
     return {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
 
 
-def _pick(path: Path, part: dict, names: dict[str, list[str]]) -> dict:
+def _pick(path: Path, part: dict, names: dict[str, list[str]], kind: type) -> dict:
+    """Our fields from their names; a value must be of the kind that the field's default is."""
     picked = {}
     for ours, theirs in names.items():
         values = [part[name] for name in theirs if part.get(name) is not None]
         if not values:
             raise InputError(f"{path} lacks {' or '.join(theirs)}")
-        picked[ours] = tuple(values[0]) if isinstance(values[0], list) else values[0]
+        value, like = values[0], getattr(kind, ours)
+        if isinstance(like, tuple):
+            good = isinstance(value, list) and value and all(type(v) is int for v in value)
+        else:
+            good = type(value) in ((int,) if isinstance(like, int) else (int, float)) and value > 0
+        if not good and not (ours == "additional_vocab_size" and value == 0):
+            raise InputError(f"{path}: {theirs[0]} must be like {like}, got {value!r}")
+        picked[ours] = tuple(value) if isinstance(like, tuple) else value
     return picked
 
 
@@ -191,11 +207,18 @@ def load_backbone(
         tensors = {}
         for shard in shards(path):
             file = stack.enter_context(open_tensors(shard))
-            tensors |= {name: (file, name) for name in file.keys() if not _unread(name, config, lm_head)}
+            for name in file.keys():
+                if name in tensors:
+                    raise InputError(f"{path}: {name} stands in two shards")
+                if not _unread(name, config, lm_head):
+                    tensors[name] = (file, name)
         table = [tensors.pop(WTE + name) for name in ("embedding", "new_embedding") if WTE + name in tensors]
         shapes = {name: file.get_slice(name).get_shape() for name, (file, name) in tensors.items()}
         cuts = [file.get_slice(name).get_shape() for file, name in table]
         if cuts:
+            widths = {tuple(shape[1:]) for shape in cuts}
+            if len(widths) > 1:
+                raise InputError(f"{path}: the two parts of the embedding table differ in width: {cuts}")
             shapes[WTE + "embedding"] = [sum(shape[0] for shape in cuts), *cuts[0][1:]]
         check_tensors(path, shapes, expected)
 
@@ -225,8 +248,11 @@ def base_tensors(model: Molmo2) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if ".adapters." not in name}
 
 
-def save_backbone(model: Molmo2, folder: str | Path, companions: str | Path, overwrite: bool = False) -> None:
-    """Write a complete checkpoint in the released names; tokenizer and processor files are copied from `companions`.
+def save_backbone(
+    model: Molmo2, folder: str | Path, companions: str | Path, overwrite: bool = False, also: Sequence[Path] = ()
+) -> None:
+    """Write a complete checkpoint in the released names; tokenizer and processor files are copied from `companions`,
+    and the files in `also`.
 
     Adapters are not part of it: merge them first, or save them beside it.
     """
@@ -246,6 +272,8 @@ def save_backbone(model: Molmo2, folder: str | Path, companions: str | Path, ove
         for name in COMPANIONS:
             if (Path(companions) / name).exists():
                 shutil.copyfile(Path(companions) / name, new / name)
+        for path in also:
+            shutil.copyfile(path, new / path.name)
 
 
 def fingerprint(model: Molmo2, tokenizer_file: str | Path) -> dict[str, str]:

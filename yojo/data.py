@@ -55,7 +55,7 @@ def read_records(path: str | Path, ranked: bool = True) -> list[Record]:
 def _record(line: str, where: str, folder: Path, ranked: bool) -> Record:
     try:
         raw = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number without end
         raise InputError(f"{where} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{where} holds a JSON {type(raw).__name__}, not an object")
@@ -64,6 +64,8 @@ def _record(line: str, where: str, folder: Path, ranked: bool) -> Record:
         raise InputError(f"{where}: prompt must be a string, got {prompt!r}")
     if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
         raise InputError(f"{where}: responses must be a list of at least one string")
+    if empty := [i for i, r in enumerate(responses, 1) if not r.strip()]:
+        raise InputError(f"{where}: response {empty[0]} is empty: there is nothing to score")
     if rankings is None and ranked:
         raise InputError(f"{where} has no rankings")
     if rankings is not None:
@@ -72,7 +74,10 @@ def _record(line: str, where: str, folder: Path, ranked: bool) -> Record:
         )
         if not whole or len(rankings) != len(responses):
             raise InputError(f"{where}: rankings must be {len(responses)} whole numbers from 1, got {rankings!r}")
-    return Record(prompt, responses, rankings, [folder / name for name in _images(raw, where)], where)
+    images = [folder / name for name in _images(raw, where)]
+    if absent := [path for path in images if not path.exists()]:
+        raise InputError(f"{where}: no picture at {absent[0]}")
+    return Record(prompt, responses, rankings, images, where)
 
 
 def _images(raw: dict, where: str) -> list[str]:

@@ -31,7 +31,7 @@ def read_json(path: str | Path) -> dict:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, an endless number
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}, not an object")
@@ -75,16 +75,18 @@ def read_tensors(path: str | Path, expected: Mapping[str, torch.Size]) -> dict[s
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it takes the place of `path` in one step."""
     path = Path(path)
-    with _output(path.parent):
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
-        try:
-            yield Path(temporary)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with _writing(path):
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -97,34 +99,45 @@ def write_json(path: str | Path, value: object) -> None:
 def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `path`; on success it becomes `path`.
 
-    An existing `path` raises unless `overwrite`; then the old folder stays whole until the new one is, and is put
-    back should the last rename fail. A kill in the instant between the two renames leaves it as `<path>.old`.
+    An existing `path` raises unless `overwrite`; then it stays whole until the new one is, and is put back should that
+    fail. A folder can't be replaced in one step: a kill in the instant between two renames leaves the old one, whole,
+    under `.<name>.old`, from where the next write of `path` or `restore` puts it back.
     """
     path = Path(path)
+    old = path.with_name(f".{path.name}.old")
+    restore(path)
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already: choose another folder, or say --overwrite")
-    with _output(path.parent):
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            yield temporary
+    try:
+        yield temporary
+        with _writing(path):
             os.chmod(temporary, 0o777 & ~_umask())
-            old = path.with_name(path.name + ".old")
             if path.exists():
-                shutil.rmtree(old, ignore_errors=True)
                 os.rename(path, old)
             os.rename(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        restore(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(path: str | Path) -> None:
+    """Put back the folder that an interrupted `whole_folder` had moved aside, if it had."""
+    path = Path(path)
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        os.rename(old, path)
 
 
 @contextmanager
-def _output(folder: Path) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write in {folder}: {error.strerror or error}") from None
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _umask() -> int:

@@ -11,10 +11,9 @@ See it: `pytest tests/test_fit.py`.
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -49,19 +48,29 @@ def learning_rate(step: int, c: FitConfig) -> float:
 
 def fit(
     loss: Callable[[int, int], tuple[Tensor, dict[str, float]]],
-    parameters: list[nn.Parameter],
+    parameters: list[nn.Parameter] | dict[float, list[nn.Parameter]],
     c: FitConfig,
     folder: Path | None = None,
     title: str | None = None,
+    run: dict | None = None,
 ) -> list[dict[str, float]]:
     """Train `parameters` in place -> one dict a step: step, loss, lr, norm of the gradient, seconds, and what `loss`
     logs.
 
+    A dict gives groups of parameters that learn at a pace: a multiple of the learning rate.
     With `folder`, `metrics.jsonl` grows there, and every `save_every` steps `state.pt` is written, whole or not at all;
-    when it is there already, the run goes on from it. `title` names a progress bar; None = none.
+    when it is there already, the run goes on from it, provided `run`, which says what is trained on what, is the same.
+    `title` names a progress bar; None = none.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)
-    first, log = resume(folder, parameters, optimizer)
+    about = {**asdict(c), **(run or {})}
+    groups = (
+        [{"params": parameters, "pace": 1.0}]
+        if isinstance(parameters, list)
+        else [{"params": params, "pace": pace} for pace, params in parameters.items()]
+    )
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)
+    first, log = resume(folder, about, parameters, optimizer)
     start = time.monotonic() - (log[-1]["seconds"] if log else 0)
     bar = tqdm(range(first, c.steps), title, initial=first, total=c.steps, disable=title is None, mininterval=1)
     for step in bar:
@@ -76,14 +85,14 @@ def fit(
             with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
             if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
-                save_state(folder, parameters, optimizer, log)
+                save_state(folder, about, parameters, optimizer, log)
     return log
 
 
 def train_step(loss, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, c: FitConfig) -> dict:
     """One update from `accumulate` micro-batches."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, c)
+        group["lr"] = learning_rate(step, c) * group["pace"]
     seen: dict[str, float] = {}
     for part in range(c.accumulate):
         value, about = loss(step, part)
@@ -100,33 +109,49 @@ def train_step(loss, step: int, parameters: list[nn.Parameter], optimizer: torch
     return {**seen, "lr": learning_rate(step, c), "norm": norm}
 
 
-def save_state(folder: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, log: list[dict]) -> None:
+def save_state(
+    folder: Path, about: dict, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, log: list[dict]
+) -> None:
     """Everything a run needs to go on as if it had never stopped, in one file."""
     state = {
+        "about": json.dumps(about, sort_keys=True),
         "parameters": [p.detach() for p in parameters],
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "log": log,
     }
     with whole_file(folder / "state.pt") as temporary:
         torch.save(state, temporary)
 
 
-def resume(folder: Path | None, parameters: list[nn.Parameter], optimizer) -> tuple[int, list[dict[str, float]]]:
+def resume(
+    folder: Path | None, about: dict, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[int, list[dict[str, float]]]:
     """(next step, log so far) from `state.pt`, or (0, []) where there is none. Steps after the save are done again."""
-    if folder is None or not (folder / "state.pt").exists():
+    if folder is None:
         return 0, []
-    try:
-        state = torch.load(folder / "state.pt", weights_only=True)
+    log: list[dict[str, float]] = []
+    if (folder / "state.pt").exists():
+        try:
+            state = torch.load(folder / "state.pt", weights_only=True)
+            theirs, ours = json.loads(state["about"]), json.loads(json.dumps(about))
+        except Exception as error:  # torch.load raises many kinds
+            raise InputError(f"{folder / 'state.pt'} is not the state of a run ({error}): start over") from None
+        if changed := [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]:
+            key = changed[0]
+            raise InputError(
+                f"{folder} holds another run: its {key} is {theirs.get(key)!r}, not {ours.get(key)!r}; resume with "
+                "the same arguments, or start over"
+            )
         with torch.no_grad():
             for p, saved in zip(parameters, state["parameters"], strict=True):
                 p.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
-    except Exception as error:  # torch.load raises many kinds
-        raise InputError(
-            f"{folder / 'state.pt'} is not the state of this run ({error}): start over in another folder"
-        ) from None
+        if state["random_cuda"]:
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+        log = state["log"]
     with whole_file(folder / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(entry) + os.linesep for entry in state["log"]), encoding="utf-8")
-    return len(state["log"]), state["log"]
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+    return len(log), log

@@ -78,6 +78,8 @@ def read_image_config(folder: str | Path) -> ImageConfig:
         )
     except KeyError as missing:
         raise InputError(f"{path} lacks {missing}") from None
+    except TypeError as error:
+        raise InputError(f"{path} has a value of the wrong kind: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def open_picture(source: "str | Path | Image.Image") -> Image.Image:
             raise InputError(f"{source} is too large to open safely: {error}") from None
         except UnidentifiedImageError:
             raise InputError(f"{source} is not a picture that Pillow can read") from None
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, RuntimeError) as error:  # Pillow's decoders raise any of these
             raise InputError(f"{source} cannot be read as a picture: {error}") from None
 
 

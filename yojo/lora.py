@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -92,8 +92,8 @@ def add(
     """Lay a fresh adapter beside every target matrix and return its parameters. It is not active until `use`d."""
     if name in adapters(model):
         raise InputError(f"the model has an adapter {name!r} already: remove it first, or choose another name")
-    for _, linear in targets(model, config.targets):
-        linear.adapters[name] = Adapter(linear, config, generator)
+    for _, linear in list(targets(model, config.targets)):  # all names are checked before the first is touched
+        linear.adapters[name] = Adapter(linear, config, generator).train(linear.training)
     model.lora_configs = {**adapters(model), name: config}
     return parameters(model, name)
 
@@ -189,6 +189,7 @@ PLAIN = {
     "layers_to_transform": None,
     "layer_replication": None,
     "exclude_modules": None,
+    "alora_invocation_tokens": None,
 }
 
 
@@ -199,9 +200,17 @@ def read_config(folder: str | Path) -> LoraConfig:
         if (raw.get(key) or plain) != plain:
             raise InputError(f"{path}: {key} = {raw[key]!r} is not supported, only {plain!r}")
     try:
-        return LoraConfig(raw["r"], raw["lora_alpha"], raw["lora_dropout"], tuple(sorted(raw["target_modules"])))
+        names = raw["target_modules"]
+        if not isinstance(names, list):
+            raise TypeError(f"target_modules must be a list of names, got {names!r}")
+        config = LoraConfig(raw["r"], raw["lora_alpha"], raw["lora_dropout"], tuple(sorted(map(str, names))))
+        if not isinstance(config.r, int) or config.r < 1 or not 0 <= config.dropout < 1:
+            raise TypeError(f"r must be a whole number from 1 and lora_dropout in [0, 1), got {config}")
+        return replace(config, alpha=float(config.alpha))
     except KeyError as missing:
         raise InputError(f"{path} has no {missing}: is this a PEFT LoRA adapter?") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def load(model: nn.Module, name: str, folder: str | Path) -> list[nn.Parameter]:

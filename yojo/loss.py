@@ -2,7 +2,7 @@
 
     best-of-N (the paper)   L = - sum_i t_i log softmax(s)_i        t = the best-ranked, sharing 1 evenly
     any of the best         L = - log sum_{i best} softmax(s)_i     when it matters not which of them wins
-    Plackett-Luce           L = - sum_i log  e^{s_i} / sum_{j not better than i} e^{s_j}
+    Plackett-Luce           L = - sum_i log  e^{s_i} / (e^{s_i} + sum_{j worse than i} e^{s_j})
     Bradley-Terry           L = - mean over pairs ranked i before j of  log sigmoid(s_i - s_j)
 
 The paper's release draws one of several best at random at every use; sharing the target is the mean of that. All four

@@ -142,6 +142,7 @@ class Segment:
 COLOURS = {"prompt": (120, 120, 120), "picture": (190, 150, 70)}
 RESPONSES = ((52, 101, 164), (78, 154, 6), (164, 40, 60), (117, 80, 123), (6, 130, 130), (196, 110, 20))
 MARGIN = 120  # pixels for labels
+DRAWN_UP_TO = 1000  # tokens
 
 
 def draw(mask: AttentionMask, b: int = 0, labels: list[str] | None = None, cell: int = 12):
@@ -153,6 +154,8 @@ def draw(mask: AttentionMask, b: int = 0, labels: list[str] | None = None, cell:
     from PIL import Image, ImageDraw, ImageFont
 
     real = (mask.record[b] != PADDING).nonzero().flatten().tolist()
+    if len(real) > DRAWN_UP_TO:
+        raise ValueError(f"a mask of {len(real)} tokens is too large to draw: at most {DRAWN_UP_TO}")
     allow, kinds = mask.dense[b][real][:, real], [_kind(mask, b, t) for t in real]
     side = MARGIN + len(real) * cell + 12
     image, font = Image.new("RGB", (side, side), "white"), ImageFont.load_default(size=max(11, cell - 2))

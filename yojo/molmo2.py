@@ -90,7 +90,10 @@ class Config:
     @property
     def vision_layers(self) -> tuple[int, ...]:
         """The layers whose outputs are read, 0-based. Negative numbers count from the DECLARED depth."""
-        return tuple(layer % self.vision.num_hidden_layers for layer in self.adapter.vit_layers)
+        depth = self.vision.num_hidden_layers
+        if not all(-depth <= layer < depth for layer in self.adapter.vit_layers):
+            raise InputError(f"vit_layers {self.adapter.vit_layers} must lie among the {depth} declared vision layers")
+        return tuple(layer % depth for layer in self.adapter.vit_layers)
 
     @property
     def vision_depth(self) -> int:
@@ -269,6 +272,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, look: "Tensor | list[Segment] | None
     return torch.stack([torch.cat([segment(q, k, v) for segment in row], dim=1) for row in look])
 
 
+def pick(x: Tensor, read: Tensor | None) -> Tensor:
+    """x [B, T, D] at the (row, index) pairs of read [R, 2] -> [R, D]; None = all of it."""
+    return x if read is None else x[read[:, 0], read[:, 1]]
+
+
 class Attention(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
@@ -279,7 +287,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], look, adapter: str | None, past) -> Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], look, adapter: str | None, past, read) -> Tensor:
         q, k, v = (
             y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for y in self.att_proj(x, adapter).split(self.widths, dim=-1)
@@ -287,7 +295,7 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles)
         if past is not None:
             k, v = past.append(k, v)
-        return self.attn_out(attend(q, k, v, look).transpose(1, 2).flatten(2), adapter)
+        return self.attn_out(pick(attend(q, k, v, look).transpose(1, 2).flatten(2), read), adapter)
 
 
 class MLP(nn.Module):
@@ -302,8 +310,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm. The active adapter comes in BY VALUE: activation checkpointing runs this again at backward time,
-    when another adapter may be active, and must then repeat exactly what it did."""
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    The active adapter comes in BY VALUE: activation checkpointing runs this again at backward time, when another
+    adapter may be active, and must then repeat exactly what it did."""
 
     def __init__(self, c: TextConfig):
         super().__init__()
@@ -312,8 +322,8 @@ class Block(nn.Module):
         self.ff_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], look, adapter: str | None, past=None) -> Tensor:
-        x = x + self.self_attn(self.attn_norm(x), angles, look, adapter, past)
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], look, adapter: str | None, past, read) -> Tensor:
+        x = pick(x, read) + self.self_attn(self.attn_norm(x), angles, look, adapter, past, read)
         return x + self.mlp(self.ff_norm(x), adapter)
 
 
@@ -439,10 +449,10 @@ class Molmo2(nn.Module):
         look = None if mask is None else mask.view()
         angles = rotary_angles(positions, c.head_dim, c.rope_theta, x.dtype)
         for i, block in enumerate(decoder.blocks):
-            args = (x, angles, look, self.adapter, None if cache is None else cache.layers[i])
+            # the last block computes only what is read: beyond it no token is looked at by another
+            last = read if i == len(decoder.blocks) - 1 else None
+            args = (x, angles, look, self.adapter, None if cache is None else cache.layers[i], last)
             x = checkpoint(block, *args, use_reentrant=False) if self.checkpointing and self.training else block(*args)
-        if read is not None:
-            x = x[read[:, 0], read[:, 1]]
         return decoder.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -464,11 +474,15 @@ class Molmo2(nn.Module):
     ) -> Tensor:
         """n continuations of one prompt [1, T] -> int [n, L], L <= max_new_tokens.
 
-        The prompt is read once; its keys and values are shared by all samples. temperature 0 = greedy. A sample ends
-        with `config.eos_id`, after which its row is filled with `config.pad_id`.
+        The prompt is read once, whatever n. temperature 0 = greedy. A sample ends with `config.eos_id`, after which its
+        row is filled with `config.pad_id`.
         """
-        if len(input_ids) != 1:
-            raise ValueError(f"generate reads one prompt at a time, got {len(input_ids)} rows")
+        room = self.config.text.max_position_embeddings - input_ids.shape[1]
+        if len(input_ids) != 1 or n < 1 or temperature < 0 or not 1 <= max_new_tokens <= room:
+            raise ValueError(
+                f"generate takes one prompt (got {len(input_ids)}), n >= 1 ({n}), temperature >= 0 ({temperature}) and "
+                f"1 to {room} new tokens ({max_new_tokens}), which is what the model's positions leave"
+            )
         cache = Cache(self.config)
         hidden = self(input_ids, features, mask, cache=cache)[:, -1:].expand(n, -1, -1)
         cache.expand(n)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from yojo import loss as losses
 from yojo.data import Record, collate, join
@@ -35,6 +36,7 @@ class Recipe:
 
     lora: LoraConfig = field(default_factory=LoraConfig)
     inner: int = 1024  # hidden units of the value head
+    head_pace: float = 1.0  # its learning rate, as a multiple of the adapter's
     records: int = 1  # in a micro-batch
     loss: Callable[[Tensor, Tensor], Tensor] = losses.best_of_n
     epochs: int = 3  # where `fit.steps` is 0
@@ -45,17 +47,16 @@ TINY = Recipe(
     lora=LoraConfig(r=16, alpha=64, dropout=0.0),
     inner=128,
     records=32,
-    fit=FitConfig(steps=150, lr=3e-3, warmup=10, schedule="cosine"),
+    fit=FitConfig(steps=200, lr=3e-3, warmup=10, schedule="cosine"),
 )
 CORROBORATED = replace(
     TINY,
-    lora=LoraConfig(r=32, alpha=128, dropout=0.0),
+    lora=LoraConfig(r=32, alpha=64, dropout=0.0),
+    head_pace=5.0,
     records=64,
     loss=losses.any_best,
-    fit=replace(TINY.fit, steps=300),
+    fit=replace(TINY.fit, steps=195, lr=2e-3, betas=(0.9, 0.95)),
 )
-
-
 WINDOW = 16  # micro-batches among which records are sorted by their number of responses
 
 
@@ -102,8 +103,15 @@ class Dataset:
             return tuple(open_picture(path).size for path in own)
         if show == "swapped":
             others = (self.records[(i + k) % len(self)].images for k in range(1, len(self)))
-            own = next((images for images in others if images != own), own)
+            own = next((images for images in others if images != own), None)
+            if own is None:
+                raise InputError("no other record has other pictures: there is nothing to swap")
         return tuple(own)
+
+    def shows(self) -> list[str]:
+        """The ways to show these records that differ from each other: no controls where there are no pictures."""
+        different = len({tuple(r.images) for r in self.records})
+        return ["own"] + ["blank"] * any(r.images for r in self.records) + ["swapped"] * (different > 1)
 
     def encode(self, i: int, order: Sequence[int], show: str = "own") -> tuple[Encoded, Tensor | None]:
         """Record i with its responses in `order` -> what the model reads, and the picture features where kept."""
@@ -161,13 +169,15 @@ class Task:
 
 
 @torch.no_grad()
-def evaluate(data: Dataset, seed: int, show: str = "own", size: int = 64) -> list[list[float]]:
-    """Scores of every record, in the record's own order of responses.
+def evaluate(
+    data: Dataset, seed: int, show: str = "own", size: int = 64, title: str | None = None
+) -> list[list[float]]:
+    """Scores of every record, in the record's own order of responses. `title` names a progress bar.
 
     They are shown in an order drawn from the seed: fed in file order, a joint model can turn position into accuracy.
     """
     rng, scores = random.Random(f"{seed} evaluate"), []
-    for start in range(0, len(data), size):
+    for start in tqdm(range(0, len(data), size), title, disable=title is None, mininterval=1):
         chosen = range(start, min(start + size, len(data)))
         orders = [rng.sample(range(n), n) for n in (len(data.records[i].responses) for i in chosen)]
         encoded = [data.encode(i, order, show) for i, order in zip(chosen, orders, strict=True)]

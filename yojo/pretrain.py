@@ -29,7 +29,7 @@ from yojo import shapes
 from yojo.checkpoint import save_backbone
 from yojo.cli import WEIGHTS, Parser, run
 from yojo.data import join
-from yojo.files import InputError, whole_file, write_json
+from yojo.files import InputError, write_json
 from yojo.fit import FitConfig, fit
 from yojo.image import ImageConfig
 from yojo.mask import MODES, PADDING, PROMPT, AttentionMask
@@ -42,7 +42,7 @@ ADAPTER = AdapterConfig(96, 4, 24, 256, (-1, -3))
 IMAGES = ImageConfig(size=shapes.GRID * shapes.CELL, margins=(1, 1), max_crops=1)
 PICTURES, TALKS, AUXILIARY = 8, 8, 0.5  # pictures in a micro-batch, conversations about each, weight of the read-out
 FIT = FitConfig(
-    steps=4500, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup=100, schedule="cosine", accumulate=len(MODES)
+    steps=4800, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup=100, schedule="cosine", accumulate=len(MODES)
 )
 
 # -------------------------------------------------------------------------------------------------------- tokenizer
@@ -77,10 +77,7 @@ def make_tokenizer(path: Path, texts: list[str]) -> None:
 def corpus() -> list[str]:
     """What the tokenizer is trained on: the world's own sentences, and some English of a fixed wording (`LICENSE`)."""
     rng = random.Random(0)
-    world = []
-    for _ in range(4000):
-        for turns, answer in talks(shapes.make_scene(rng), rng, 4):
-            world += [*turns, answer]
+    world = [text for _ in range(4000) for talk in talks(shapes.make_scene(rng), rng, 4) for text in talk]
     english = (WEIGHTS.parent / "LICENSE").read_text(encoding="utf-8").splitlines()
     return ["user\n" + text for text in world] + ["assistant\n"] * 4000 + english
 
@@ -88,12 +85,12 @@ def corpus() -> list[str]:
 # ---------------------------------------------------------------------------------------------------- conversations
 
 
-Talk = tuple[list[str], str]  # turns, the user's first and last; and the answer to be learned
+Talk = tuple[str, str]  # question, answer
 
 
 def talks(scene: shapes.Scene, rng: random.Random, count: int) -> list[Talk]:
     """Conversations about one scene."""
-    kinds = (describe, describe, look_up, look_up, place, presence, check, check, check, name, claim)
+    kinds = (describe, describe, look_up, look_up, place, presence, check, check, check, name)
     return [rng.choice(kinds)(scene, rng) for _ in range(count)]
 
 
@@ -102,7 +99,7 @@ def describe(scene: shapes.Scene, rng: random.Random) -> Talk:
 
 
 def describe_thing(scene: shapes.Scene, thing: shapes.Thing, rng: random.Random) -> Talk:
-    return [shapes.ask(thing, rng.choice(("shape", "colour")))], shapes.describe(scene.facts(thing))
+    return shapes.ask(thing, rng.choice(("shape", "colour"))), shapes.describe(scene.facts(thing))
 
 
 def describe_held_out(scene: shapes.Scene, rng: random.Random) -> Talk:
@@ -112,10 +109,10 @@ def describe_held_out(scene: shapes.Scene, rng: random.Random) -> Talk:
 def look_up(scene: shapes.Scene, rng: random.Random) -> Talk:
     thing, slot = rng.choice(scene.things), rng.choice(list(shapes.SLOTS))
     if slot == "count":
-        return ["How many things are there?"], scene.facts(thing)["count"]
+        return "How many things are there?", scene.facts(thing)["count"]
     by = {"colour": "shape", "shape": "colour"}.get(slot) or rng.choice(("shape", "colour"))
     subject = thing.shape if by == "shape" else f"{thing.colour} thing"
-    return [f"What {slot} is the {subject}?"], getattr(thing, slot)
+    return f"What {slot} is the {subject}?", getattr(thing, slot)
 
 
 def place(scene: shapes.Scene, rng: random.Random) -> Talk:
@@ -123,30 +120,19 @@ def place(scene: shapes.Scene, rng: random.Random) -> Talk:
     if rng.random() < 0.7:
         row, column = (lambda t: (t.row, t.column))(rng.choice(scene.things))
     here = [t for t in scene.things if (t.row, t.column) == (row, column)]
-    return [f"What is {row} {column}?"], f"a {here[0].size} {here[0].colour} {here[0].shape}" if here else "nothing"
-
-
-def some_pair(scene: shapes.Scene, rng: random.Random) -> tuple[str, bool]:
-    """A colour and a shape in words, and whether the picture shows it; half of them it does."""
-    pairs = {(t.colour, t.shape) for t in scene.things}
-    absent = [p for p in shapes.PAIRS if p not in pairs and p not in shapes.HELD_OUT]
-    pair = rng.choice(sorted(pairs) if rng.random() < 0.5 else absent)
-    return rng.choice(shapes.wordings(*pair)), pair in pairs
+    return f"What is {row} {column}?", f"a {here[0].size} {here[0].colour} {here[0].shape}" if here else "nothing"
 
 
 def presence(scene: shapes.Scene, rng: random.Random) -> Talk:
-    words, true = some_pair(scene, rng)
-    return [f"Is there {words}?"], "yes" if true else "no"
-
-
-def claim(scene: shapes.Scene, rng: random.Random) -> Talk:
-    words, true = some_pair(scene, rng)
-    return [shapes.CORROBORATED, words, "Right?"], "right" if true else "wrong"
+    pairs = {(t.colour, t.shape) for t in scene.things}
+    absent = [p for p in shapes.PAIRS if p not in pairs and p not in shapes.HELD_OUT]
+    pair = rng.choice(sorted(pairs) if rng.random() < 0.5 else absent)
+    return f"Is there {rng.choice(shapes.wordings(*pair))}?", "yes" if pair in pairs else "no"
 
 
 def name(scene: shapes.Scene, rng: random.Random) -> Talk:
     thing = rng.choice(scene.things)
-    return [shapes.CORROBORATED], rng.choice(shapes.wordings(thing.colour, thing.shape))
+    return shapes.CORROBORATED, rng.choice(shapes.wordings(thing.colour, thing.shape))
 
 
 def check(scene: shapes.Scene, rng: random.Random) -> Talk:
@@ -160,7 +146,7 @@ def check(scene: shapes.Scene, rng: random.Random) -> Talk:
             said[slot] = rng.choice(wrong)
     errors = [slot for slot in shapes.SLOTS if said[slot] != truth[slot]]
     verdict = "wrong " + ", ".join(errors) if errors else "right"
-    return [shapes.ask(thing, by), shapes.describe(said), "Right?"], verdict
+    return f"{shapes.ask(thing, by)} {shapes.describe(said)}. Right?", verdict
 
 
 # ------------------------------------------------------------------------------------------------------------ batch
@@ -173,15 +159,11 @@ class Rows:
         self.processor, self.seed = processor, seed
         self.encode = lru_cache(maxsize=100_000)(self._encode)
 
-    def _encode(self, answer: str, *turns: str) -> tuple[list[int], int]:
-        """One conversation and where its answer starts. Turns are the user's and, between them, the assistant's."""
-        tokenizer, ids = self.processor.tokenizer, []
-        for i, turn in enumerate(turns):
-            if i % 2:
-                ids += [*tokenizer.encode(turn), tokenizer.id(TURN_END), *tokenizer.encode("\n")]
-            else:
-                ids += self.processor.encode(turn, []).ids[1:].tolist()  # without BOS
-        return [*ids, *tokenizer.encode(answer), tokenizer.id(TURN_END)], len(ids)
+    def _encode(self, question: str, answer: str) -> tuple[list[int], int]:
+        """One conversation and where its answer starts."""
+        asked = self.processor.encode(question, []).ids[1:].tolist()  # without BOS
+        said = [*self.processor.tokenizer.encode(answer), self.processor.tokenizer.id(TURN_END)]
+        return asked + said, len(asked)
 
     def batch(self, step: int, part: int, size: int = PICTURES) -> dict[str, Tensor]:
         rng = random.Random(f"{self.seed} {step} {part}")
@@ -216,8 +198,8 @@ class Rows:
         ids = [self.processor.tokenizer.id(TURN_END), *marks]
         start = len(ids)
         response, positions, target = [PROMPT] * start, list(range(start)), [-1] * start
-        for i, (turns, last) in enumerate(talk):
-            piece, answer = self.encode(last, *turns)
+        for i, pair in enumerate(talk):
+            piece, answer = self.encode(*pair)
             ids = ids + piece
             response += [i] * len(piece)
             positions += range(start, start + len(piece))
@@ -270,13 +252,13 @@ class Pretraining:
         }
 
 
-KINDS = (describe, describe_held_out, look_up, place, presence, check, claim)
+KINDS = (describe, describe_held_out, look_up, place, presence, check)
 
 
 @torch.no_grad()
-def answer_to(model: Molmo2, rows: Rows, scene: shapes.Scene, turns: list[str], answer: str) -> bool:
+def answer_to(model: Molmo2, rows: Rows, scene: shapes.Scene, question: str, answer: str) -> bool:
     """Is the greedy answer right, word for word?"""
-    talk, start = rows.encode(answer, *turns)
+    talk, start = rows.encode(question, answer)
     marks, pictures = rows.processor.look(shapes.render(scene))
     ids = torch.tensor([[rows.processor.tokenizer.id(TURN_END), *marks, *talk[:start]]])
     mask = AttentionMask(
@@ -337,6 +319,8 @@ def new_model(tokenizer: Tokenizer, generator: torch.Generator) -> Molmo2:
 
 
 def pretrain(out: Path, steps: int, seed: int, overwrite: bool) -> dict[str, float]:
+    if steps < 1:
+        raise InputError(f"--steps {steps}: at least 1")
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists already: choose another --out, or say --overwrite")
     generator = torch.Generator().manual_seed(seed)
@@ -347,10 +331,10 @@ def pretrain(out: Path, steps: int, seed: int, overwrite: bool) -> dict[str, flo
         task = Pretraining(model, Rows(processor, seed), generator)
         log = fit(task, task.parameters(), replace(FIT, steps=steps), title="pretrain")
         figures = examine(model.eval(), task.rows, seed)
-        save_backbone(model, out, companions, overwrite)
-    curve = [{k: round(v, 4) for k, v in entry.items()} for entry in log[::20] + log[-1:]]
-    with whole_file(out / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in curve), encoding="utf-8")
+        curve = Path(companions) / "metrics.jsonl"
+        lines = [{k: round(v, 4) for k, v in entry.items()} for entry in log[::20] + log[-1:]]
+        curve.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        save_backbone(model, out, companions, overwrite, also=[curve])
     for kind, share in figures.items():
         print(f"{kind:20s} {share:.3f}")
     return figures

@@ -187,6 +187,8 @@ class Processor:
     def lay_out(self, prompt: str, responses: Sequence[str], seen: Seen) -> Encoded:
         """`encode` for pictures that have been looked at already."""
         marks, pictures = seen
+        if isinstance(responses, str) or not all(isinstance(text, str) for text in [prompt, *responses]):
+            raise InputError("prompt must be a string and responses a list of strings")
         if len(responses) > MAX_RESPONSES:
             over = len(responses) - MAX_RESPONSES
             raise InputError(f"{len(responses)} responses are {over} more than the limit of {MAX_RESPONSES}")

@@ -54,13 +54,23 @@ class ValueHead(nn.Sequential):
 
 
 class RewardModel(nn.Module):
-    """`mode` is the attention it was trained with; `base` the folder its backbone came from."""
+    """`mode` is the attention it was trained with; `base` the folder its backbone came from, `fingerprint` that
+    backbone's."""
 
-    def __init__(self, backbone: Molmo2, processor: Processor, head: ValueHead, mode: str, base: Path):
+    def __init__(
+        self,
+        backbone: Molmo2,
+        processor: Processor,
+        head: ValueHead,
+        mode: str,
+        base: Path,
+        fingerprint: dict[str, str],
+    ):
         super().__init__()
         if mode not in MODES:
             raise InputError(f"mode {mode!r} is none of {MODES}")
-        self.backbone, self.processor, self.head, self.mode, self.base = backbone, processor, head, mode, base
+        self.backbone, self.processor, self.head = backbone, processor, head
+        self.mode, self.base, self.fingerprint = mode, base, fingerprint
 
     @classmethod
     def new(
@@ -79,13 +89,11 @@ class RewardModel(nn.Module):
         lora.add(backbone, ADAPTER, config, generator)
         head = ValueHead(backbone.config.text.hidden_size, inner, generator)
         head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
-        rm = cls(backbone, processor, head, mode, Path(base))
-        rm.fingerprint = digest
-        return rm
+        return cls(backbone, processor, head, mode, Path(base), digest)
 
-    def trainable(self) -> list[nn.Parameter]:
-        """The adapter and the head; everything else is frozen."""
-        return [*lora.parameters(self.backbone, ADAPTER), *self.head.parameters()]
+    def trainable(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The adapter's parameters and the head's; everything else is frozen."""
+        return lora.parameters(self.backbone, ADAPTER), list(self.head.parameters())
 
     def forward(self, batch: Batch, features: Tensor | None = None) -> Tensor:
         """Scores [R] in at least float32, one a response, in the order of the batch's records.
@@ -175,21 +183,18 @@ class RewardModel(nn.Module):
             )
         lora.load(backbone, ADAPTER, folder)
         head = ValueHead(backbone.config.text.hidden_size, config["value_head_hidden_dim"])
-        head.load_state_dict(read_tensors(folder / HEAD, {k: v.shape for k, v in head.state_dict().items()}))
         head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
-        rm = cls(backbone, processor, head, config["mode"], base)
-        rm.fingerprint = digest
-        return rm.requires_grad_(False).eval()
+        head.load_state_dict(read_tensors(folder / HEAD, {k: v.shape for k, v in head.state_dict().items()}))
+        return cls(backbone, processor, head, config["mode"], base, digest).requires_grad_(False).eval()
 
 
 def _read_config(path: Path) -> dict:
     config = read_json(path)
     kinds = {"base": str, "fingerprint": dict, "separator_id": int, "mode": str, "value_head_hidden_dim": int}
-    wrong = [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]
+    wrong = [key for key, kind in kinds.items() if type(config.get(key)) is not kind]
+    wrong += [key for key in ("separator_id", "value_head_hidden_dim") if key not in wrong and config[key] < 1]
     if config.get("format") != "yojo" or wrong:
-        raise InputError(
-            f"{path} is not a reward model of this project: {', '.join(wrong) or 'format'} missing or wrong"
-        )
+        raise InputError(f"{path} is no reward model of this project: {', '.join(wrong) or 'format'} missing or wrong")
     if config.get("layout") != LAYOUT:
         raise InputError(f"{path}: layout {config.get('layout')!r} is unknown, only {LAYOUT!r}")
     return config
@@ -201,6 +206,12 @@ def open_base(
     """Backbone without its vocabulary matrix and with a row for the separator, processor, fingerprint."""
     backbone = load_backbone(base, dtype, device or "cpu", lm_head=False)
     processor = Processor.from_folder(base, backbone.config.text.max_position_embeddings)
+    views, tower = processor.images, backbone.config.vision
+    if (views.patch, views.side**2) != (tower.patch_size, tower.num_position_embeddings):
+        raise InputError(
+            f"{base}: preprocessor_config.json cuts views into {views.side**2} patches of {views.patch} pixels, the "
+            f"vision tower reads {tower.num_position_embeddings} of {tower.patch_size}"
+        )
     digest = fingerprint(backbone, processor.tokenizer.path)
     place_separator(backbone, processor.tokenizer.separator_id)
     return backbone, processor, digest

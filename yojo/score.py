@@ -18,7 +18,7 @@ from yojo import shapes
 from yojo.cli import WEIGHTS, Parser, run
 from yojo.data import collate, read_records
 from yojo.files import InputError, whole_file
-from yojo.mask import MODES, draw
+from yojo.mask import DRAWN_UP_TO, MODES, draw
 from yojo.prompt import Encoded
 from yojo.reward import RewardModel
 
@@ -47,8 +47,13 @@ def score(args: argparse.Namespace) -> dict | list[dict]:
     mode = args.mode or rm.mode
     print(f"mode: {mode}" + ("" if mode == rm.mode else f" (trained in {rm.mode})"))
     results = []
-    for prompt, responses, images in asked(args):
-        encoded = rm.processor.encode(prompt, responses, images or None)
+    for where, prompt, responses, images in asked(args):
+        try:
+            encoded = rm.processor.encode(prompt, responses, images or None)
+        except InputError as error:
+            raise InputError(f"{where}{error}") from None
+        if args.draw_mask and not results and len(encoded.ids) > DRAWN_UP_TO:
+            raise InputError(f"{where}{len(encoded.ids)} tokens are too many to draw: at most {DRAWN_UP_TO}")
         scores = rm.score_encoded([encoded], mode)[0]
         print(f"\n{prompt}\n" + table(responses, scores))
         if args.draw_mask and not results:
@@ -64,21 +69,21 @@ def load(args: argparse.Namespace) -> RewardModel:
     return RewardModel.load(folder, args.base, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def asked(args: argparse.Namespace) -> Sequence[tuple[str, list[str], list]]:
-    """(prompt, responses, pictures) of every record to score."""
+def asked(args: argparse.Namespace) -> Sequence[tuple[str, str, list[str], list]]:
+    """(where it stands, prompt, responses, pictures) of every record to score."""
     if args.data:
         if args.prompt or args.response or args.image:
             raise InputError("--data brings its own prompts, responses and images")
-        return [(r.prompt, r.responses, r.images) for r in read_records(args.data, ranked=False)]
+        return [(f"{r.where}: ", r.prompt, r.responses, r.images) for r in read_records(args.data, ranked=False)]
     if args.prompt is None and args.tiny and not args.response and not args.image:
         rng = random.Random(args.seed)
         scene = shapes.make_scene(rng)
         record = shapes.absolute(scene, rng)
         print("a scene of the tiny world: " + "; ".join(shapes.describe(scene.facts(t)) for t in scene.things))
-        return [(record["prompt"], record["responses"], [shapes.render(scene)])]
+        return [("", record["prompt"], record["responses"], [shapes.render(scene)])]
     if args.prompt is None or not args.response:
         raise InputError("give --prompt and at least one --response, or --data FILE")
-    return [(args.prompt, args.response, args.image)]
+    return [("", args.prompt, args.response, args.image)]
 
 
 def table(responses: Sequence[str], scores: Sequence[float]) -> str:

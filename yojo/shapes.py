@@ -48,9 +48,10 @@ HELD_OUT_WORDS = {word for pair in HELD_OUT for word in pair}
 CORROBORATED = "What is in the picture?"
 PAIRS = tuple(itertools.product(COLOURS, SHAPES))
 
-# Best-of-6 accuracy that no model can exceed on `corroborated`, by what it may look at. Isolated scores tie the copies
-# of T with U and V: one of three. Without the picture T and F are alike: one of two. With both, causal attention is
-# enough: the second copy sees the first.
+# Best-of-6 accuracy on `corroborated` that can't be exceeded, by what a model may look at. Isolated: T, U and V are
+# alike, and a score that differs from text to text puts one of the three on top (only exact ties would share it, 2 of
+# 4). Without the picture T and F are alike: one of two. With both, causal attention is enough: the second copy sees
+# the first.
 CEILINGS = {"isolated": 1 / 3, "any_true": 1 / 2, "joint_blank": 1 / 2, "joint": 1.0}
 
 
@@ -148,10 +149,11 @@ def ask(thing: Thing, by: str) -> str:
 def oracle(scene: Scene, prompt: str, answer: str) -> int:
     """The truth about any answer text: how many of the facts it states hold, 0 to 6 for a description (the fact the
     question gave away counts too), 0 or 1 for "a COLOUR SHAPE". A text of neither form states nothing: 0."""
-    if found := DESCRIPTION.fullmatch(answer):
-        thing = scene.find(re.fullmatch(r"Describe the (\w+)( thing)?\.", prompt)[1])
+    asked = re.fullmatch(r"Describe the (\w+)( thing)?\.", prompt)
+    if asked and (found := DESCRIPTION.fullmatch(answer)):
+        thing = scene.find(asked[1])
         return sum(scene.facts(thing)[slot] == word for slot, word in found.groupdict().items())
-    return int(any(answer in wordings(t.colour, t.shape) for t in scene.things))
+    return int(not asked and any(answer in wordings(t.colour, t.shape) for t in scene.things))
 
 
 def wordings(colour: str, shape: str) -> tuple[str, str]:

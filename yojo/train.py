@@ -12,6 +12,8 @@ interrupted run goes on from there with `--resume`.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -35,9 +37,9 @@ from yojo.preference import CORROBORATED, TINY, Dataset, Recipe, Task, evaluate
 from yojo.reward import RewardModel
 
 TASKS = {
-    # task: recipe, responses in training, responses in the test
-    "absolute": (TINY, (2, 3, 4, 5, 6, 7, 8), 4),
-    "corroborated": (CORROBORATED, (6,), 6),
+    # task: recipe, responses to choose among
+    "absolute": (TINY, 4),
+    "corroborated": (CORROBORATED, 6),
 }
 SCENES, TEST, HELD_OUT = 2400, 2000, 1000
 NAMES = {"joint": "tiny-rm", "isolated": "tiny-rm-isolated"}
@@ -51,12 +53,15 @@ def train(
     title: str | None,
     folder: Path | None = None,
     keep: bool = False,
+    run: dict | None = None,
 ) -> list[dict[str, float]]:
     """Fit the adapter and the head of `rm` in place -> one dict a step."""
     torch.manual_seed(seed)
     rm.train()
     task = Task(Dataset(records, rm, keep), recipe, seed)
-    log = fit(task, rm.trainable(), recipe.fit, folder, title)
+    adapter, head = rm.trainable()
+    parameters = {1.0: adapter, recipe.head_pace: head} if recipe.head_pace != 1 else adapter + head
+    log = fit(task, parameters, recipe.fit, folder, title, run)
     rm.eval()
     return log
 
@@ -68,12 +73,11 @@ def accuracies(scores: Sequence[Sequence[float]], records: Sequence[Record]) -> 
 # ---------------------------------------------------------------------------------------------------- the tiny world
 
 
-def write_world(folder: Path, task: str, seed: int, paraphrase: bool) -> None:
-    """train, test and heldout records of the tiny world, as JSONL and PNG files."""
-    recipe, sizes, n = TASKS[task]
-    count = recipe.records * recipe.fit.steps
+def write_world(folder: Path, task: str, recipe: Recipe, sizes: Sequence[int], seed: int, paraphrase: bool) -> None:
+    """train, test and heldout records of the tiny world, as JSONL and PNG files; `sizes`: responses in training."""
+    n, count = TASKS[task][1], recipe.records * recipe.fit.steps
     for name, total, scenes, many, held_out in (
-        ("train", count, min(SCENES, count), sizes, False),
+        ("train", count, min(SCENES, count), tuple(sizes), False),
         ("test", TEST, TEST, (n,), False),
         ("heldout", HELD_OUT, HELD_OUT, (n,), True),
     ):
@@ -82,10 +86,11 @@ def write_world(folder: Path, task: str, seed: int, paraphrase: bool) -> None:
         shapes.write_records(folder, name, made)
 
 
-def tiny_run(task: str, mode: str, seed: int, folder: Path, out: Path | None, overwrite: bool, threads: int) -> dict:
+def tiny_run(
+    recipe: Recipe, mode: str, seed: int, folder: Path, out: Path | None, overwrite: bool, threads: int
+) -> dict:
     """Train one mode on the records in `folder` and measure it. Runs in a process of its own."""
     torch.set_num_threads(threads)
-    recipe = TASKS[task][0]
     rm = RewardModel.new(WEIGHTS / "tiny", mode, recipe.lora, recipe.inner, seed=seed)
     log = train(rm, read_records(folder / "train.jsonl"), recipe, seed, f"{mode} seed {seed}", keep=True)
     test, heldout = read_records(folder / "test.jsonl"), read_records(folder / "heldout.jsonl")
@@ -101,12 +106,22 @@ def tiny_run(task: str, mode: str, seed: int, folder: Path, out: Path | None, ov
         f"{mode}_noise": accuracies([metrics.with_noise(s, rng) for s in own], test),
     }
     if out is not None:
-        rm.save(out / NAMES[mode], overwrite)
-    return {"seed": seed, "mode": mode, "figures": figures, "log": log}
+        (folder / mode).mkdir()
+        curve = folder / mode / "metrics.jsonl"
+        curve.write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+        rm.save(out / NAMES[mode], overwrite, also=[curve])
+    return {"seed": seed, "mode": mode, "figures": figures}
 
 
 def tiny(
-    task: str, modes: Sequence[str], seeds: Sequence[int], out: Path | None, overwrite: bool, paraphrase: bool
+    task: str,
+    recipe: Recipe,
+    sizes: Sequence[int],
+    modes: Sequence[str],
+    seeds: Sequence[int],
+    out: Path | None,
+    overwrite: bool,
+    paraphrase: bool,
 ) -> dict:
     """Train and measure every mode and seed, as many at a time as there are two cores for."""
     start = time.monotonic()
@@ -119,8 +134,8 @@ def tiny(
         jobs, tests = [], []
         for seed in seeds:
             folder = Path(temporary) / str(seed)
-            write_world(folder, task, seed, paraphrase)
-            jobs += [pool.submit(tiny_run, task, m, seed, folder, out, overwrite, threads) for m in modes]
+            write_world(folder, task, recipe, sizes, seed, paraphrase)
+            jobs += [pool.submit(tiny_run, recipe, m, seed, folder, out, overwrite, threads) for m in modes]
             tests.append(read_records(folder / "test.jsonl"))
         runs = [job.result() for job in jobs]
     result = summary(task, runs, [record for test in tests for record in test])
@@ -146,8 +161,9 @@ def summary(task: str, runs: list[dict], test: list[Record]) -> dict:
     ]
     return {
         "task": task,
-        "n": TASKS[task][2],
+        "n": TASKS[task][1],
         "groups": len(test),
+        "any_true": None,
         **{name: metrics.mean(values) for name, values in pooled.items()},
         "intervals": {name: metrics.interval(values) for name, values in pooled.items()},
         "per_seed": per_seed,
@@ -181,11 +197,8 @@ def table(r: dict) -> str:
         lines.append(f"{'scores, then a vote over identical texts':42s}{cell('joint_vote')}{cell('isolated_vote')}")
         ceilings = "".join(f"{shapes.CEILINGS[k]:24.3f}" for k in ("joint", "isolated"))
         lines.append(f"{'exact ceiling':42s}{ceilings}")
-    names = [*metrics.BASELINES, *(["any_true"] if "any_true" in r else [])]
-    lines.append(
-        "without a picture: " + ", ".join(f"{n.replace('_', ' ')} {r[n]:.3f}" for n in names if n != "any_true")
-    )
-    if "any_true" in r:
+    lines.append("without a picture: " + ", ".join(f"{name} {r[name]:.3f}" for name in metrics.BASELINES))
+    if r["any_true"] is not None:
         lines.append(f"a random true answer: {r['any_true']:.3f}")
     lines.append(f"{r['seconds']} seconds")
     return "\n".join(lines)
@@ -196,7 +209,7 @@ def table(r: dict) -> str:
 
 def full(args: argparse.Namespace) -> dict:
     """Train on a checkpoint and a JSONL file, evaluate on records held back, save."""
-    training = prepare(args.out, args.overwrite, args.resume)
+    training = place(args.out, args.overwrite, args.resume)
     records, test = split(read_records(args.data), args.test, args.seed)
     recipe = Recipe()
     steps = args.steps or max(1, recipe.epochs * len(records) // (recipe.records * recipe.fit.accumulate))
@@ -204,10 +217,12 @@ def full(args: argparse.Namespace) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rm = RewardModel.new(args.weights, args.mode, recipe.lora, recipe.inner, device=device, seed=args.seed)
     rm.backbone.checkpointing = True
-    training.mkdir(parents=True, exist_ok=True)
-    train(rm, records, recipe, args.seed, "train", training)
+    start_over(training, args.resume)
+    digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
+    about = {"mode": args.mode, "seed": args.seed, "data": digest, "base": rm.fingerprint["weights"]}
+    train(rm, records, recipe, args.seed, "train", training, run=about)
     data = Dataset(test, rm, keep=False)
-    figures = {show: accuracies(evaluate(data, args.seed, show, size=1), test) for show in ("own", "blank", "swapped")}
+    figures = {show: accuracies(evaluate(data, args.seed, show, size=1, title=show), test) for show in data.shows()}
     figures |= {name: accuracies([b(r.responses) for r in test], test) for name, b in metrics.BASELINES.items()}
     print(f"\nbest-of-N accuracy of the {args.mode} model on {len(test)} records it was not trained on, 95% intervals")
     for name, values in figures.items():
@@ -217,18 +232,27 @@ def full(args: argparse.Namespace) -> dict:
     return {"mode": args.mode, "steps": steps, **{name: metrics.mean(values) for name, values in figures.items()}}
 
 
-def prepare(out: Path, overwrite: bool, resume: bool) -> Path:
-    """The folder of a run's state; refuses to touch what it was not told to."""
+def place(out: Path, overwrite: bool, resume: bool) -> Path:
+    """The folder of a run's state; refuses what it was not told to replace."""
+    out = out.absolute()
     training = out.with_name(out.name + ".training")
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists already: choose another --out, or say --overwrite")
     if resume and not training.exists():
         raise InputError(f"there is no unfinished run at {training} to resume")
-    if training.exists() and not resume:
-        if not overwrite:
-            raise InputError(f"{training} holds an unfinished run: say --resume to go on, --overwrite to start over")
-        shutil.rmtree(training)
+    if training.exists() and not resume and not overwrite:
+        raise InputError(f"{training} holds an unfinished run: say --resume to go on, --overwrite to start over")
     return training
+
+
+def start_over(training: Path, resume: bool) -> None:
+    """An empty folder for the run's state, or, resuming, the one that is there. Called once all input is known good."""
+    try:
+        if training.exists() and not resume:
+            shutil.rmtree(training)
+        training.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {training}: {error.strerror}") from None
 
 
 def split(records: list[Record], test: Path | None, seed: int) -> tuple[list[Record], list[Record]]:
@@ -245,11 +269,13 @@ def split(records: list[Record], test: Path | None, seed: int) -> tuple[list[Rec
 def main() -> None:
     parser = Parser(prog="python -m yojo.train", description="Train a reward model: LoRA and a value head.")
     parser.add_argument("--tiny", action="store_true", help="the built-in model and world; needs no files")
-    parser.add_argument("--task", choices=TASKS, default="absolute", help="with --tiny: what the best answer is")
+    parser.add_argument("--task", choices=TASKS, help="with --tiny: what the best answer is (default: absolute)")
     parser.add_argument(
         "--paraphrase", action="store_true", help="with --task corroborated: word the copies differently"
     )
-    parser.add_argument("--seeds", type=int, default=1, metavar="K", help="with --tiny: seeds --seed to --seed + K - 1")
+    parser.add_argument("--seeds", type=int, metavar="K", help="with --tiny: K seeds from --seed on (default: 1)")
+    sizes = {"type": int, "nargs": "+", "metavar": "N"}
+    parser.add_argument("--sizes", **sizes, help="with --tiny: numbers of responses to train on (default: the task's)")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="checkpoint folder to train on")
     parser.add_argument("--data", type=Path, metavar="FILE", help="preference records, JSONL")
     parser.add_argument(
@@ -265,12 +291,28 @@ def main() -> None:
 
 
 def start(args: argparse.Namespace) -> dict:
+    ours, theirs = ("task", "paraphrase", "seeds", "sizes"), ("weights", "data", "test", "resume")
+    given = [name for name in (theirs if args.tiny else ours) if getattr(args, name) not in (None, False)]
+    if given:
+        where = "without" if args.tiny else "with"
+        raise InputError(f"--{given[0]} goes {where} --tiny only")
+    if args.steps is not None and args.steps < 1:
+        raise InputError(f"--steps {args.steps}: at least 1")
     if args.tiny:
-        if args.weights or args.data or args.test or args.resume:
-            raise InputError("--tiny brings its own weights and data: leave out --weights, --data, --test and --resume")
+        task, seeds = args.task or "absolute", 1 if args.seeds is None else args.seeds
+        if args.paraphrase and task != "corroborated":
+            raise InputError("--paraphrase goes with --task corroborated only")
+        if seeds < 1 or (seeds > 1 and args.out):
+            raise InputError(
+                f"--seeds {seeds}: give at least 1, and no more than 1 with --out, which holds one seed's models"
+            )
+        if args.sizes and (task != "absolute" or not all(2 <= n <= 16 for n in args.sizes)):
+            raise InputError(f"--sizes {args.sizes}: 2 to 16 responses, with --task absolute only")
+        recipe, n = TASKS[task]
+        recipe = replace(recipe, fit=replace(recipe.fit, steps=args.steps or recipe.fit.steps))
         modes = [args.mode] if args.mode else MODES
-        seeds = range(args.seed, args.seed + args.seeds)
-        return tiny(args.task, modes, seeds, args.out, args.overwrite, args.paraphrase)
+        seeds = range(args.seed, args.seed + seeds)
+        return tiny(task, recipe, args.sizes or [n], modes, seeds, args.out, args.overwrite, args.paraphrase)
     if not (args.weights and args.data and args.out and args.mode):
         raise InputError("give --tiny, or all of --weights, --data, --out and --mode")
     return full(args)
