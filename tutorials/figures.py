@@ -1,6 +1,6 @@
 """Every picture of the lessons, drawn from the project's own objects.
 
-python tutorials/figures.py          redraws all of them into tutorials/figures/
+python -m tutorials.figures          redraws all of them into tutorials/figures/
 """
 
 import random
