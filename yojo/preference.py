@@ -55,7 +55,7 @@ CORROBORATED = replace(
     head_pace=5.0,
     records=64,
     loss=losses.any_best,
-    fit=replace(TINY.fit, steps=195, lr=2e-3, betas=(0.9, 0.95)),
+    fit=replace(TINY.fit, steps=220, lr=2e-3, betas=(0.9, 0.95)),
 )
 WINDOW = 16  # micro-batches among which records are sorted by their number of responses
 
