@@ -89,7 +89,7 @@ class Dataset:
         features = self.rm.backbone.see(joined.patches, joined.pooling) if joined else torch.empty(0)
         counts = [0 if p is None else len(p.pooling) for _, p in looked]
         for source, (marks, _), mine in zip(sources, looked, features.split(counts), strict=True):
-            self.kept[source] = (marks, None), mine
+            self.kept[source] = (marks, None), mine if len(mine) else None
 
     def _look(self, sources: tuple[Source, ...]) -> Seen:
         pictures = [open_picture(s) if isinstance(s, Path) else Image.new("RGB", s, (128, 128, 128)) for s in sources]

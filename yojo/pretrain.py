@@ -9,7 +9,7 @@ long conversation. A reward model meets both.
     loss = cross-entropy of the answers' tokens + AUXILIARY * what stands in each cell, read off each picture token
 
 The second term is a linear read-out of the projected picture features (shape, colour, size, row, column) that is thrown
-away afterwards; without it vision is learned only through the decoder, which takes most of the time.
+away afterwards; it teaches the tower directly, where the words' loss reaches it only through the decoder.
 """
 
 import json

@@ -171,10 +171,10 @@ class RewardModel(nn.Module):
         if not base.is_dir():
             raise InputError(f"{folder} was trained on a base at {base}, and there is none: pass its folder as `base`")
         backbone, processor, digest = open_base(base, dtype, device)
-        for part, what in (("weights", "weights"), ("tokenizer", "tokenizer")):
+        for part in ("weights", "tokenizer"):
             if digest[part] != config["fingerprint"].get(part):
                 raise InputError(
-                    f"{folder} was trained on another base: the {what} in {base} are not the ones it remembers"
+                    f"{folder} was trained on another base: the {part} in {base} are not the ones it remembers"
                 )
         if processor.tokenizer.separator_id != config["separator_id"]:
             raise InputError(

@@ -51,7 +51,7 @@ PAIRS = tuple(itertools.product(COLOURS, SHAPES))
 # Best-of-6 accuracy on `corroborated` that can't be exceeded, by what a model may look at. Isolated: T, U and V are
 # alike, and a score that differs from text to text puts one of the three on top (only exact ties would share it, 2 of
 # 4). Without the picture T and F are alike: one of two. With both, causal attention is enough: the second copy sees
-# the first.
+# the first. They hold for pairs seen in training: in held-out records T alone is a held-out pair among the true ones.
 CEILINGS = {"isolated": 1 / 3, "any_true": 1 / 2, "joint_blank": 1 / 2, "joint": 1.0}
 
 

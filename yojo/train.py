@@ -123,7 +123,7 @@ def tiny(
     overwrite: bool,
     paraphrase: bool,
 ) -> dict:
-    """Train and measure every mode and seed, as many at a time as there are two cores for."""
+    """Train and measure every mode and seed, two at a time where there are two cores."""
     start = time.monotonic()
     for mode in modes if out is not None else ():
         if (out / NAMES[mode]).exists() and not overwrite:
@@ -145,7 +145,8 @@ def tiny(
 
 
 def summary(task: str, runs: list[dict], test: list[Record]) -> dict:
-    """Means over seeds of every figure, with 95% intervals over the test groups, and the baselines."""
+    """Means over seeds of every figure, and the baselines. The 95% intervals resample test groups: they say nothing of
+    how much models differ from seed to seed, for which there is `per_seed`."""
     pooled: dict[str, list[float]] = {}
     for r in runs:
         for name, values in r["figures"].items():
@@ -187,7 +188,8 @@ def table(r: dict) -> str:
 
     seeds = [s["seed"] for s in r["per_seed"]]
     lines = [
-        f"\nbest-of-{r['n']} accuracy, task {r['task']}, {r['groups']} held-out groups, seeds {seeds}, 95% intervals"
+        f"\nbest-of-{r['n']} accuracy, task {r['task']}, {r['groups']} held-out groups, seeds {seeds}, "
+        "95% intervals over groups"
     ]
     lines.append(f"{'':42s}{'joint':>24s}{'isolated':>24s}")
     for suffix, what in ROWS.items():
@@ -198,6 +200,10 @@ def table(r: dict) -> str:
         ceilings = "".join(f"{shapes.CEILINGS[k]:24.3f}" for k in ("joint", "isolated"))
         lines.append(f"{'exact ceiling':42s}{ceilings}")
     lines.append("without a picture: " + ", ".join(f"{name} {r[name]:.3f}" for name in metrics.BASELINES))
+    for mode in MODES if len(seeds) > 1 else ():
+        lines.append(
+            f"{mode}, own picture, seed by seed: " + ", ".join(f"{s[mode]:.3f}" for s in r["per_seed"] if mode in s)
+        )
     if r["any_true"] is not None:
         lines.append(f"a random true answer: {r['any_true']:.3f}")
     lines.append(f"{r['seconds']} seconds")
@@ -219,7 +225,8 @@ def full(args: argparse.Namespace) -> dict:
     rm.backbone.checkpointing = True
     start_over(training, args.resume)
     digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
-    about = {"mode": args.mode, "seed": args.seed, "data": digest, "base": rm.fingerprint["weights"]}
+    about = {"mode": args.mode, "seed": args.seed, "data": digest, "records": len(records)}
+    about["base"] = rm.fingerprint["weights"]
     train(rm, records, recipe, args.seed, "train", training, run=about)
     data = Dataset(test, rm, keep=False)
     figures = {show: accuracies(evaluate(data, args.seed, show, size=1, title=show), test) for show in data.shows()}
