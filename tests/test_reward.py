@@ -184,7 +184,7 @@ def test_another_tokenizer_is_refused(saved):
     [
         ("separator_id", 7, "separator id 7, the tokenizer in .* gives 522"),
         ("mode", "both", "mode 'both' is none of"),
-        ("layout", "other", "layout 'other' is unknown"),
+        ("layout", "other", "layout 'other' is none of"),
         ("mode", None, "mode missing or wrong"),
         ("format", "x", "is no reward model of this project"),
         ("value_head_hidden_dim", -1, "value_head_hidden_dim missing or wrong"),

@@ -3,23 +3,29 @@
 Start with `tutorials/00_one_pass.md`; the file list in README.md is the order in which data flows.
 """
 
-from yojo import lora
-from yojo.checkpoint import load_backbone, save_backbone
-from yojo.files import InputError
-from yojo.lora import LoraConfig
-from yojo.mask import AttentionMask
-from yojo.molmo2 import Molmo2
-from yojo.prompt import Processor
-from yojo.reward import RewardModel
+from importlib import import_module
 
-__all__ = [
-    "AttentionMask",
-    "InputError",
-    "LoraConfig",
-    "Molmo2",
-    "Processor",
-    "RewardModel",
-    "load_backbone",
-    "lora",
-    "save_backbone",
-]
+# Each name is imported when it is first used, so that `python -m yojo.checkpoint` runs that module once, not twice.
+_WHERE = {
+    "AttentionMask": "mask",
+    "InputError": "files",
+    "LoraConfig": "lora",
+    "Molmo2": "molmo2",
+    "Processor": "prompt",
+    "RewardModel": "reward",
+    "load_backbone": "checkpoint",
+    "save_backbone": "checkpoint",
+}
+__all__ = [*_WHERE, "lora"]
+
+
+def __getattr__(name: str):
+    if name == "lora":
+        return import_module("yojo.lora")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'yojo' has no attribute {name!r}")
+    return getattr(import_module(f"yojo.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

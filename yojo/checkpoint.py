@@ -3,6 +3,9 @@
 A checkpoint folder is Molmo2's: `config.json`, `model.safetensors` or shards with `model.safetensors.index.json`,
 `generation_config.json`, `tokenizer.json`, `preprocessor_config.json`, `processor_config.json`.
 
+    python -m yojo.checkpoint show weights/Molmo2-4B       what a checkpoint is, and whether it is complete
+    python -m yojo.checkpoint random --shape molmo2-4b --out weights/random-4b
+
 Module attributes carry the tensor names, so loading is one concatenation (the embedding table, cut in two in files) and
 one strict check of names and shapes. Two dialects of `config.json` are read, the released one (`vit_config`) and that
 of transformers 5 (`vision_config`); the released one is written.
@@ -12,21 +15,29 @@ See it: `pytest tests/test_checkpoint.py`.
 
 import hashlib
 import json
+import math
 import re
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from yojo.files import InputError, check_tensors, open_tensors, read_json, whole_folder
-from yojo.molmo2 import AdapterConfig, Config, Molmo2, TextConfig, VisionConfig
+from yojo import memory
+from yojo.cli import WEIGHTS, Parser, run
+from yojo.files import InputError, check_tensors, open_tensors, read_json, whole_folder, write_json
+from yojo.image import ImageConfig, preprocessor_json
+from yojo.lora import LoraConfig
+from yojo.molmo2 import AdapterConfig, Config, Molmo2, TextConfig, VisionConfig, init_tensor
+from yojo.prompt import PATCH, Processor
 
 WTE = "model.transformer.wte."
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 
 # ----------------------------------------------------------------------------------------------------------- config
@@ -185,6 +196,40 @@ def shards(folder: str | Path) -> list[Path]:
     return [folder / name for name in files]
 
 
+@contextmanager
+def open_weights(path: str | Path, config: Config, lm_head: bool = True) -> Iterator[dict[str, list]]:
+    """Our tensor names -> the pieces each is stored in: one memory-mapped slice, or two for the embedding table.
+
+    Only headers are read. A missing, unknown or mis-shaped tensor raises `InputError` with its name, and so does one
+    that is not floating-point.
+    """
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in Molmo2(config, lm_head).state_dict().items()}
+    with ExitStack() as stack:
+        stored: dict[str, object] = {}
+        for shard in shards(path):
+            file = stack.enter_context(open_tensors(shard))
+            for name in file.keys():
+                if name in stored:
+                    raise InputError(f"{path}: {name} stands in two shards")
+                if not _unread(name, config, lm_head):
+                    stored[name] = file.get_slice(name)
+                    if stored[name].get_dtype() not in FLOATS:
+                        raise InputError(f"{path}: {name} is {stored[name].get_dtype()}, weights are one of {FLOATS}")
+        pieces = {name: [piece] for name, piece in stored.items() if not name.startswith(WTE)}
+        if table := [stored[WTE + name] for name in ("embedding", "new_embedding") if WTE + name in stored]:
+            if len({tuple(piece.get_shape()[1:]) for piece in table}) > 1:
+                cuts = [piece.get_shape() for piece in table]
+                raise InputError(f"{path}: the two parts of the embedding table differ in width: {cuts}")
+            pieces[WTE + "embedding"] = table
+        shapes = {
+            name: [sum(piece.get_shape()[0] for piece in parts), *parts[0].get_shape()[1:]]
+            for name, parts in pieces.items()
+        }
+        check_tensors(path, shapes, expected)
+        yield pieces
+
+
 def load_backbone(
     path: str | Path,
     dtype: torch.dtype | None = None,
@@ -193,8 +238,9 @@ def load_backbone(
 ) -> Molmo2:
     """A checkpoint folder -> the network in eval mode, its weights frozen.
 
-    dtype None = float32 on CPU, bfloat16 on CUDA; tensors are cast one by one as they are read. Without `lm_head` the
-    vocabulary matrix is not read: scoring never needs it. A missing, unknown, mis-shaped or truncated tensor raises
+    dtype None = float32 on CPU, bfloat16 on CUDA. Files are memory-mapped and cast tensor by tensor: at no time is
+    there a second copy of the model, on the host or on the device. A tensor that needs no cast on the CPU stays the
+    mapped file. Without `lm_head` the vocabulary matrix is not read: scoring never needs it. What does not fit raises
     `InputError` with its name.
     """
     device = torch.device(device)
@@ -202,36 +248,26 @@ def load_backbone(
     config = read_config(path)
     with torch.device("meta"):
         model = Molmo2(config, lm_head)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    with ExitStack() as stack:
-        tensors = {}
-        for shard in shards(path):
-            file = stack.enter_context(open_tensors(shard))
-            for name in file.keys():
-                if name in tensors:
-                    raise InputError(f"{path}: {name} stands in two shards")
-                if not _unread(name, config, lm_head):
-                    tensors[name] = (file, name)
-        table = [tensors.pop(WTE + name) for name in ("embedding", "new_embedding") if WTE + name in tensors]
-        shapes = {name: file.get_slice(name).get_shape() for name, (file, name) in tensors.items()}
-        cuts = [file.get_slice(name).get_shape() for file, name in table]
-        if cuts:
-            widths = {tuple(shape[1:]) for shape in cuts}
-            if len(widths) > 1:
-                raise InputError(f"{path}: the two parts of the embedding table differ in width: {cuts}")
-            shapes[WTE + "embedding"] = [sum(shape[0] for shape in cuts), *cuts[0][1:]]
-        check_tensors(path, shapes, expected)
-
-        def read(source) -> Tensor:
-            tensor = source[0].get_tensor(source[1])
-            if not tensor.is_floating_point():
-                raise InputError(f"{path}: {source[1]} is {tensor.dtype}, weights are floating-point")
-            return tensor.to(device, dtype)
-
-        state = {name: read(source) for name, source in tensors.items()}
-        state[WTE + "embedding"] = torch.cat([read(source) for source in table])
+    with open_weights(path, config, lm_head) as pieces:
+        large = sum(tensor.nbytes for tensor in model.state_dict().values()) > 2**30
+        state = {
+            name: _read(pieces[name], tensor.shape, dtype, device)
+            for name, tensor in tqdm(model.state_dict().items(), "loading", disable=not large, leave=False)
+        }
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def _read(pieces: list, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One tensor from its pieces, cast and moved piece by piece."""
+    if len(pieces) == 1:
+        return pieces[0][...].to(device, dtype)
+    whole, start = torch.empty(shape, dtype=dtype, device=device), 0
+    for piece in pieces:
+        rows = piece.get_shape()[0]
+        whole[start : start + rows] = piece[...]
+        start += rows
+    return whole
 
 
 def _unread(name: str, config: Config, lm_head: bool) -> bool:
@@ -262,18 +298,19 @@ def save_backbone(
     tensors |= {WTE + "embedding": table[:V].clone(), WTE + "new_embedding": table[V:].clone()}
     with whole_folder(folder, overwrite) as new:
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-        (new / "config.json").write_text(json.dumps(config_json(model.config, model.dtype), indent=2) + "\n")
-        ids = {
-            "bos_token_id": model.config.eos_id,
-            "eos_token_id": model.config.eos_id,
-            "pad_token_id": model.config.pad_id,
-        }
-        (new / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        write_settings(model.config, model.dtype, new)
         for name in COMPANIONS:
             if (Path(companions) / name).exists():
                 shutil.copyfile(Path(companions) / name, new / name)
         for path in also:
             shutil.copyfile(path, new / path.name)
+
+
+def write_settings(config: Config, dtype: torch.dtype, folder: Path) -> None:
+    """`config.json` and `generation_config.json`."""
+    write_json(folder / "config.json", config_json(config, dtype))
+    ids = {"bos_token_id": config.eos_id, "eos_token_id": config.eos_id, "pad_token_id": config.pad_id}
+    write_json(folder / "generation_config.json", ids)
 
 
 def fingerprint(model: Molmo2, tokenizer_file: str | Path) -> dict[str, str]:
@@ -288,3 +325,189 @@ def fingerprint(model: Molmo2, tokenizer_file: str | Path) -> dict[str, str]:
             first = p.flatten()[:64].to(torch.bfloat16).cpu().view(torch.int16).numpy()
             digest.update(f"{name} {list(p.shape)} ".encode() + first.tobytes())
     return {"weights": digest.hexdigest(), "tokenizer": hashlib.sha256(Path(tokenizer_file).read_bytes()).hexdigest()}
+
+
+# ----------------------------------------------------------------------------------------------- random checkpoints
+
+RELEASED = "molmo2-4b"
+SHAPES = (RELEASED, "tiny")
+
+
+def shape_config(shape: str, layers: int | None = None, vision_layers: int | None = None) -> Config:
+    """The config of a named shape, with fewer decoder blocks or vision layers where asked. A shortened tower reads its
+    last layer and, as in the release, the one six below, or its first."""
+    if shape not in SHAPES:
+        raise InputError(f"shape {shape!r} is none of {SHAPES}")
+    c = Config() if shape == RELEASED else read_config(WEIGHTS / "tiny")
+    for option, asked, most in (
+        ("--layers", layers, c.text.num_hidden_layers),
+        ("--vision-layers", vision_layers, c.vision_depth),
+    ):
+        if asked is not None and not 1 <= asked <= most:
+            raise InputError(f"{option} {asked}: {shape} has 1 to {most}")
+    if layers is not None:
+        c = replace(c, text=replace(c.text, num_hidden_layers=layers))
+    if vision_layers is not None:
+        adapter = replace(c.adapter, vit_layers=(-1, max(-7, -vision_layers)))
+        c = replace(c, vision=replace(c.vision, num_hidden_layers=vision_layers), adapter=adapter)
+    return c
+
+
+def write_random(
+    out: str | Path, shape: str, config: Config, dtype: torch.dtype, parts: int, seed: int, overwrite: bool = False
+) -> None:
+    """A checkpoint of random weights in the released layout: config, shards with their index, companions.
+
+    Tensors are drawn and written a few rows at a time, so the memory needed does not depend on the model's size.
+    """
+    if parts < 1:
+        raise InputError(f"--shards {parts}: at least 1")
+    with torch.device("meta"):
+        sizes = {name: tensor.shape for name, tensor in Molmo2(config).state_dict().items()}
+    rows, width = sizes.pop(WTE + "embedding")
+    sizes |= {
+        WTE + "embedding": torch.Size((config.text.vocab_size, width)),
+        WTE + "new_embedding": torch.Size((rows - config.text.vocab_size, width)),
+    }
+    share, total = sum(size.numel() for size in sizes.values()) / parts, 0
+    names: list[list[str]] = [[] for _ in range(parts)]
+    for name, size in sizes.items():  # a tensor goes where its middle falls
+        names[int((total + size.numel() / 2) / share)].append(name)
+        total += size.numel()
+    generator = torch.Generator().manual_seed(seed)
+    with whole_folder(out, overwrite) as new:
+        write_settings(config, dtype, new)
+        if shape == RELEASED:
+            write_json(new / "preprocessor_config.json", preprocessor_json(ImageConfig()))
+            write_json(new / "tokenizer.json", stand_in_tokenizer(config))
+        else:
+            for name in COMPANIONS:
+                shutil.copyfile(WEIGHTS / "tiny" / name, new / name)
+        files = [f"model-{i:05d}-of-{parts:05d}.safetensors" for i in range(1, parts + 1)]
+        with tqdm(total=total * dtype.itemsize, desc="writing", unit="B", unit_scale=True) as bar:
+            for file, some in zip(files, names, strict=True):
+                _write_shard(new / file, {name: sizes[name] for name in some}, config, dtype, generator, bar)
+        weight_map = {name: file for file, some in zip(files, names, strict=True) for name in some}
+        index = {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": weight_map}
+        write_json(new / "model.safetensors.index.json", index)
+
+
+def _write_shard(path: Path, sizes: dict[str, torch.Size], config: Config, dtype: torch.dtype, generator, bar) -> None:
+    """A safetensors file by hand: the header's length in 8 bytes, the header, the tensors."""
+    kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, size in sizes.items():
+        start, end = end, end + size.numel() * dtype.itemsize
+        header[name] = {"dtype": kind, "shape": list(size), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, size in sizes.items():
+                for rows in torch.empty(size, device="meta").split(max(1, 2**24 // max(1, size[1:].numel()))):
+                    x = init_tensor(name, torch.empty(rows.shape), config, generator).to(dtype)
+                    file.write(x.view(torch.uint8).numpy())
+                    bar.update(x.nbytes)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def stand_in_tokenizer(config: Config) -> dict:
+    """`tokenizer.json` of `weights/tiny` with every added token at the id it has in the release, filled up with
+    entries that no text produces. It makes a random checkpoint usable; its token counts are not the release's."""
+    raw = read_json(WEIGHTS / "tiny/tokenizer.json")
+    added = {token["content"]: token for token in raw["added_tokens"]}
+    named = {"<|endoftext|>": config.pad_id, "<|im_start|>": config.eos_id - 1, "<|im_end|>": config.eos_id}
+    rest = [name for name in added if name not in named]
+    named |= {name: config.image_patch_id - rest.index(PATCH) + i for i, name in enumerate(rest)}
+    vocabulary = raw["model"]["vocab"]
+    vocabulary |= {
+        f"|<FILLER_{i}>|": i for i in range(len(vocabulary), config.text.vocab_size) if i not in named.values()
+    }
+    raw["added_tokens"] = [added[name] | {"id": token} for name, token in named.items()]
+    return raw
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+
+def show(folder: Path) -> dict:
+    """Print what a checkpoint is; what is missing or wrong raises."""
+    config = read_config(folder)
+    with open_weights(folder, config) as pieces:
+        counts: dict[str, int] = {}
+        dtypes: dict[str, int] = {}
+        for name, parts in pieces.items():
+            for piece in parts:
+                size, dtype = math.prod(piece.get_shape()), piece.get_dtype()
+                counts[part_of(name)] = counts.get(part_of(name), 0) + size
+                dtypes[dtype] = dtypes.get(dtype, 0) + size
+        tensors = sum(len(parts) for parts in pieces.values())
+    Processor.from_folder(folder, config.text.max_position_embeddings)
+    files = shards(folder)
+    size, total = sum(file.stat().st_size for file in files), sum(counts.values())
+    print(f"{folder}: molmo2, complete")
+    for part, count in counts.items():
+        print(f"  {part:20s}{count:15,d} parameters")
+    print(
+        f"  {'total':20s}{total:15,d} parameters in {tensors} tensors, {len(files)} file(s), {size:,} bytes, ", end=""
+    )
+    print(" and ".join(f"{dtype}" for dtype in dtypes))
+    print("memory for weights, without pictures and answers:")
+    needs = {}
+    for what, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        needs[what] = {"score": memory.weights(config, dtype), "train": memory.training(config, dtype, LoraConfig())}
+        print(f"  {what:10s} to score {needs[what]['score'] / 1e9:7.3f} GB", end="")
+        print(f"   to train (LoRA r {LoraConfig().r}) {needs[what]['train'] / 1e9:7.3f} GB")
+    return {"model_type": "molmo2", "parameters": total, "parts": counts, "tensors": tensors, "bytes": size} | {
+        "dtypes": sorted(dtypes),
+        "memory": needs,
+    }
+
+
+def part_of(name: str) -> str:
+    """The part of the network that a tensor belongs to."""
+    for start, part in PARTS.items():
+        if name.startswith(start):
+            return part
+    raise ValueError(name)
+
+
+PARTS = {
+    "model.vision_backbone.image_vit.": "vision tower",
+    "model.vision_backbone.": "connector",
+    WTE: "embedding table",
+    "model.transformer.": "decoder",
+    "lm_head.": "lm_head",
+}
+
+
+def main() -> None:
+    parser = Parser(prog="python -m yojo.checkpoint", description="Look at a checkpoint, or write a random one.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    look = commands.add_parser("show", help="what a checkpoint is, what it needs, and whether it is complete")
+    look.add_argument("folder", type=Path, metavar="DIR")
+    write = commands.add_parser("random", help="write random weights in the released layout")
+    write.add_argument("--shape", choices=SHAPES, required=True, help="whose shape")
+    write.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    write.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the files (default: float32)"
+    )
+    write.add_argument("--shards", type=int, default=4, metavar="K", help="number of weight files (default: 4)")
+    write.add_argument("--layers", type=int, metavar="K", help="decoder blocks, where not all")
+    write.add_argument("--vision-layers", type=int, metavar="K", help="vision layers, where not all")
+    write.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    args = parser.parse_args()
+    run(lambda: show(args.folder) if args.command == "show" else random_checkpoint(args), parser, args)
+
+
+def random_checkpoint(args) -> dict:
+    config = shape_config(args.shape, args.layers, args.vision_layers)
+    write_random(args.out, args.shape, config, getattr(torch, args.dtype), args.shards, args.seed, args.overwrite)
+    return show(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -71,6 +71,22 @@ def read_tensors(path: str | Path, expected: Mapping[str, torch.Size]) -> dict[s
         return {name: file.get_tensor(name) for name in expected}
 
 
+def read_pickle(path: str | Path, expected: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """All tensors of a `.pt` file, which must hold exactly the expected ones. Nothing in the file is ever executed: a
+    pickle that asks for more than tensors is refused."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except Exception as error:  # torch.load raises many kinds
+        why = str(error).strip().splitlines()[0]
+        raise InputError(f"{path} cannot be read as plain tensors, and nothing in it was executed: {why}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise InputError(f"{path} must hold a dictionary of tensors")
+    check_tensors(path, {name: tensor.shape for name, tensor in tensors.items()}, expected)
+    return tensors
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it takes the place of `path` in one step."""

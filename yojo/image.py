@@ -82,6 +82,20 @@ def read_image_config(folder: str | Path) -> ImageConfig:
         raise InputError(f"{path} has a value of the wrong kind: {error}") from None
 
 
+def preprocessor_json(c: ImageConfig) -> dict:
+    """What `read_image_config` reads back to `c`."""
+    return {
+        "size": {"height": c.size, "width": c.size},
+        "patch_size": c.patch,
+        "overlap_margins": c.margins,
+        "max_crops": c.max_crops,
+        "pooling_size": c.pooling,
+        "image_mean": c.mean,
+        "image_std": c.std,
+        "resample": 2,
+    }
+
+
 @dataclass(frozen=True)
 class Pictures:
     """What one record shows the tower: patches float32 [views, P, 3 * patch^2], pooling int64 [M, window], and the

@@ -505,12 +505,15 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
 
 
 def init_weights(model: Molmo2, generator: torch.Generator, std: float = 0.02) -> None:
-    """Fresh weights in place: matrices N(0, std), the two that write into the residual stream smaller by
-    sqrt(2 * layers), biases zero, norms one."""
-    depth = model.config.text.num_hidden_layers
+    """Fresh weights in place."""
     for name, p in model.named_parameters():
-        if p.ndim == 1:
-            nn.init.constant_(p, float("norm" in name or "ln_f" in name) if name.endswith("weight") else 0.0)
-        else:
-            scale = 1 / math.sqrt(2 * depth) if "attn_out" in name or "ff_out" in name else 1.0
-            nn.init.normal_(p, std=std * scale, generator=generator)
+        init_tensor(name, p.data, model.config, generator, std)
+
+
+def init_tensor(name: str, x: Tensor, config: Config, generator: torch.Generator, std: float = 0.02) -> Tensor:
+    """Fill the parameter `name`, or some rows of it: matrices N(0, std), the two that write into the residual stream
+    smaller by sqrt(2 * layers), biases zero, norms one."""
+    if x.ndim == 1:
+        return x.fill_(float(name.endswith("weight") and ("norm" in name or "ln_f" in name)))
+    into_stream = "attn_out" in name or "ff_out" in name
+    return x.normal_(0, std / math.sqrt(2 * config.text.num_hidden_layers) if into_stream else std, generator=generator)

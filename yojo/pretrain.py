@@ -31,7 +31,7 @@ from yojo.cli import WEIGHTS, Parser, run
 from yojo.data import join
 from yojo.files import InputError, write_json
 from yojo.fit import FitConfig, fit
-from yojo.image import ImageConfig
+from yojo.image import ImageConfig, preprocessor_json
 from yojo.mask import MODES, PADDING, PROMPT, AttentionMask
 from yojo.molmo2 import AdapterConfig, Config, Molmo2, TextConfig, VisionConfig, init_weights
 from yojo.prompt import TURN_END, Markup, Processor, Tokenizer
@@ -90,7 +90,7 @@ Talk = tuple[str, str]  # question, answer
 
 def talks(scene: shapes.Scene, rng: random.Random, count: int) -> list[Talk]:
     """Conversations about one scene."""
-    kinds = (describe, describe, look_up, look_up, place, presence, check, check, check, name)
+    kinds = (describe, look_up, look_up, place, presence, check, check, check, check, name, claim)
     return [rng.choice(kinds)(scene, rng) for _ in range(count)]
 
 
@@ -123,11 +123,22 @@ def place(scene: shapes.Scene, rng: random.Random) -> Talk:
     return f"What is {row} {column}?", f"a {here[0].size} {here[0].colour} {here[0].shape}" if here else "nothing"
 
 
-def presence(scene: shapes.Scene, rng: random.Random) -> Talk:
+def some_pair(scene: shapes.Scene, rng: random.Random) -> tuple[str, bool]:
+    """A colour and a shape in words, and whether they are in the picture; half of them are."""
     pairs = {(t.colour, t.shape) for t in scene.things}
     absent = [p for p in shapes.PAIRS if p not in pairs and p not in shapes.HELD_OUT]
     pair = rng.choice(sorted(pairs) if rng.random() < 0.5 else absent)
-    return f"Is there {rng.choice(shapes.wordings(*pair))}?", "yes" if pair in pairs else "no"
+    return rng.choice(shapes.wordings(*pair)), pair in pairs
+
+
+def presence(scene: shapes.Scene, rng: random.Random) -> Talk:
+    words, there = some_pair(scene, rng)
+    return f"Is there {words}?", "yes" if there else "no"
+
+
+def claim(scene: shapes.Scene, rng: random.Random) -> Talk:
+    words, there = some_pair(scene, rng)
+    return f"{shapes.CORROBORATED} {words}. True?", "true" if there else "false"
 
 
 def name(scene: shapes.Scene, rng: random.Random) -> Talk:
@@ -145,8 +156,8 @@ def check(scene: shapes.Scene, rng: random.Random) -> Talk:
         if slot != by and rng.random() < 0.25:
             said[slot] = rng.choice(wrong)
     errors = [slot for slot in shapes.SLOTS if said[slot] != truth[slot]]
-    verdict = "wrong " + ", ".join(errors) if errors else "right"
-    return f"{shapes.ask(thing, by)} {shapes.describe(said)}. Right?", verdict
+    verdict = "false: " + ", ".join(errors) if errors else "true"
+    return f"{shapes.ask(thing, by)} {shapes.describe(said)}. True?", verdict
 
 
 # ------------------------------------------------------------------------------------------------------------ batch
@@ -252,7 +263,7 @@ class Pretraining:
         }
 
 
-KINDS = (describe, describe_held_out, look_up, place, presence, check)
+KINDS = (describe, describe_held_out, look_up, place, presence, check, claim)
 
 
 @torch.no_grad()
@@ -293,19 +304,7 @@ def write_companions(folder: Path) -> Processor:
             "pad_token": TEXT_TOKENS[0],
         },
     )
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            "size": {"height": IMAGES.size, "width": IMAGES.size},
-            "patch_size": IMAGES.patch,
-            "overlap_margins": IMAGES.margins,
-            "max_crops": IMAGES.max_crops,
-            "pooling_size": IMAGES.pooling,
-            "image_mean": IMAGES.mean,
-            "image_std": IMAGES.std,
-            "resample": 2,
-        },
-    )
+    write_json(folder / "preprocessor_config.json", preprocessor_json(IMAGES))
     write_json(folder / "processor_config.json", asdict(Markup()))
     return Processor.from_folder(folder, TEXT.max_position_embeddings)
 

@@ -14,6 +14,16 @@ the ordinary characters it is: no answer can add a separator, end a turn or fake
 
 In `isolated` mode the positions of every response start right after the prompt, as they would if it stood alone.
 
+Layout "released" is for the released reward model, which was trained on other rows (facts: its training code,
+yinuoyang01/multi-response-rm). Every oddity is meant:
+
+    <|im_end|> PICTURES <|im_start|>user\n PROMPT <|im_end|>\n␣<|im_start|>assistant
+                 \n RESPONSE 1 \n\n <|resp_sep|> \n\n RESPONSE 2 \n\n <|resp_sep|> ... <|resp_sep|> \n\n RESPONSE N
+                                 ^                             ^                                               ^
+the blank before the assistant's turn; BOS only with pictures; blank lines round separators, so that a response is
+encoded differently first, in the middle and last; no separator after the last one, which is read at its last token.
+The prompt ends after the word "assistant": its line break can melt into the first response's own.
+
 See it: `pytest tests/test_prompt.py`, `tutorials/04_separators_and_masks.md`.
 """
 
@@ -48,6 +58,7 @@ IMAGE_TOKENS = (
     "<im_low>",
 )
 MAX_RESPONSES = 64
+LAYOUTS = ("default", "released")
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,8 @@ class Encoded:
     """One record as the model reads it. All spans are known by construction.
 
     ids int [T]; response int [T], -1 = prompt; image bool [T]; spans [(start, stop)] of each response without its
-    separator; read = the index each score is read at, spans[i][1] - 1; pictures: what the <im_patch> tokens show.
+    separator (in layout "released" with its blank lines); read = the index each score is read at, spans[i][1] - 1;
+    pictures: what the <im_patch> tokens show.
     """
 
     ids: Tensor
@@ -161,14 +173,19 @@ Seen = tuple[list[int], Pictures | None]  # the token ids of a record's pictures
 class Processor:
     """The files of a checkpoint folder that say how text and pictures become tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, images: ImageConfig, markup: Markup, max_tokens: int):
+    def __init__(
+        self, tokenizer: Tokenizer, images: ImageConfig, markup: Markup, max_tokens: int, layout: str = "default"
+    ):
         self.tokenizer, self.images, self.markup, self.max_tokens = tokenizer, images, markup, max_tokens
+        if layout not in LAYOUTS:
+            raise InputError(f"layout {layout!r} is none of {LAYOUTS}")
+        self.layout = layout
         self.image_ids = torch.tensor([tokenizer.id(name) for name in IMAGE_TOKENS])
 
     @classmethod
-    def from_folder(cls, folder: str | Path, max_tokens: int) -> "Processor":
+    def from_folder(cls, folder: str | Path, max_tokens: int, layout: str = "default") -> "Processor":
         tokenizer = Tokenizer(Path(folder) / "tokenizer.json")
-        return cls(tokenizer, read_image_config(folder), read_markup(folder), max_tokens)
+        return cls(tokenizer, read_image_config(folder), read_markup(folder), max_tokens, layout)
 
     def encode(
         self,
@@ -192,26 +209,25 @@ class Processor:
         if len(responses) > MAX_RESPONSES:
             over = len(responses) - MAX_RESPONSES
             raise InputError(f"{len(responses)} responses are {over} more than the limit of {MAX_RESPONSES}")
-        user = self.tokenizer.encode("user\n" + prompt, "the prompt")
-        start, end, newline = self.tokenizer.id(TURN_START), self.tokenizer.id(TURN_END), self.tokenizer.encode("\n")
-        ids = [
-            self.tokenizer.id(BOS),
-            *marks,
-            start,
-            *user,
-            end,
-            *newline,
-            start,
-            *self.tokenizer.encode("assistant\n"),
-        ]
+        if empty := [i for i, text in enumerate(responses, 1) if not text.strip()]:
+            raise InputError(f"response {empty[0]} is empty: there is nothing to score")
+        encode, separator = self.tokenizer.encode, self.tokenizer.separator_id
+        start, end = self.tokenizer.id(TURN_START), self.tokenizer.id(TURN_END)
+        user = [start, *encode("user\n" + prompt, "the prompt"), end]
+        if self.layout == "released":
+            ids = [*([self.tokenizer.id(BOS)] if marks else []), *marks, *user, *encode("\n "), start]
+            ids += encode("assistant")
+            before, after = ["\n"] + ["\n\n"] * len(responses), "\n\n"
+        else:
+            ids = [self.tokenizer.id(BOS), *marks, *user, *encode("\n"), start, *encode("assistant\n")]
+            before, after = [""] * len(responses), ""
         owner, spans = [PROMPT] * len(ids), []
         for i, text in enumerate(responses):
-            if not text.strip():
-                raise InputError(f"response {i + 1} is empty: there is nothing to score")
-            piece = self.tokenizer.encode(text, f"response {i + 1}")
+            closed = self.layout == "default" or i + 1 < len(responses)
+            piece = encode(before[i] + text + (after if closed else ""), f"response {i + 1}")
             spans.append((len(ids), len(ids) + len(piece)))
-            ids += [*piece, self.tokenizer.separator_id]
-            owner += [i] * (len(piece) + 1)
+            ids += piece + [separator] * closed
+            owner += [i] * (len(piece) + closed)
         if len(ids) > self.max_tokens:
             over = len(ids) - self.max_tokens
             raise InputError(

@@ -8,6 +8,10 @@ No logits are ever computed. A saved reward model is a folder: the adapter in PE
 and `reward_model_config.json`, which names the base (relative to the folder), its fingerprint, the separator's id, the
 layout and the mode; a base that is not the one it was trained on is refused.
 
+`RewardModel.load` also reads what the released training code writes (yinuoy/MR2-Molmo2-4B-RM): the merged folder, a
+checkpoint with `value_head.pt` beside it, and an unmerged run, a PEFT adapter with `value_head.pt`. Both are read in
+layout "released" (`prompt.py`), joint.
+
     rm = RewardModel.load("weights/tiny-rm")
     rm.score("Describe the star.", ["a small red star, ...", "..."], image="picture.png")
 
@@ -29,14 +33,15 @@ from torch import Tensor, nn
 from yojo import lora
 from yojo.checkpoint import fingerprint, load_backbone
 from yojo.data import Batch, collate
-from yojo.files import InputError, read_json, read_tensors, whole_folder, write_json
+from yojo.files import InputError, read_json, read_pickle, read_tensors, whole_folder, write_json
 from yojo.mask import MODES
 from yojo.molmo2 import Molmo2
 from yojo.prompt import SEPARATOR, Encoded, Processor
 
 ADAPTER = "reward"
-LAYOUT = "default"
-CONFIG, HEAD = "reward_model_config.json", "value_head.safetensors"
+CONFIG, HEAD, RELEASED_HEAD = "reward_model_config.json", "value_head.safetensors", "value_head.pt"
+# What the released config may say of its head, with the only value this one computes.
+RELEASED = {"value_head_type": "mlp", "value_head_activation": "silu", "resp_repr_mode": "last"}
 
 
 class ValueHead(nn.Sequential):
@@ -55,7 +60,7 @@ class ValueHead(nn.Sequential):
 
 class RewardModel(nn.Module):
     """`mode` is the attention it was trained with; `base` the folder its backbone came from, `fingerprint` that
-    backbone's."""
+    backbone's. A backbone that carries no adapter "reward" judges as it is: a merged model."""
 
     def __init__(
         self,
@@ -71,6 +76,7 @@ class RewardModel(nn.Module):
             raise InputError(f"mode {mode!r} is none of {MODES}")
         self.backbone, self.processor, self.head = backbone, processor, head
         self.mode, self.base, self.fingerprint = mode, base, fingerprint
+        self.adapter = ADAPTER if ADAPTER in lora.adapters(backbone) else None
 
     @classmethod
     def new(
@@ -102,7 +108,7 @@ class RewardModel(nn.Module):
         """
         if features is None and batch.pictures is not None:
             features = self.backbone.see(batch.pictures.patches, batch.pictures.pooling)
-        with lora.use(self.backbone, ADAPTER):
+        with lora.use(self.backbone, self.adapter):
             hidden = self.backbone(batch.input_ids, features, batch.mask, batch.positions, read=batch.read)
         return self.head(hidden)
 
@@ -144,7 +150,7 @@ class RewardModel(nn.Module):
             "fingerprint": self.fingerprint,
             "separator": SEPARATOR,
             "separator_id": self.processor.tokenizer.separator_id,
-            "layout": LAYOUT,
+            "layout": self.processor.layout,
             "mode": self.mode,
             "value_head_hidden_dim": self.head[0].out_features,
         }
@@ -163,14 +169,20 @@ class RewardModel(nn.Module):
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> "RewardModel":
-        """A saved reward model, in eval mode. base None = where the folder says it is; dtype and device as in
-        `load_backbone`. Anything that does not fit what was saved raises `InputError`."""
+        """A saved reward model, in eval mode: ours, a released merged one, or a PEFT run of the released code.
+
+        base None = where the folder says it is; dtype and device as in `load_backbone`. Anything that does not fit
+        what was saved raises `InputError`.
+        """
         folder = Path(folder)
-        config = _read_config(folder / CONFIG)
+        config = read_json(folder / CONFIG)
+        if "value_head_type" in config:
+            return cls._load_released(folder, config, base, dtype, device)
+        _check_ours(folder / CONFIG, config)
         base = folder / config["base"] if base is None else Path(base)
         if not base.is_dir():
             raise InputError(f"{folder} was trained on a base at {base}, and there is none: pass its folder as `base`")
-        backbone, processor, digest = open_base(base, dtype, device)
+        backbone, processor, digest = open_base(base, dtype, device, config["layout"])
         for part in ("weights", "tokenizer"):
             if digest[part] != config["fingerprint"].get(part):
                 raise InputError(
@@ -182,30 +194,53 @@ class RewardModel(nn.Module):
                 f"{processor.tokenizer.separator_id}"
             )
         lora.load(backbone, ADAPTER, folder)
-        head = ValueHead(backbone.config.text.hidden_size, config["value_head_hidden_dim"])
-        head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
+        head = _empty_head(backbone, config["value_head_hidden_dim"])
         head.load_state_dict(read_tensors(folder / HEAD, {k: v.shape for k, v in head.state_dict().items()}))
         return cls(backbone, processor, head, config["mode"], base, digest).requires_grad_(False).eval()
 
+    @classmethod
+    def _load_released(
+        cls, folder: Path, config: dict, base: str | Path | None, dtype: torch.dtype | None, device
+    ) -> "RewardModel":
+        for key, only in RELEASED.items():
+            if config.get(key) != only:
+                raise InputError(f"{folder / CONFIG}: {key} = {config.get(key)!r} is not supported, only {only!r}")
+        inner = config.get("value_head_hidden_dim")
+        if type(inner) is not int or inner < 1:
+            raise InputError(f"{folder / CONFIG}: value_head_hidden_dim must be a whole number from 1, got {inner!r}")
+        unmerged = (folder / "adapter_config.json").exists()
+        if base is None:
+            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") if unmerged else folder
+        if base is None or not Path(base).is_dir():
+            raise InputError(f"{folder} is an adapter for {base}, which is no folder here: pass its folder as `base`")
+        backbone, processor, digest = open_base(base, dtype, device, "released")
+        if unmerged:
+            lora.load(backbone, ADAPTER, folder)
+        head = _empty_head(backbone, inner)
+        head.load_state_dict(read_pickle(folder / RELEASED_HEAD, {k: v.shape for k, v in head.state_dict().items()}))
+        return cls(backbone, processor, head, "joint", Path(base), digest).requires_grad_(False).eval()
 
-def _read_config(path: Path) -> dict:
-    config = read_json(path)
+
+def _empty_head(backbone: Molmo2, inner: int) -> ValueHead:
+    head = ValueHead(backbone.config.text.hidden_size, inner)
+    return head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
+
+
+def _check_ours(path: Path, config: dict) -> None:
     kinds = {"base": str, "fingerprint": dict, "separator_id": int, "mode": str, "value_head_hidden_dim": int}
+    kinds |= {"layout": str}
     wrong = [key for key, kind in kinds.items() if type(config.get(key)) is not kind]
     wrong += [key for key in ("separator_id", "value_head_hidden_dim") if key not in wrong and config[key] < 1]
     if config.get("format") != "yojo" or wrong:
         raise InputError(f"{path} is no reward model of this project: {', '.join(wrong) or 'format'} missing or wrong")
-    if config.get("layout") != LAYOUT:
-        raise InputError(f"{path}: layout {config.get('layout')!r} is unknown, only {LAYOUT!r}")
-    return config
 
 
 def open_base(
-    base: str | Path, dtype: torch.dtype | None, device: str | torch.device | None
+    base: str | Path, dtype: torch.dtype | None, device: str | torch.device | None, layout: str = "default"
 ) -> tuple[Molmo2, Processor, dict[str, str]]:
     """Backbone without its vocabulary matrix and with a row for the separator, processor, fingerprint."""
     backbone = load_backbone(base, dtype, device or "cpu", lm_head=False)
-    processor = Processor.from_folder(base, backbone.config.text.max_position_embeddings)
+    processor = Processor.from_folder(base, backbone.config.text.max_position_embeddings, layout)
     views, tower = processor.images, backbone.config.vision
     if (views.patch, views.side**2) != (tower.patch_size, tower.num_position_embeddings):
         raise InputError(

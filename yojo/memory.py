@@ -1,0 +1,44 @@
+"""How many bytes scoring and training need, before a run starts.
+
+    scoring:   weights without lm_head
+    training:  + adapter and head, each number four times in float32: itself, its gradient, AdamW's two moments
+               + what the backward pass needs: with activation checkpointing the input of every block, and the inside
+                 of the one block that is being recomputed
+
+The parts that grow with the number of tokens are an estimate of this network's own code; `tests/test_memory.py` holds
+it against what autograd really keeps.
+"""
+
+import torch
+
+from yojo.lora import LoraConfig
+from yojo.molmo2 import Config, Molmo2
+
+
+def weights(config: Config, dtype: torch.dtype) -> int:
+    """Bytes of everything that scoring reads."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Molmo2(config, lm_head=False).parameters()) * dtype.itemsize
+
+
+def adapter(config: Config, lora: LoraConfig) -> int:
+    """Parameters of an adapter: r (in + out) for each matrix it sits on."""
+    c = config.text
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    shapes = {
+        "att_proj": (c.hidden_size, queries + 2 * keys),
+        "attn_out": (queries, c.hidden_size),
+        "ff_proj": (c.hidden_size, 2 * c.intermediate_size),
+        "ff_out": (c.intermediate_size, c.hidden_size),
+    }
+    return c.num_hidden_layers * lora.r * sum(sum(shapes[target]) for target in lora.targets)
+
+
+def head(config: Config, inner: int) -> int:
+    """Parameters of the value head."""
+    return (config.text.hidden_size + 2) * inner + 1
+
+
+def training(config: Config, dtype: torch.dtype, lora: LoraConfig, inner: int = 1024) -> int:
+    """Bytes of weights, gradients and optimiser state."""
+    return weights(config, dtype) + 4 * 4 * (adapter(config, lora) + head(config, inner))
