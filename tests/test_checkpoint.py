@@ -10,15 +10,31 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, random_model
 from safetensors.torch import load_file, save_file
 
-from yojo.checkpoint import config_json, fingerprint, load_backbone, read_config, save_backbone
+from yojo.checkpoint import (
+    config_json,
+    fingerprint,
+    load_backbone,
+    read_config,
+    save_backbone,
+    shape_config,
+    show,
+    stand_in_tokenizer,
+    stored_sizes,
+    write_random,
+)
 from yojo.files import InputError, whole_file, whole_folder
-from yojo.molmo2 import Config, Molmo2
+from yojo.lora import LoraConfig
+from yojo.prompt import Tokenizer
+from yojo.reward import RewardModel
+
+DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture
@@ -156,12 +172,119 @@ def test_a_folder_without_a_checkpoint(tmp_path, folder):
         load_backbone(folder)
 
 
-def test_molmo2_4b_has_the_released_size():
-    """706 tensors, 4,850,869,200 parameters; the table is one tensor here and two in files."""
-    with torch.device("meta"):
-        model = Molmo2(Config())
-    assert len(model.state_dict()) + 1 == 706
-    assert sum(p.numel() for p in model.parameters()) == 4_850_869_200
+# ------------------------------------------------------------------------------------------- random checkpoints, show
+
+
+def test_the_released_config_is_written_as_it_is_released():
+    """Every key of ours stands in the released file with the same value."""
+    released = json.loads((DATA / "config.json").read_text())
+    ours = json.loads(json.dumps(config_json(shape_config("molmo2-4b"), torch.float32)))
+    assert ours["architectures"] == released["architectures"]
+    for part in ("text_config", "vit_config", "adapter_config"):
+        assert {k: released[part].get(k) for k in ours[part]} == ours[part]
+        del ours[part]
+    assert {k: released.get(k) for k in ours} == ours
+
+
+def test_names_and_shapes_of_the_4b_checkpoint_come_from_the_released_config(tmp_path):
+    shutil.copyfile(DATA / "config.json", tmp_path / "config.json")
+    shutil.copyfile(DATA / "generation_config.json", tmp_path / "generation_config.json")
+    config = read_config(tmp_path)
+    assert config == shape_config("molmo2-4b")
+    sizes = stored_sizes(config)
+    assert len(sizes) == 706 and sum(size.numel() for size in sizes.values()) == 4_850_869_200
+    assert sizes["model.transformer.wte.embedding"] == (151936, 2560)
+    assert sizes["model.transformer.wte.new_embedding"] == (128, 2560)
+    assert sizes["model.transformer.blocks.35.self_attn.att_proj.weight"] == (6144, 2560)
+    assert "model.vision_backbone.image_vit.transformer.resblocks.24.attention.wq.weight" in sizes
+    assert "model.vision_backbone.image_vit.transformer.resblocks.25.attention.wq.weight" not in sizes
+
+
+def test_a_random_checkpoint_loads_and_scores(tmp_path):
+    write_random(tmp_path / "r", "tiny", shape_config("tiny", 2, 1), torch.bfloat16, 3, seed=0)
+    assert len(list((tmp_path / "r").glob("model-*-of-00003.safetensors"))) == 3
+    model = load_backbone(tmp_path / "r")
+    assert model.config.text.num_hidden_layers == 2 and model.config.vision_depth == 1
+    proj = model.model.transformer.blocks[0].self_attn.att_proj.weight
+    assert proj.dtype == torch.float32 and proj.std().item() == pytest.approx(0.02, rel=0.02)
+    rm = RewardModel.new(tmp_path / "r", "joint", LoraConfig(r=2), inner=4)
+    assert len(rm.score("?", ["a", "b"])) == 2
+    assert load_file(tmp_path / "r/model-00001-of-00003.safetensors")  # the library reads what was written by hand
+
+
+def test_the_stand_in_tokenizer_has_the_released_ids(tmp_path):
+    config = shape_config("molmo2-4b")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stand_in_tokenizer(config)))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    ids = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<im_start>": 151936}
+    ids |= {"<im_patch>": 151938, "<low_res_im_start>": 151940, "<|image|>": 151941, "<|video|>": 151945}
+    assert {name: tokenizer.id(name) for name in ids} == ids
+    assert tokenizer.separator_id == len(tokenizer) == 151946
+    assert tokenizer.decode(tokenizer.encode("a small red star, 猫")) == "a small red star, 猫"
+
+
+def test_show_says_what_a_checkpoint_is(folder, capsys):
+    told = show(folder)
+    out = capsys.readouterr().out
+    model = load_backbone(folder)
+    assert told["parameters"] == sum(told["parts"].values()) == sum(p.numel() for p in model.parameters())
+    assert "complete" in out and "F32" in out and told["tensors"] == len(model.state_dict()) + 1
+    scoring = load_backbone(folder, torch.bfloat16, lm_head=False)
+    assert told["memory"]["bfloat16"]["score"] == sum(p.nbytes for p in scoring.parameters())
+
+
+@pytest.mark.parametrize(
+    "lose, why",
+    [
+        (lambda f: (f / "model-2.safetensors").unlink(), "model-2.safetensors does not exist"),
+        (lambda f: os.truncate(f / "model-2.safetensors", 5000), "model-2.safetensors is not a whole safetensors file"),
+        (lambda f: (f / "model.safetensors.index.json").unlink(), "holds no checkpoint"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
+        (lambda f: (f / "preprocessor_config.json").unlink(), "preprocessor_config.json does not exist"),
+        (lambda f: edit(f / "tokenizer.json", lambda t: t["added_tokens"].pop(5)), "lacks the token"),
+    ],
+)
+def test_show_tells_a_whole_download_from_a_broken_one(folder, lose, why):
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        save_file({n: tensors[n] for n in part}, folder / f"model-{i}.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {n: f"model-{1 + i % 2}.safetensors" for i, n in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    show(folder)
+    lose(folder)
+    with pytest.raises(InputError, match=why):
+        show(folder)
+
+
+def test_a_wrong_shape_is_refused():
+    for wrong in (("other", None, None), ("tiny", 0, None), ("tiny", 99, None), ("tiny", None, 9)):
+        with pytest.raises(InputError):
+            shape_config(*wrong)
+
+
+KILLED_WRITER = """
+import os, signal, sys, torch
+from yojo import checkpoint
+calls, real = [], checkpoint.init_tensor
+def init(*args):
+    calls.append(1)
+    if len(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+checkpoint.init_tensor = init
+checkpoint.write_random(sys.argv[1], "tiny", checkpoint.shape_config("tiny"), torch.float32, 2, 0)
+"""
+
+
+@pytest.mark.parametrize("moment", [1, 30, 90])
+def test_a_kill_while_a_random_checkpoint_is_written_leaves_nothing_of_its_name(tmp_path, moment):
+    done = subprocess.run([sys.executable, "-c", KILLED_WRITER, tmp_path / "out", str(moment)], check=False)
+    assert done.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    for left in tmp_path.iterdir():
+        with pytest.raises(InputError):
+            show(left)
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

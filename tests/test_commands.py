@@ -4,7 +4,9 @@ pytest tests/test_commands.py
 """
 
 import json
+import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -126,8 +128,6 @@ def test_score_reads_records(command, tmp_path):
 @pytest.fixture
 def run_folder(tiny_folder, tmp_path, monkeypatch):
     """Preference records and the paper's recipe, shrunk."""
-    from dataclasses import replace
-
     from yojo.fit import FitConfig
     from yojo.lora import LoraConfig
     from yojo.preference import Recipe
@@ -152,6 +152,38 @@ def test_training_writes_a_reward_model(command, run_folder):
     assert not (folder / "rm.training").exists()
     status, _, err = command(score, "--model", folder / "rm", *ONE)
     assert status == 0, err
+
+
+def test_what_a_run_needs_is_said_before_it_starts(command, run_folder):
+    _, words = run_folder
+    status, out, _ = command(train, *words)
+    assert status == 0
+    assert "5 records of 48 tokens on average, 25 of them pictures, and 48 at most; 7 steps of 2 records" in out
+    assert "memory, computed:" in out and "a step, computed:" in out
+
+
+def test_a_record_that_is_too_long_is_refused_before_the_run(refused, run_folder):
+    folder, words = run_folder
+    long = {"prompt": "?", "responses": ["x " * 9000, "b"], "rankings": [1, 2]}
+    with open(folder / "prefs.jsonl", "a") as file:
+        file.write("\n" + json.dumps(long))
+    refused("prefs.jsonl:7: 18013 tokens, 0 of them pictures, where 4096", train, *words)
+    assert not (folder / "rm.training").exists()
+
+
+def test_pictures_that_would_not_fit_are_cut_into_fewer_crops_and_it_is_said(command, run_folder, monkeypatch):
+    """300 x 900 pixels: with up to 4 crops too many tokens for the limit, with fewer not."""
+    folder, words = run_folder
+    base = shutil.copytree(words[1], folder / "base")
+    raw = json.loads((base / "preprocessor_config.json").read_text())
+    (base / "preprocessor_config.json").write_text(json.dumps(raw | {"max_crops": 4}))
+    Image.effect_noise((300, 900), 60).save(folder / "p.png")
+    small = train.Recipe()
+    monkeypatch.setattr(train, "Recipe", lambda: replace(small, max_tokens=60))
+    status, out, err = command(train, "--weights", base, *words[2:])
+    assert status == 0, err
+    assert "to fit into 60 tokens, pictures of 5 record(s) are cut into fewer than 4 crops" in out
+    assert "prefs.jsonl:1: at most 2" in out or "prefs.jsonl:2: at most 2" in out
 
 
 def test_a_run_is_not_overwritten_and_an_unfinished_one_goes_on(command, refused, run_folder, monkeypatch):

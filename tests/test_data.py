@@ -68,7 +68,7 @@ def test_a_line_break_inside_a_string_is_no_line_break(tmp_path):
         ({**GOOD, "image": 5}, "image must be a path"),
         ({**GOOD, "images": "a.png"}, "images a list of paths"),
         ({**GOOD, "image": "a", "images": ["b"]}, "both image and images"),
-        ({**GOOD, "video": "v"}, "video folders are not read yet"),
+        ({**GOOD, "video": "v"}, "no video at"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(tmp_path, line, why):

@@ -34,7 +34,7 @@ from yojo.files import InputError, check_tensors, open_tensors, read_json, whole
 from yojo.image import ImageConfig, preprocessor_json
 from yojo.lora import LoraConfig
 from yojo.molmo2 import AdapterConfig, Config, Molmo2, TextConfig, VisionConfig, init_tensor
-from yojo.prompt import PATCH, Processor
+from yojo.prompt import Processor
 
 WTE = "model.transformer.wte."
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
@@ -353,6 +353,15 @@ def shape_config(shape: str, layers: int | None = None, vision_layers: int | Non
     return c
 
 
+def stored_sizes(config: Config) -> dict[str, torch.Size]:
+    """Every tensor of a checkpoint in the released layout: the network's own, the embedding table in two parts."""
+    with torch.device("meta"):
+        sizes = {name: tensor.shape for name, tensor in Molmo2(config).state_dict().items()}
+    rows, width = sizes.pop(WTE + "embedding")
+    V = config.text.vocab_size
+    return sizes | {WTE + "embedding": torch.Size((V, width)), WTE + "new_embedding": torch.Size((rows - V, width))}
+
+
 def write_random(
     out: str | Path, shape: str, config: Config, dtype: torch.dtype, parts: int, seed: int, overwrite: bool = False
 ) -> None:
@@ -362,13 +371,7 @@ def write_random(
     """
     if parts < 1:
         raise InputError(f"--shards {parts}: at least 1")
-    with torch.device("meta"):
-        sizes = {name: tensor.shape for name, tensor in Molmo2(config).state_dict().items()}
-    rows, width = sizes.pop(WTE + "embedding")
-    sizes |= {
-        WTE + "embedding": torch.Size((config.text.vocab_size, width)),
-        WTE + "new_embedding": torch.Size((rows - config.text.vocab_size, width)),
-    }
+    sizes = stored_sizes(config)
     share, total = sum(size.numel() for size in sizes.values()) / parts, 0
     names: list[list[str]] = [[] for _ in range(parts)]
     for name, size in sizes.items():  # a tensor goes where its middle falls
@@ -415,18 +418,16 @@ def _write_shard(path: Path, sizes: dict[str, torch.Size], config: Config, dtype
 
 
 def stand_in_tokenizer(config: Config) -> dict:
-    """`tokenizer.json` of `weights/tiny` with every added token at the id it has in the release, filled up with
-    entries that no text produces. It makes a random checkpoint usable; its token counts are not the release's."""
+    """`tokenizer.json` of `weights/tiny`, filled up so that every added token has the id it has in the release. It
+    makes a random checkpoint usable; its token counts are not the release's."""
     raw = read_json(WEIGHTS / "tiny/tokenizer.json")
-    added = {token["content"]: token for token in raw["added_tokens"]}
-    named = {"<|endoftext|>": config.pad_id, "<|im_start|>": config.eos_id - 1, "<|im_end|>": config.eos_id}
-    rest = [name for name in added if name not in named]
-    named |= {name: config.image_patch_id - rest.index(PATCH) + i for i, name in enumerate(rest)}
-    vocabulary = raw["model"]["vocab"]
-    vocabulary |= {
-        f"|<FILLER_{i}>|": i for i in range(len(vocabulary), config.text.vocab_size) if i not in named.values()
-    }
-    raw["added_tokens"] = [added[name] | {"id": token} for name, token in named.items()]
+    vocabulary, added = raw["model"]["vocab"], {token["content"]: token for token in raw["added_tokens"]}
+    vocabulary |= {f"|<FILLER_{i}>|": i for i in range(len(vocabulary), config.pad_id)}  # no text produces them
+    below = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    names = below + [f"|<EXTRA_TOKENS_{i}>|" for i in range(config.text.vocab_size - config.pad_id - len(below))]
+    names += [name for name in added if name not in below]
+    like = added[below[0]]
+    raw["added_tokens"] = [like | {"content": name, "id": config.pad_id + i} for i, name in enumerate(names)]
     return raw
 
 

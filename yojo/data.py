@@ -2,10 +2,12 @@
 
 A record is one line of JSONL, in the schema of the released training code:
 
-    {"prompt": str, "responses": [str, ...], "rankings": [int, ...], "image": path | "images": [path, ...]}
+    {"prompt": str, "responses": [str, ...], "rankings": [int, ...],
+     "image": path | "images": [path, ...] | "video": path}
 
-rankings: 1 = best, ties allowed, one per response; only training and evaluation need them. Picture paths are relative
-to the JSONL file. A bad line raises `InputError` with the file and the line number; nothing is skipped.
+rankings: 1 = best, ties allowed, one per response; only training and evaluation need them. Paths are relative to the
+JSONL file; a video is a folder of frames or an animation (`image.open_video`). A bad line raises `InputError` with
+the file and the line number; nothing is skipped.
 
 A batch lays records into rows. By default a row is a record; several records in one row see nothing of each other.
 
@@ -28,13 +30,15 @@ from yojo.prompt import Encoded
 
 @dataclass(frozen=True)
 class Record:
-    """One preference record. `images`: paths; `rankings`: None where the line has none; `where`: file and line."""
+    """One preference record. `images` and `video`: paths; `rankings`: None where the line has none; `where`: file and
+    line."""
 
     prompt: str
     responses: list[str]
     rankings: list[int] | None
     images: list[Path]
     where: str
+    video: Path | None = None
 
 
 def read_records(path: str | Path, ranked: bool = True) -> list[Record]:
@@ -77,14 +81,17 @@ def _record(line: str, where: str, folder: Path, ranked: bool) -> Record:
     images = [folder / name for name in _images(raw, where)]
     if absent := [path for path in images if not path.exists()]:
         raise InputError(f"{where}: no picture at {absent[0]}")
-    return Record(prompt, responses, rankings, images, where)
+    video = raw.get("video")
+    if video is not None and not isinstance(video, str):
+        raise InputError(f"{where}: video must be a path, got {video!r}")
+    if video is not None and not (folder / video).exists():
+        raise InputError(f"{where}: no video at {folder / video}")
+    return Record(prompt, responses, rankings, images, where, None if video is None else folder / video)
 
 
 def _images(raw: dict, where: str) -> list[str]:
-    if "video" in raw:
-        raise InputError(f"{where}: video folders are not read yet; `RewardModel.score(video=...)` takes frames")
-    if "image" in raw and "images" in raw:
-        raise InputError(f"{where} has both image and images: keep one")
+    if len(given := [key for key in ("image", "images", "video") if raw.get(key) is not None]) > 1:
+        raise InputError(f"{where} has both {given[0]} and {given[1]}: keep one")
     images = raw.get("images", [raw["image"]] if raw.get("image") is not None else [])
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise InputError(f"{where}: image must be a path, images a list of paths, got {images!r}")

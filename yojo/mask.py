@@ -17,17 +17,18 @@ See it: `python -m yojo.score --tiny --draw-mask mask.png`; `pytest tests/test_m
 by hand.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 MODES = ("joint", "isolated")
 PROMPT = -1  # value in `response`
 PADDING = -1  # value in `record`
 DENSE_UP_TO = 512  # tokens in a row; beyond this a [T, T] mask costs more than one attention call per segment
+CHUNK = 256  # queries of a segment, at most: what causal attention would compute in vain grows with it
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,10 @@ class AttentionMask:
 
     @cached_property
     def structured(self) -> "list[list[Segment]]":
-        """Per row, the segments that tile it: the prompt looks at itself once, each response at what it may see."""
-        return [[self._segment(b, *cut) for cut in self._cuts(b)] for b in range(len(self.record))]
+        """Per row, the segments that tile it: a few queries each, with the ranges of keys that they may look at. A row
+        must be laid out as `collate` does it: records one after the other, each its prompt first, then its responses,
+        padding last."""
+        return [[s for record in self._runs(b) for s in self._segments(b, *record)] for b in range(len(self.record))]
 
     def block_sparse(self):
         """The same predicate as a `BlockMask` for `flex_attention`, which then skips every block that is all zeros."""
@@ -100,41 +103,63 @@ class AttentionMask:
 
     # ---------------------------------------------------------------------------------------------------- structure
 
-    def _cuts(self, b: int) -> list[tuple[int, int]]:
-        """[start, stop) of the maximal runs of one row that share record and response."""
-        key = torch.stack([self.record[b], self.response[b]])
-        starts = [0, *((key[:, 1:] != key[:, :-1]).any(0).nonzero().flatten() + 1).tolist()]
-        return list(zip(starts, [*starts[1:], key.shape[1]], strict=True))
+    def _runs(self, b: int) -> list[tuple[int, int]]:
+        """[start, stop) of every record of one row, and of its padding."""
+        return _cut(self.record[b])
 
-    def _segment(self, b: int, start: int, stop: int) -> "Segment":
-        """The keys a run of queries can need: everything its record has written so far, less what isolation hides."""
-        record, response = self.record[b, start], self.response[b, start]
-        reach = torch.arange(stop, device=self.record.device)
-        keys = reach[(self.record[b, :stop] == record) & (record != PADDING)]
+    def _segments(self, b: int, first: int, last: int) -> "Iterator[Segment]":
+        """Those of one record. Joint: the whole record is one causal run. Isolated: the prompt is one run, and so is
+        every response, which sees the prompt and itself."""
+        if self.record[b, first] == PADDING:
+            yield Segment(self, b, first, last, ())
+            return
+        image = (self.image[b, first:last]).nonzero().flatten()
+        seen = first + int(image[-1]) + 1 if len(image) else first  # the first picture token sees the last
+        runs = [(first, last)]
         if self.mode == "isolated":
-            theirs = self.response[b, keys]
-            keys = keys[(theirs == PROMPT) | (theirs == response)]
-        queries = torch.arange(start, stop, device=self.record.device)
-        return Segment(b, start, stop, keys, self.allow(b, None, queries[:, None], keys[None, :]))
+            runs = [(first + start, first + stop) for start, stop in _cut(self.response[b, first:last])]
+        prompt = runs[0][1]
+        for start, stop in runs:
+            for a in range(start, stop, CHUNK):
+                z = min(a + CHUNK, stop)
+                reach = max(z, seen) if bool(self.image[b, a:z].any()) else z
+                own = (first, reach) if start <= prompt else (start, reach)  # the first response follows the prompt
+                yield Segment(self, b, a, z, (own,) if own[0] == first else ((first, prompt), own))
+
+
+def _cut(values: Tensor) -> list[tuple[int, int]]:
+    """[start, stop) of the runs of equal values."""
+    starts = [0, *((values[1:] != values[:-1]).nonzero().flatten() + 1).tolist()]
+    return list(zip(starts, [*starts[1:], len(values)], strict=True))
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of queries [start, stop) of row b, the S keys they may need, and who of them looks at whom [Q, S]."""
+    """The queries [start, stop) of row b, and the ranges of keys that hold every key they may look at."""
 
+    mask: AttentionMask
     b: int
     start: int
     stop: int
-    keys: Tensor
-    allow: Tensor
+    ranges: tuple[tuple[int, int], ...]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [B, H, T, d] -> [H, Q, d]. Padding has no keys and gives zeros."""
-        q = q[self.b, :, self.start : self.stop]
-        if not len(self.keys):
-            return torch.zeros_like(q)
-        k, v = k[self.b, :, self.keys], v[self.b, :, self.keys]
-        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=self.allow)[0]
+    @cached_property
+    def keys(self) -> Tensor:
+        """int [S], the keys one by one."""
+        device = self.mask.record.device
+        return torch.cat([torch.arange(0, device=device), *(torch.arange(*r, device=device) for r in self.ranges)])
+
+    @cached_property
+    def allow(self) -> Tensor:
+        """bool [Q, S], who of them looks at whom."""
+        queries = torch.arange(self.start, self.stop, device=self.keys.device)
+        return self.mask.allow(self.b, None, queries[:, None], self.keys[None, :])
+
+    @cached_property
+    def open(self) -> int:
+        """How many of the first keys every query may look at: where no mask is needed."""
+        closed = (~self.allow).any(0).nonzero()
+        return int(closed[0]) if len(closed) else len(self.keys)
 
 
 # ---------------------------------------------------------------------------------------------------------- picture

@@ -42,3 +42,18 @@ def head(config: Config, inner: int) -> int:
 def training(config: Config, dtype: torch.dtype, lora: LoraConfig, inner: int = 1024) -> int:
     """Bytes of weights, gradients and optimiser state."""
     return weights(config, dtype) + 4 * 4 * (adapter(config, lora) + head(config, inner))
+
+
+def activations(config: Config, dtype: torch.dtype, lora: LoraConfig, tokens: int, pairs: int) -> int:
+    """Bytes that one micro-batch of `tokens` adds, its attention computing `pairs` of a query and a key: the inputs of
+    all blocks, the inside of one, and the gradients that are wide at the same time. `s` bytes a number, 4 where the
+    adapter and the norms work in float32."""
+    c, s = config.text, dtype.itemsize
+    D, heads, inner = c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size
+    keys = c.num_key_value_heads * c.head_dim
+    norms = 2 * 4 * D + 4 * (heads + keys)
+    adapters = 5 * (2 * D + heads + inner) + 4 * 4 * lora.r  # the input in float32, what dropout kept of it, A x
+    rest = s * (heads + 2 * keys) + 3 * s * inner  # q, k, v; up, gate and silu(gate)
+    gradients = (4 + s) * 2 * inner
+    per_token = c.num_hidden_layers * s * D + norms + adapters + rest + gradients
+    return tokens * per_token + s * c.num_attention_heads * pairs

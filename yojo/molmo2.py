@@ -255,11 +255,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, look: "Tensor | list[Segment] | None") -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, look: "Tensor | list[list[Segment]] | None") -> Tensor:
     """Softmax attention, q [B, H, T, d], k and v [B, K, S, d] -> [B, H, T, d].
 
     look: None = causal, the last query beside the last key; bool [B, 1, T, S]; or the mask's structured form.
     """
+    if isinstance(look, list):
+        return torch.stack([torch.cat([attend_segment(q, k, v, s) for s in row], dim=1) for row in look])
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if look is None:
@@ -267,9 +269,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, look: "Tensor | list[Segment] | None
         if queries in (1, keys):
             return F.scaled_dot_product_attention(q, k, v, is_causal=queries == keys)
         look = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    if isinstance(look, Tensor):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=look)
-    return torch.stack([torch.cat([segment(q, k, v) for segment in row], dim=1) for row in look])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=look.to(q.device))
+
+
+def attend_segment(q: Tensor, k: Tensor, v: Tensor, s: Segment) -> Tensor:
+    """One segment's queries at its keys -> [H, Q, d]. Padding has no keys and gives zeros."""
+    q = q[s.b, :, s.start : s.stop]
+    if not s.ranges:
+        return torch.zeros_like(q)
+    k, v = (torch.cat([x[s.b, :, a:z] for a, z in s.ranges], dim=1) for x in (k, v))
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=s.allow, enable_gqa=True)[0]
+    # softmax(q k^T / sqrt(d)) v, written out: the heads that share a key head are rows of one product
+    rows = q.unflatten(0, (len(k), -1)).flatten(1, 2)  # [K, H / K * Q, d]
+    scores = torch.baddbmm(rows.new_empty(1), rows, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
+    closed = ~s.allow[:, s.open :].to(q.device)
+    grid = scores.unflatten(1, (-1, len(closed)))[..., s.open :]  # [K, H / K, Q, keys that some may not look at]
+    grid.masked_fill_(closed, -torch.inf)
+    return (scores.softmax(-1) @ v).view_as(q)
 
 
 def pick(x: Tensor, read: Tensor | None) -> Tensor:

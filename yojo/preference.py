@@ -24,9 +24,9 @@ from yojo import loss as losses
 from yojo.data import Record, collate, join
 from yojo.files import InputError
 from yojo.fit import FitConfig
-from yojo.image import open_picture
+from yojo.image import open_picture, open_video, picture_size, video_plan
 from yojo.lora import LoraConfig
-from yojo.prompt import Encoded, Seen
+from yojo.prompt import Ask, Encoded, Seen
 from yojo.reward import RewardModel
 
 
@@ -40,6 +40,8 @@ class Recipe:
     records: int = 1  # in a micro-batch
     loss: Callable[[Tensor, Tensor], Tensor] = losses.best_of_n
     epochs: int = 3  # where `fit.steps` is 0
+    max_tokens: int = 24_576  # of a record
+    max_picture_tokens: int = 16_384  # among them
     fit: FitConfig = FitConfig(steps=0, accumulate=64)
 
 
@@ -60,7 +62,14 @@ CORROBORATED = replace(
 WINDOW = 16  # micro-batches among which records are sorted by their number of responses
 
 
-Source = Path | tuple[int, int]  # a picture's file, or the size of a blank one
+@dataclass(frozen=True)
+class Shown:
+    """What stands beside a record: files, or, blank, the sizes of grey pictures; a video's frames are blanked."""
+
+    images: tuple[Path | tuple[int, int], ...] = ()
+    video: Path | None = None
+    blank: bool = False
+    max_crops: int | None = None  # None = the checkpoint's
 
 
 class Dataset:
@@ -71,7 +80,8 @@ class Dataset:
 
     def __init__(self, records: Sequence[Record], rm: RewardModel, keep: bool, shows: Sequence[str] = ("own",)):
         self.records, self.rm = records, rm
-        self.kept: dict[tuple[Source, ...], tuple[Seen, Tensor | None]] = {}
+        self.crops: dict[int, int] = {}  # records whose pictures are cut into fewer crops
+        self.kept: dict[Shown, tuple[Seen, Tensor | None]] = {}
         if keep:
             sources = list(dict.fromkeys(self.shown(i, show) for i in range(len(records)) for show in shows))
             for start in range(0, len(sources), 64):
@@ -81,7 +91,7 @@ class Dataset:
         return len(self.records)
 
     @torch.no_grad()
-    def _keep(self, sources: list[tuple[Source, ...]]) -> None:
+    def _keep(self, sources: list[Shown]) -> None:
         """Look at some records' pictures, and let the tower see them in one pass."""
         looked = [self._look(source) for source in sources]
         pictures = [p for _, p in looked if p is not None]
@@ -91,27 +101,62 @@ class Dataset:
         for source, (marks, _), mine in zip(sources, looked, features.split(counts), strict=True):
             self.kept[source] = (marks, None), mine if len(mine) else None
 
-    def _look(self, sources: tuple[Source, ...]) -> Seen:
-        pictures = [open_picture(s) if isinstance(s, Path) else Image.new("RGB", s, (128, 128, 128)) for s in sources]
-        return self.rm.processor.look(pictures) if pictures else ([], None)
+    def _look(self, shown: Shown) -> Seen:
+        def grey(size: tuple[int, int]) -> Image.Image:
+            return Image.new("RGB", size, (128, 128, 128))
 
-    def shown(self, i: int, show: str) -> tuple[Source, ...]:
+        if shown.video is not None:
+            frames = open_video(shown.video)
+            return self.rm.processor.look(None, [(t, grey(f.size) if shown.blank else f) for t, f in frames])
+        pictures = [open_picture(s) if isinstance(s, Path) else grey(s) for s in shown.images]
+        return self.rm.processor.look(pictures or None, max_crops=shown.max_crops)
+
+    def shown(self, i: int, show: str) -> Shown:
         """What stands beside record i: its "own" pictures, "blank" ones of their size, or "swapped", those of the next
         record that has others."""
-        own = self.records[i].images
+        own = Shown(tuple(self.records[i].images), self.records[i].video, max_crops=self.crops.get(i))
         if show == "blank":
-            return tuple(open_picture(path).size for path in own)
+            return replace(own, images=tuple(map(picture_size, own.images)), blank=True)
         if show == "swapped":
-            others = (self.records[(i + k) % len(self)].images for k in range(1, len(self)))
-            own = next((images for images in others if images != own), None)
+            around = (self.records[(i + k) % len(self)] for k in range(1, len(self)))
+            others = (replace(own, images=tuple(r.images), video=r.video) for r in around)
+            own = next((other for other in others if other != own), None)
             if own is None:
                 raise InputError("no other record has other pictures: there is nothing to swap")
-        return tuple(own)
+        return own
+
+    def measure(self, recipe: Recipe) -> list[Ask]:
+        """The size of every record, before a run: one that is too long raises, and pictures that would not fit are cut
+        into fewer crops, which is said."""
+        asks, limit = [], min(recipe.max_tokens, self.rm.processor.max_tokens)
+        most = self.rm.processor.images.max_crops
+        for i, record in enumerate(tqdm(self.records, "measuring", delay=2, leave=False)):
+            sizes = [picture_size(path) for path in record.images]
+            seconds = [t for t, _ in video_plan(record.video)] if record.video else []
+            for crops in range(most, 0, -1):
+                ask = self.rm.processor.measure(record.prompt, record.responses, sizes, seconds, crops)
+                if ask.tokens <= limit and ask.pictures <= recipe.max_picture_tokens:
+                    break
+            else:
+                raise InputError(
+                    f"{record.where}: {ask.tokens} tokens, {ask.pictures} of them pictures, where {limit} and "
+                    f"{recipe.max_picture_tokens} are the most: shorten or drop responses"
+                )
+            if crops < most:
+                self.crops[i] = crops
+            asks.append(ask)
+        if self.crops:
+            i = min(self.crops)
+            print(
+                f"to fit into {limit} tokens, pictures of {len(self.crops)} record(s) are cut into fewer than {most} "
+                f"crops; the first is {self.records[i].where}: at most {self.crops[i]}"
+            )
+        return asks
 
     def shows(self) -> list[str]:
         """The ways to show these records that differ from each other: no controls where there are no pictures."""
-        different = len({tuple(r.images) for r in self.records})
-        return ["own"] + ["blank"] * any(r.images for r in self.records) + ["swapped"] * (different > 1)
+        different = len({(tuple(r.images), r.video) for r in self.records})
+        return ["own"] + ["blank"] * any(r.images or r.video for r in self.records) + ["swapped"] * (different > 1)
 
     def encode(self, i: int, order: Sequence[int], show: str = "own") -> tuple[Encoded, Tensor | None]:
         """Record i with its responses in `order` -> what the model reads, and the picture features where kept."""

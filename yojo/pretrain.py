@@ -90,7 +90,7 @@ Talk = tuple[str, str]  # question, answer
 
 def talks(scene: shapes.Scene, rng: random.Random, count: int) -> list[Talk]:
     """Conversations about one scene."""
-    kinds = (describe, look_up, look_up, place, presence, check, check, check, check, name, claim)
+    kinds = (describe, describe, look_up, look_up, place, presence, check, check, check, name, claim)
     return [rng.choice(kinds)(scene, rng) for _ in range(count)]
 
 

@@ -28,8 +28,9 @@ See it: `pytest tests/test_prompt.py`, `tutorials/04_separators_and_masks.md`.
 """
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -39,8 +40,17 @@ from tokenizers import Tokenizer as BPE
 from torch import Tensor
 
 from yojo.files import InputError, read_json
-from yojo.image import ImageConfig, Pictures, frames_to_patches, images_to_patches, open_picture, read_image_config
-from yojo.mask import MODES, PROMPT
+from yojo.image import (
+    ImageConfig,
+    Pictures,
+    frames_to_patches,
+    images_to_patches,
+    measure,
+    open_picture,
+    open_video,
+    read_image_config,
+)
+from yojo.mask import MODES, PROMPT, AttentionMask
 
 SEPARATOR = "<|resp_sep|>"
 BOS = TURN_END = "<|im_end|>"
@@ -167,6 +177,29 @@ class Encoded:
         return positions
 
 
+@dataclass(frozen=True)
+class Ask:
+    """One record in numbers: prompt tokens, picture tokens among them, tokens of each response with its separator,
+    views, <im_patch> tokens, and patches in the window of each."""
+
+    prompt: int
+    pictures: int
+    responses: tuple[int, ...]
+    views: int = 0
+    pooled: int = 0
+    window: int = 4
+
+    def mask(self, mode: str) -> AttentionMask:
+        """Its mask, the pictures standing after BOS."""
+        response = torch.tensor([[PROMPT] * self.prompt + [i for i, R in enumerate(self.responses) for _ in range(R)]])
+        place = torch.arange(response.shape[1])[None]
+        return AttentionMask(torch.zeros_like(response), response, (place >= 1) & (place <= self.pictures), mode)
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + sum(self.responses)
+
+
 Seen = tuple[list[int], Pictures | None]  # the token ids of a record's pictures, and the pictures
 
 
@@ -192,11 +225,12 @@ class Processor:
         prompt: str,
         responses: Sequence[str],
         image: "str | Path | Image.Image | Sequence | None" = None,
-        video: Sequence[tuple[float, Image.Image]] | None = None,
+        video: "str | Path | Sequence[tuple[float, Image.Image]] | None" = None,
     ) -> Encoded:
         """One record -> `Encoded`. No responses = the prompt alone, ready for the first one to be written.
 
-        image: a path, a Pillow picture, or a list of them; video: a list of (seconds, frame). More than 64 responses,
+        image: a path, a Pillow picture, or a list of them; video: a path as in `image.open_video`, or a list of
+        (seconds, frame). More than 64 responses,
         an empty one, or more tokens than the model has positions for raise `InputError`: nothing is ever cut.
         """
         return self.lay_out(prompt, responses, self.look(image, video))
@@ -204,6 +238,20 @@ class Processor:
     def lay_out(self, prompt: str, responses: Sequence[str], seen: Seen) -> Encoded:
         """`encode` for pictures that have been looked at already."""
         marks, pictures = seen
+        ids, owner, spans = self._pieces(prompt, responses, marks)
+        if len(ids) > self.max_tokens:
+            over = len(ids) - self.max_tokens
+            raise InputError(
+                f"{len(ids)} tokens ({owner.count(PROMPT)} of the prompt, {len(marks)} of them pictures) "
+                f"are {over} more than the model's limit of {self.max_tokens}: shorten or drop responses"
+            )
+        ids = torch.tensor(ids)
+        return Encoded(ids, torch.tensor(owner), torch.isin(ids, self.image_ids), spans, pictures)
+
+    def _pieces(
+        self, prompt: str, responses: Sequence[str], marks: list[int]
+    ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """ids, which response each belongs to, and the responses' spans."""
         if isinstance(responses, str) or not all(isinstance(text, str) for text in [prompt, *responses]):
             raise InputError("prompt must be a string and responses a list of strings")
         if len(responses) > MAX_RESPONSES:
@@ -228,19 +276,42 @@ class Processor:
             spans.append((len(ids), len(ids) + len(piece)))
             ids += piece + [separator] * closed
             owner += [i] * (len(piece) + closed)
-        if len(ids) > self.max_tokens:
-            over = len(ids) - self.max_tokens
-            raise InputError(
-                f"{len(ids)} tokens ({owner.count(PROMPT)} of the prompt, {len(marks)} of them pictures) "
-                f"are {over} more than the model's limit of {self.max_tokens}: shorten or drop responses"
-            )
-        ids = torch.tensor(ids)
-        return Encoded(ids, torch.tensor(owner), torch.isin(ids, self.image_ids), spans, pictures)
+        return ids, owner, spans
 
-    def look(self, image, video=None) -> Seen:
-        """Open and cut pictures: their token ids, and what the vision tower reads."""
+    def measure(
+        self,
+        prompt: str,
+        responses: Sequence[str],
+        sizes: Sequence[tuple[int, int]] = (),
+        seconds: Sequence[float] = (),
+        max_crops: int | None = None,
+    ) -> Ask:
+        """A record's size, from nothing but the (width, height) of its pictures or the seconds of its frames."""
+        cuts = [measure(h, w, self._cut_into(max_crops)) for w, h in sizes]
+        marks = self._images_ids([grid for _, grid in cuts]) if sizes else []
+        if seconds:
+            grid = tuple(-(-self.images.side // window) for window in self.images.video_pooling)
+            marks = self._video_ids(seconds, [grid] * len(seconds))
+        ids, owner, spans = self._pieces(prompt, responses, marks)
+        return Ask(
+            prompt=owner.count(PROMPT),
+            pictures=len(marks),
+            responses=tuple(owner.count(i) for i in range(len(spans))),
+            views=sum(views for views, _ in cuts) + len(seconds),
+            pooled=marks.count(self.tokenizer.id(PATCH)),
+            window=math.prod(self.images.video_pooling if seconds else self.images.pooling),
+        )
+
+    def _cut_into(self, max_crops: int | None) -> ImageConfig:
+        return self.images if max_crops is None else replace(self.images, max_crops=max_crops)
+
+    def look(self, image, video=None, max_crops: int | None = None) -> Seen:
+        """Open and cut pictures: their token ids, and what the vision tower reads. max_crops None = the
+        checkpoint's."""
         if image is not None and video is not None:
             raise InputError("a record shows images or a video, not both")
+        if isinstance(video, (str, Path)):
+            video = open_video(video)
         if video is not None:
             if not video:
                 raise InputError("the video has no frames")
@@ -251,7 +322,7 @@ class Processor:
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         if not images:
             raise InputError("the list of images is empty: leave it out where there is no picture")
-        seen = images_to_patches([open_picture(i) for i in images], self.images)
+        seen = images_to_patches([open_picture(i) for i in images], self._cut_into(max_crops))
         return self._images_ids(seen.grids), seen
 
     def _images_ids(self, grids: list[tuple[int, ...]]) -> list[int]:

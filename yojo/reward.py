@@ -118,13 +118,14 @@ class RewardModel(nn.Module):
         prompt: str,
         responses: Sequence[str],
         image: "str | Path | Image.Image | Sequence | None" = None,
-        video: Sequence[tuple[float, Image.Image]] | None = None,
+        video: "str | Path | Sequence[tuple[float, Image.Image]] | None" = None,
         mode: str | None = None,
     ) -> list[float]:
         """One score per response, in input order, from one forward pass.
 
-        image: a path, a Pillow picture or a list of them; video: a list of (seconds, frame). mode None = the one the
-        model was trained in. Scores of one call compare with each other; joint scores of different calls do not.
+        image: a path, a Pillow picture or a list of them; video: a folder of frames, an animation, or a list of
+        (seconds, frame). mode None = the one the model was trained in. Scores of one call compare with each other;
+        joint scores of different calls do not.
         """
         if not responses:
             raise InputError("there are no responses: at least one is needed")

@@ -18,6 +18,7 @@ from yojo import shapes
 from yojo.cli import WEIGHTS, Parser, run
 from yojo.data import collate, read_records
 from yojo.files import InputError, whole_file
+from yojo.image import FRAMES, INTERVAL, open_video
 from yojo.mask import DRAWN_UP_TO, MODES, draw
 from yojo.prompt import Encoded
 from yojo.reward import RewardModel
@@ -33,6 +34,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, metavar="DIR", help="a reward model's folder")
     parser.add_argument("--base", type=Path, metavar="DIR", help="its backbone, where that is not where it was")
     parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="a picture; repeat for several")
+    parser.add_argument("--video", type=Path, metavar="DIR", help="a folder of frames, or an animated GIF or WebP")
+    parser.add_argument("--frames", type=int, default=FRAMES, help="at most so many frames, evenly spaced")
+    parser.add_argument("--interval", type=float, default=INTERVAL, help="seconds between frames that bring no times")
     parser.add_argument("--prompt", metavar="TEXT", help="the question")
     parser.add_argument("--response", action="append", default=[], metavar="TEXT", help="a candidate answer; repeat")
     parser.add_argument("--data", type=Path, metavar="FILE", help="JSONL records to score instead")
@@ -47,9 +51,9 @@ def score(args: argparse.Namespace) -> dict | list[dict]:
     mode = args.mode or rm.mode
     print(f"mode: {mode}" + ("" if mode == rm.mode else f" (trained in {rm.mode})"))
     results = []
-    for where, prompt, responses, images in asked(args):
+    for where, prompt, responses, images, video in asked(args):
         try:
-            encoded = rm.processor.encode(prompt, responses, images or None)
+            encoded = rm.processor.encode(prompt, responses, images or None, video)
         except InputError as error:
             raise InputError(f"{where}{error}") from None
         if args.draw_mask and not results and len(encoded.ids) > DRAWN_UP_TO:
@@ -69,21 +73,24 @@ def load(args: argparse.Namespace) -> RewardModel:
     return RewardModel.load(folder, args.base, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def asked(args: argparse.Namespace) -> Sequence[tuple[str, str, list[str], list]]:
-    """(where it stands, prompt, responses, pictures) of every record to score."""
+def asked(args: argparse.Namespace) -> Sequence[tuple]:
+    """(where it stands, prompt, responses, pictures, video) of every record to score."""
     if args.data:
-        if args.prompt or args.response or args.image:
-            raise InputError("--data brings its own prompts, responses and images")
-        return [(f"{r.where}: ", r.prompt, r.responses, r.images) for r in read_records(args.data, ranked=False)]
-    if args.prompt is None and args.tiny and not args.response and not args.image:
+        if args.prompt or args.response or args.image or args.video:
+            raise InputError("--data brings its own prompts, responses and pictures")
+        return [
+            (f"{r.where}: ", r.prompt, r.responses, r.images, r.video) for r in read_records(args.data, ranked=False)
+        ]
+    if args.prompt is None and args.tiny and not (args.response or args.image or args.video):
         rng = random.Random(args.seed)
         scene = shapes.make_scene(rng)
         record = shapes.absolute(scene, rng)
         print("a scene of the tiny world: " + "; ".join(shapes.describe(scene.facts(t)) for t in scene.things))
-        return [("", record["prompt"], record["responses"], [shapes.render(scene)])]
+        return [("", record["prompt"], record["responses"], [shapes.render(scene)], None)]
     if args.prompt is None or not args.response:
         raise InputError("give --prompt and at least one --response, or --data FILE")
-    return [("", args.prompt, args.response, args.image)]
+    video = open_video(args.video, args.frames, args.interval) if args.video else None
+    return [("", args.prompt, args.response, args.image, video)]
 
 
 def table(responses: Sequence[str], scores: Sequence[float]) -> str:

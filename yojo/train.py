@@ -27,13 +27,14 @@ from pathlib import Path
 
 import torch
 
-from yojo import metrics, shapes
+from yojo import flops, memory, metrics, shapes
 from yojo.cli import WEIGHTS, Parser, run
 from yojo.data import Record, read_records
 from yojo.files import InputError
 from yojo.fit import fit
 from yojo.mask import MODES
 from yojo.preference import CORROBORATED, TINY, Dataset, Recipe, Task, evaluate
+from yojo.prompt import Ask
 from yojo.reward import RewardModel
 
 TASKS = {
@@ -46,23 +47,21 @@ NAMES = {"joint": "tiny-rm", "isolated": "tiny-rm-isolated"}
 
 
 def train(
-    rm: RewardModel,
-    records: Sequence[Record],
+    data: Dataset,
     recipe: Recipe,
     seed: int,
     title: str | None,
     folder: Path | None = None,
-    keep: bool = False,
     run: dict | None = None,
 ) -> list[dict[str, float]]:
-    """Fit the adapter and the head of `rm` in place -> one dict a step."""
+    """Fit the adapter and the head of `data.rm` in place -> one dict a step."""
     torch.manual_seed(seed)
-    rm.train()
-    task = Task(Dataset(records, rm, keep), recipe, seed)
-    adapter, head = rm.trainable()
+    data.rm.train()
+    task = Task(data, recipe, seed)
+    adapter, head = data.rm.trainable()
     parameters = {1.0: adapter, recipe.head_pace: head} if recipe.head_pace != 1 else adapter + head
     log = fit(task, parameters, recipe.fit, folder, title, run)
-    rm.eval()
+    data.rm.eval()
     return log
 
 
@@ -92,7 +91,8 @@ def tiny_run(
     """Train one mode on the records in `folder` and measure it. Runs in a process of its own."""
     torch.set_num_threads(threads)
     rm = RewardModel.new(WEIGHTS / "tiny", mode, recipe.lora, recipe.inner, seed=seed)
-    log = train(rm, read_records(folder / "train.jsonl"), recipe, seed, f"{mode} seed {seed}", keep=True)
+    data = Dataset(read_records(folder / "train.jsonl"), rm, keep=True)
+    log = train(data, recipe, seed, f"{mode} seed {seed}")
     test, heldout = read_records(folder / "test.jsonl"), read_records(folder / "heldout.jsonl")
     data = Dataset(test, rm, keep=True, shows=("own", "blank"))
     own = evaluate(data, seed)
@@ -223,12 +223,15 @@ def full(args: argparse.Namespace) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rm = RewardModel.new(args.weights, args.mode, recipe.lora, recipe.inner, device=device, seed=args.seed)
     rm.backbone.checkpointing = True
+    data = Dataset(records, rm, keep=False)
+    announce(data.measure(recipe), rm, recipe)
     start_over(training, args.resume)
     digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
     about = {"mode": args.mode, "seed": args.seed, "data": digest, "records": len(records)}
     about["base"] = rm.fingerprint["weights"]
-    train(rm, records, recipe, args.seed, "train", training, run=about)
+    train(data, recipe, args.seed, "train", training, run=about)
     data = Dataset(test, rm, keep=False)
+    data.measure(recipe)
     figures = {show: accuracies(evaluate(data, args.seed, show, size=1, title=show), test) for show in data.shows()}
     figures |= {name: accuracies([b(r.responses) for r in test], test) for name, b in metrics.BASELINES.items()}
     print(f"\nbest-of-N accuracy of the {args.mode} model on {len(test)} records it was not trained on, 95% intervals")
@@ -237,6 +240,28 @@ def full(args: argparse.Namespace) -> dict:
     rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
     shutil.rmtree(training)
     return {"mode": args.mode, "steps": steps, **{name: metrics.mean(values) for name, values in figures.items()}}
+
+
+def announce(asks: Sequence[Ask], rm: RewardModel, recipe: Recipe) -> None:
+    """What the run will need, said before it starts."""
+    config, dtype, steps = rm.backbone.config, rm.backbone.dtype, recipe.fit.steps
+    longest = max(asks, key=lambda ask: ask.tokens)
+    tokens = metrics.mean([ask.tokens for ask in asks])
+    pictures = metrics.mean([ask.pictures for ask in asks])
+    print(
+        f"{len(asks)} records of {tokens:,.0f} tokens on average, {pictures:,.0f} of them pictures, "
+        f"and {longest.tokens:,} at most; {steps} steps of {recipe.records * recipe.fit.accumulate} records"
+    )
+    held = memory.training(config, dtype, recipe.lora, recipe.inner)
+    pairs = flops.executed(longest.mask(rm.mode))
+    more = recipe.records * memory.activations(config, dtype, recipe.lora, longest.tokens, pairs)
+    print(
+        f"memory, computed: {held / 1e9:.1f} GB for weights, adapter and optimiser, and {more / 1e9:.1f} GB at most for"
+    )
+    print(f"the activations of {recipe.records} record(s): {(held + more) / 1e9:.1f} GB")
+    some = random.Random(0).sample(asks, min(len(asks), 100))
+    cost = metrics.mean([flops.training_step(config, ask, rm.mode, recipe.lora, recipe.inner) for ask in some])
+    print(f"a step, computed: {cost * recipe.records * recipe.fit.accumulate / 1e12:,.1f} TFLOPs")
 
 
 def place(out: Path, overwrite: bool, resume: bool) -> Path:

@@ -1,0 +1,103 @@
+"""Videos: a folder of frames or an animation becomes at most K timed frames, the first and the last among them.
+
+pytest tests/test_video.py
+"""
+
+import json
+
+import pytest
+from PIL import Image
+
+from yojo.data import read_records
+from yojo.files import InputError
+from yojo.image import open_video, spread
+from yojo.prompt import Processor
+
+GREYS = range(0, 200, 20)  # ten frames, each of its own grey
+
+
+@pytest.fixture
+def frames(tmp_path):
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    for i, grey in enumerate(GREYS):
+        Image.new("RGB", (30, 20), (grey,) * 3).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def greys(video):
+    return [frame.getpixel((5, 5))[0] for _, frame in video]
+
+
+def test_frames_are_spread_evenly_with_both_ends():
+    assert spread(3, 16) == [0, 1, 2] and spread(10, 4) == [0, 3, 6, 9] and spread(10, 1) == [0]
+    for count in range(1, 60):
+        chosen = spread(count, 16)
+        assert len(chosen) == len(set(chosen)) == min(count, 16) and chosen[0] == 0 and chosen[-1] in (0, count - 1)
+    with pytest.raises(InputError, match="0 frames: at least 1"):
+        spread(3, 0)
+
+
+def test_a_folder_is_read_in_the_order_of_names(frames):
+    video = open_video(frames, frames=4, interval=0.5)
+    assert [t for t, _ in video] == [0.0, 1.5, 3.0, 4.5] and greys(video) == [0, 60, 120, 180]
+    assert [t for t, _ in open_video(frames)] == [4.0 * i for i in range(10)]
+
+
+def test_timestamps_beside_the_frames_are_used(frames):
+    (frames / "timestamps.json").write_text(json.dumps([i**2 for i in range(10)]))
+    assert [t for t, _ in open_video(frames, frames=4)] == [0, 9, 36, 81]
+    for wrong in (
+        "[1, 2]",
+        "[9,8,7,6,5,4,3,2,1,0]",
+        "{",
+        '["a"]',
+        str([0.0] * 9 + [float("inf")]),
+        "[NaN" + ",1" * 9 + "]",
+    ):
+        (frames / "timestamps.json").write_text(wrong)
+        with pytest.raises(InputError, match="timestamps.json must be a list of 10 rising seconds"):
+            open_video(frames)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_an_animation_brings_its_own_times(tmp_path, suffix):
+    first, *rest = [Image.new("RGB", (30, 20), (grey,) * 3) for grey in GREYS]
+    first.save(tmp_path / f"a.{suffix}", save_all=True, append_images=rest, duration=[500] * 5 + [1000] * 5)
+    video = open_video(tmp_path / f"a.{suffix}", frames=4)
+    assert [t for t, _ in video] == [0.0, 1.5, 3.5, 6.5]
+    assert all(abs(a - b) < 4 for a, b in zip(greys(video), [0, 60, 120, 180], strict=True))
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(InputError, match="no video at"):
+        open_video(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no frames"):
+        open_video(tmp_path / "empty")
+    (tmp_path / "empty" / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match="notes.txt is not a picture"):
+        open_video(tmp_path / "empty")
+    (tmp_path / "x.gif").write_bytes(b"GIF89a")
+    with pytest.raises(InputError, match="x.gif cannot be read as an animation"):
+        open_video(tmp_path / "x.gif")
+    with pytest.raises(InputError, match=r"ffmpeg -i .*clip.mp4 -vf fps=1/4 clip/%05d.png"):
+        open_video(tmp_path / "clip.mp4")
+
+
+def test_a_record_names_its_video(frames, tiny_folder):
+    record = {"prompt": "?", "responses": ["a", "b"], "rankings": [1, 2], "video": "clip"}
+    path = frames.parent / "d.jsonl"
+    path.write_text(json.dumps(record))
+    (read,) = read_records(path)
+    assert read.video == frames and read.images == []
+    processor = Processor.from_folder(tiny_folder, 4096)
+    text = processor.tokenizer.decode(processor.encode("?", [], video=read.video).ids.tolist())
+    assert text.count("<im_start>") == 10 and "36.0 <im_start>" in text
+    for change, why in (({"video": "none"}, "no video at"), ({"video": 3}, "video must be a path")):
+        path.write_text(json.dumps(record | change))
+        with pytest.raises(InputError, match=why):
+            read_records(path)
+    path.write_text(json.dumps(record | {"image": "x.png"}))
+    with pytest.raises(InputError, match="both image and video"):
+        read_records(path)

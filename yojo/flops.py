@@ -1,0 +1,237 @@
+"""What one pass costs, counted: closed forms, equal to the last integer to what torch counts.
+
+    python -m yojo.flops --shape molmo2-4b --image 1024x768 --prompt-tokens 40 --response-tokens 200 --n 1 2 4 8 16
+
+A product of [m, k] and [k, n] costs 2 m k n FLOPs: a multiplication and an addition for each of k terms of each of m n
+results. Nothing but products is counted, as `torch.utils.flop_counter` does; norms, softmax and activations are a few
+operations a number. Every count below is for a whole network and a whole batch.
+
+Why one pass is cheaper: N passes read the prompt N times. With P prompt tokens and N responses of R,
+
+    N passes / one pass  =  N (P + R) / (P + N R)   in matrices;  for many responses it tends to (P + R) / R.
+
+See it: `pytest tests/test_flops.py` holds each form against the counter, on the meta device.
+"""
+
+import re
+from collections.abc import Sequence
+
+from yojo.checkpoint import SHAPES, shape_config
+from yojo.cli import Parser, run
+from yojo.files import InputError
+from yojo.image import ImageConfig, measure
+from yojo.lora import LoraConfig
+from yojo.mask import DENSE_UP_TO, MODES, AttentionMask
+from yojo.molmo2 import Config, TextConfig
+from yojo.prompt import Ask, Markup
+
+TARGETS = ("att_proj", "attn_out", "ff_proj", "ff_out")
+
+
+def shapes(c: TextConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of the four matrices of a block."""
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    return {
+        "att_proj": (c.hidden_size, queries + 2 * keys),
+        "attn_out": (queries, c.hidden_size),
+        "ff_proj": (c.hidden_size, 2 * c.intermediate_size),
+        "ff_out": (c.intermediate_size, c.hidden_size),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- forward
+
+
+def tower(config: Config, views: int) -> int:
+    """`views` pictures of P patches: embedding; a layer has q, k, v, o (4 W A), attention (2 P A), MLP (2 W I)."""
+    c, P = config.vision, config.vision.num_position_embeddings
+    W, inner, heads = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
+    layer = 4 * W * heads + 2 * P * heads + 2 * W * inner
+    return 2 * views * P * (3 * c.patch_size**2 * W + config.vision_depth * layer)
+
+
+def connector(config: Config, tokens: int, window: int) -> int:
+    """`tokens` windows of `window` patches: query and output of one, keys and values of all; then the SwiGLU."""
+    c, D = config.adapter, config.text.hidden_size
+    read, heads = config.vision.hidden_size * len(config.vision_layers), c.num_attention_heads * c.head_dim
+    pooling = read * heads + 2 * window * read * heads + 2 * window * heads + heads * c.hidden_size
+    projector = 2 * c.hidden_size * c.intermediate_size + c.intermediate_size * D
+    return 2 * tokens * (pooling + projector)
+
+
+def each(config: Config, tokens: int, read: int) -> list[tuple[str, int, int, int]]:
+    """(name, in, out, tokens it is applied to) of every decoder matrix. The last block's are, but for the first one,
+    applied to the `read` tokens only."""
+    c = config.text
+    return [
+        (name, *size, read if block == c.num_hidden_layers - 1 and name != "att_proj" else tokens)
+        for block in range(c.num_hidden_layers)
+        for name, size in shapes(c).items()
+    ]
+
+
+def matrices(config: Config, tokens: int, read: int) -> int:
+    return sum(2 * t * m * n for _, m, n, t in each(config, tokens, read))
+
+
+def adapter(config: Config, lora: LoraConfig, tokens: int, read: int) -> int:
+    """Down to r and up again, beside every target."""
+    return sum(2 * t * lora.r * (m + n) for name, m, n, t in each(config, tokens, read) if name in lora.targets)
+
+
+def attention(config: Config, pairs: int) -> int:
+    """Scores and values of `pairs` of a query and a key: 2 products of d terms a head, in every block."""
+    c = config.text
+    return 2 * 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * pairs
+
+
+def head(config: Config, inner: int, read: int) -> int:
+    return 2 * read * inner * (config.text.hidden_size + 1)
+
+
+# --------------------------------------------------------------------------------------------------- pairs of tokens
+
+
+def executed(mask: AttentionMask) -> int:
+    """Pairs that are computed: all of a short batch, else each segment's queries with its keys."""
+    B, T = mask.record.shape
+    if T <= DENSE_UP_TO:
+        return B * T * T
+    return sum((s.stop - s.start) * sum(z - a for a, z in s.ranges) for row in mask.structured for s in row)
+
+
+def needed(prompt: int, pictures: int, responses: Sequence[int], mode: str) -> int:
+    """Pairs that one record's mask allows. Causal: the t-th token looks at t; picture tokens, `pictures` of them one
+    after the other, look at the later ones too; a response looks at the prompt, and joint at the ones before it."""
+    pairs = prompt * (prompt + 1) // 2 + pictures * (pictures - 1) // 2
+    before = prompt
+    for R in responses:
+        pairs += R * before + R * (R + 1) // 2
+        before += R if mode == "joint" else 0
+    return pairs
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def backward(config: Config, lora: LoraConfig, inner: int, tokens: int, read: int, pairs: int) -> int:
+    """A frozen matrix passes its gradient on (1 product); one that learns also gets its own (2); both factors of
+    attention get theirs (2 for each forward product). The embeddings ask for none: the first block's first matrix, and
+    the adapter's beside it, pass nothing on."""
+    first = shapes(config.text)["att_proj"]
+    spared = 2 * tokens * first[0] * first[1] + 2 * tokens * first[0] * lora.r * ("att_proj" in lora.targets)
+    learned = adapter(config, lora, tokens, read) + head(config, inner, read)
+    return matrices(config, tokens, read) + 2 * learned + 2 * attention(config, pairs) - spared
+
+
+def recomputation(config: Config, lora: LoraConfig, tokens: int, read: int, pairs: int) -> int:
+    """Activation checkpointing runs every block again, up to the last thing that its backward needs: the product with
+    the adapter's up-matrix at the end of a block is not repeated."""
+    ends = [t for name, _, _, t in each(config, tokens, read) if name == "ff_out" and name in lora.targets]
+    unrepeated = sum(2 * t * lora.r * config.text.hidden_size for t in ends)
+    forward = matrices(config, tokens, read) + adapter(config, lora, tokens, read) + attention(config, pairs)
+    return forward - unrepeated
+
+
+# --------------------------------------------------------------------------------------------------------- one record
+
+
+def seen(config: Config, ask: Ask) -> int:
+    """Tower and connector: what has to be done once, however often the pictures are read."""
+    return (tower(config, ask.views) if ask.views else 0) + connector(config, ask.pooled, ask.window)
+
+
+def one_pass(config: Config, ask: Ask, mode: str, inner: int = 1024, lora: LoraConfig | None = None) -> dict[str, int]:
+    """FLOPs of the decoder and the head, without the pictures, by part."""
+    mask, read = ask.mask(mode), len(ask.responses)
+    parts = {
+        "matrices": matrices(config, mask.record.shape[1], read),
+        "attention": attention(config, executed(mask)),
+        "head": head(config, inner, read),
+    }
+    return parts | ({"adapter": adapter(config, lora, mask.record.shape[1], read)} if lora else {})
+
+
+def separate(config: Config, ask: Ask, inner: int = 1024) -> int:
+    """N passes over one response each, without the pictures."""
+    alone = [Ask(ask.prompt, ask.pictures, (R,)) for R in ask.responses]
+    return sum(sum(one_pass(config, a, "joint", inner).values()) for a in alone)
+
+
+def training_step(config: Config, ask: Ask, mode: str, lora: LoraConfig, inner: int) -> int:
+    """One record of a training step with activation checkpointing, its pictures included."""
+    tokens, read, pairs = ask.tokens, len(ask.responses), executed(ask.mask(mode))
+    return (
+        seen(config, ask)
+        + sum(one_pass(config, ask, mode, inner, lora).values())
+        + backward(config, lora, inner, tokens, read, pairs)
+        + recomputation(config, lora, tokens, read, pairs)
+    )
+
+
+def picture_tokens(grid: tuple[int, int, int, int], markup: Markup) -> int:
+    """Tokens of one picture in a prompt: two grids between a start and an end, perhaps a token a row."""
+    low_rows, low_columns, rows, columns = grid
+    low = low_rows * (low_columns + (markup.image_use_col_tokens and markup.use_single_crop_col_tokens))
+    return 4 + low + rows * (columns + markup.image_use_col_tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+
+def main() -> None:
+    parser = Parser(prog="python -m yojo.flops", description="Count what N passes and one pass cost.")
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="whose network")
+    parser.add_argument("--image", metavar="WxH", action="append", default=[], help="a picture's size; repeat")
+    parser.add_argument("--prompt-tokens", type=int, default=40, metavar="P", help="tokens of the prompt that are text")
+    parser.add_argument("--response-tokens", type=int, default=200, metavar="R", help="tokens of each response")
+    parser.add_argument("--n", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="N", help="numbers of responses")
+    args = parser.parse_args()
+    run(lambda: table(args), parser, args)
+
+
+def table(args) -> list[dict]:
+    config, pictures = shape_config(args.shape), ImageConfig()
+    if args.shape != SHAPES[0] and args.image:
+        raise InputError(f"--image goes with --shape {SHAPES[0]} only: its picture settings are known here")
+    if args.prompt_tokens < 1 or args.response_tokens < 1 or min(args.n) < 1:
+        raise InputError("--prompt-tokens, --response-tokens and --n count from 1")
+    measured = [measure(*_size(text), pictures) for text in args.image]
+    tokens = sum(picture_tokens(grid, Markup()) for _, grid in measured)
+    pooled = sum(a * b + c * d for _, (a, b, c, d) in measured)
+    views, P, R = sum(views for views, _ in measured), tokens + args.prompt_tokens, args.response_tokens + 1
+    print(f"{args.shape}: prompt of {P} tokens, {tokens} of them pictures ({views} views); responses of {R}, separator")
+    print("included. TFLOPs of decoder and head; the pictures are looked at once by either side.\n")
+    print("  N   N passes      joint   isolated   ratio  N(P+R)/(P+NR)     needed")
+    rows = []
+    for n in args.n:
+        ask = Ask(P, tokens, (R,) * n, views, pooled)
+        one = {mode: sum(one_pass(config, ask, mode).values()) for mode in MODES}
+        row = {"n": n, "n_passes": separate(config, ask), **one}
+        row |= {"ratio": row["n_passes"] / row["isolated"], "limit": n * (P + R) / (P + n * R)}
+        pairs = {mode: needed(P, tokens, ask.responses, mode) for mode in MODES}
+        row |= {
+            f"{mode}_needed": one_pass(config, ask, mode)["matrices"] + attention(config, pairs[mode]) for mode in MODES
+        }
+        rows.append(row)
+        print(
+            f"{n:3d} {row['n_passes'] / 1e12:10.3f} {row['joint'] / 1e12:10.3f} {row['isolated'] / 1e12:10.3f} "
+            f"{row['ratio']:7.2f} {row['limit']:14.2f} {row['isolated_needed'] / 1e12:10.3f}"
+        )
+    print(f"\nratio: N passes over one pass, isolated. For large N it tends to (P + R) / R = {(P + R) / R:.2f}.")
+    print("needed: isolated, with no pair of tokens computed that the mask hides.")
+    if views:
+        print(f"the pictures themselves: {seen(config, Ask(P, tokens, (), views, pooled)) / 1e12:.3f} TFLOPs, once")
+    return rows
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "1024x768" -> height 768, width 1024."""
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if not found:
+        raise InputError(f"--image {text}: give width x height in pixels, such as 1024x768")
+    return int(found[2]), int(found[1])
+
+
+if __name__ == "__main__":
+    main()
