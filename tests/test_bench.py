@@ -1,0 +1,112 @@
+"""Everything the benchmark times computes the same scores; no time is ever asserted.
+
+pytest tests/test_bench.py
+"""
+
+import json
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+
+from yojo import bench, flops
+from yojo.checkpoint import shape_config, write_random
+from yojo.molmo2 import attend, product
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench") / "weights"
+    write_random(folder, "tiny", shape_config("tiny"), torch.float32, 1, 0)
+    args = Namespace(device="cpu", prompt_tokens=60, seed=0, peer=True)
+    return bench.Setting(folder, args, torch.float32), bench.load_peer(folder, args, torch.float32)
+
+
+@pytest.mark.parametrize("n, R", [(1, 10), (3, 10), (4, 200)])
+@torch.no_grad()
+def test_every_alternative_gives_the_same_scores(setting, n, R):
+    s, peer = setting
+    arms = bench.arms_of(s, n, R, peer)
+    isolated, joint = arms["one pass, isolated"](), arms["one pass, joint"]()
+    close = {"rtol": 2e-5, "atol": 1e-7}
+    torch.testing.assert_close(torch.cat(arms["N separate passes"]()), isolated, **close)
+    torch.testing.assert_close(arms["one padded batch of N"](), isolated, **close)
+    torch.testing.assert_close(arms["prompt once, batch of N after it"](), isolated, **close)
+    ends = [len(s.prompt) + i * (R + 1) + R - 1 for i in range(n)]
+    theirs = arms["transformers, bare trunk"]()[0, ends]
+    torch.testing.assert_close(s.head(theirs), joint, **close)
+    released = arms["transformers, released way"]()
+    assert released.logits.shape[1] == len(s.prompt) + n * (R + 1)
+    torch.testing.assert_close(s.head(released.hidden_states[-1][0, ends]), joint, **close)
+
+
+def test_the_plain_product_is_torchs_attention():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 12, 8, generator=g, dtype=torch.float64) for h in (6, 2, 2))
+    closed = ~torch.ones(12, 12, dtype=torch.bool).tril()
+    assert (product(q, k, v, closed, 0) - attend(q, k, v, None)).abs().max() < 1e-12
+    few = q[:, :, 8:]
+    assert (product(few, k, v, closed[8:, 8:], 8) - attend(q, k, v, None)[:, :, 8:]).abs().max() < 1e-12
+    half = [x.bfloat16() for x in (q, k, v)]
+    assert (product(*half, closed, 0) - attend(q, k, v, None)).abs().max() < 0.03
+
+
+def command(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["bench", *map(str, words)])
+    status = 0
+    try:
+        bench.main()
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+SMALL = ("--shape", "tiny", "--rounds", 1, "--prompt-tokens", 60, "--response-tokens", 10, "--n", 2)
+
+
+def test_score_prints_a_row_for_every_alternative(monkeypatch, capsys, tmp_path):
+    status, out, err = command(
+        monkeypatch, capsys, "score", *SMALL, "--dtypes", "float32", "--json", tmp_path / "r.json"
+    )
+    assert status == 0, err
+    rows = json.loads((tmp_path / "r.json").read_text())
+    assert [row["arm"] for row in rows][-2:] == ["one pass, isolated", "one pass, joint"] and len(rows) == 5
+    assert all(row["arm"] in out for row in rows)
+    ask = flops.Ask(60, 24, (11, 11))
+    joint = sum(flops.one_pass(shape_config("tiny"), ask, "joint").values())
+    assert rows[0]["counted"] == pytest.approx(flops.separate(shape_config("tiny"), ask) / joint, rel=0.01)
+
+
+def test_train_and_load_run(monkeypatch, capsys):
+    status, out, err = command(monkeypatch, capsys, "train", *SMALL, "--dtypes", "float32", "--peer")
+    assert status == 0 and "our trunk in peft" in out, err
+    status, out, err = command(
+        monkeypatch, capsys, "load", "--shape", "tiny", "--rounds", 1, "--dtype", "float32", "--peer"
+    )
+    assert status == 0 and "transformers" in out, err
+    difference = float(out.splitlines()[-1].split()[0])
+    assert difference < 2e-5
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        (("score", "--n", "0", "--shape", "tiny"), "count from 1"),
+        (("score", "--prompt-tokens", "5", "--shape", "tiny"), "the picture alone takes"),
+        (("score", "--layers", "99"), "--layers 99: molmo2-4b has 1 to 36"),
+        (("score", "--device", "cuda", "--shape", "tiny"), "torch sees no CUDA device"),
+        (("load", "--weights", "nowhere"), "nowhere holds no checkpoint"),
+    ],
+)
+def test_bad_input_gets_one_line(monkeypatch, capsys, words, why):
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is one")
+    status, _, err = command(monkeypatch, capsys, *words)
+    assert status == 2 and why in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_a_missing_peer_package_gets_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    status, _, err = command(monkeypatch, capsys, "load", "--shape", "tiny", "--peer")
+    assert status == 2 and "--peer needs the package transformers: pip install -r requirements-dev.txt" in err

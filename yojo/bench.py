@@ -1,0 +1,595 @@
+"""Measure what one pass costs, against everything that could be run instead.
+
+    python -m yojo.bench load --peer                 load a checkpoint and score one picture with four answers
+    python -m yojo.bench score --layers 2 --peer     one pass against N passes, a batch, a cached prompt, transformers
+    python -m yojo.bench train --layers 2 --peer     one training step, against the same trunk in `peft`
+
+Machines are noisy: the alternatives of one table take turns in the same run, ratios are taken round by round, and
+medians are printed. `load` gives every alternative a process of its own and empties the page cache of the files first.
+Without --weights a random checkpoint is written to a temporary folder and removed.
+
+Share of peak: the time that the block's own four matrices take as bare products, at as many tokens and nothing else,
+over the time of the pass, both per FLOP.
+"""
+
+import argparse
+import gc
+import importlib.util
+import os
+import random
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from yojo import flops, lora
+from yojo.checkpoint import SHAPES, load_backbone, read_config, shape_config, shards, write_random
+from yojo.cli import Parser, run
+from yojo.data import Batch, collate
+from yojo.files import InputError
+from yojo.lora import LoraConfig
+from yojo.loss import best_of_n
+from yojo.mask import MODES, PROMPT
+from yojo.molmo2 import Cache, Molmo2
+from yojo.prompt import Ask, Encoded, Processor
+from yojo.reward import ADAPTER, ValueHead
+
+QUESTION = "Which of these answers describes the picture best?"
+PICTURE = (1024, 768)
+
+# -------------------------------------------------------------------------------------------------------- instruments
+
+
+def memory_of(pid: int | str = "self") -> dict[str, int]:
+    """Bytes of anonymous and of file-backed memory that a process holds now."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    fields = dict(line.split(":", 1) for line in status.splitlines() if line.startswith("Rss"))
+    return {name: int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
+
+
+class Peak:
+    """The most memory held inside the block, sampled; `above` is what it grew by. On CUDA the allocator counts."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.stop = device, threading.Event()
+
+    def __enter__(self) -> "Peak":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+        else:
+            gc.collect()
+            self.start = self.peak = memory_of()["RssAnon"]
+            self.thread = threading.Thread(target=self._sample)
+            self.thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self.stop.wait(0.002):
+            self.peak = max(self.peak, memory_of()["RssAnon"])
+
+    def __exit__(self, *_) -> None:
+        if self.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated()
+        else:
+            self.stop.set()
+            self.thread.join()
+        self.above = self.peak - self.start
+
+
+def clock(do: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `do` takes, on whatever device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    do()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def take_turns(arms: dict[str, Callable], rounds: int, device: torch.device) -> tuple[dict[str, list[float]], dict]:
+    """Every arm once to warm up, its memory watched, then `rounds` rounds, each starting with another arm
+    -> seconds by arm and round, bytes by arm."""
+    above = {}
+    for name, arm in arms.items():
+        with Peak(device) as peak:
+            arm()
+        above[name] = peak.above
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    names = list(arms)
+    for i in range(rounds):
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            seconds[name].append(clock(arms[name], device))
+    return seconds, above
+
+
+def ratio(seconds: dict[str, list[float]], of: str, to: str) -> float:
+    """Median over rounds of (seconds of one arm) / (seconds of another)."""
+    return median(a / b for a, b in zip(seconds[of], seconds[to], strict=True))
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def peer_package(name: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise InputError(f"--peer needs the package {name}: pip install -r requirements-dev.txt")
+
+
+@contextmanager
+def checkpoint(args: argparse.Namespace) -> Iterator[Path]:
+    """--weights, or a random checkpoint for as long as it is needed."""
+    if args.weights:
+        yield args.weights
+        return
+    folder = Path(tempfile.mkdtemp(prefix="yojo-bench-"))
+    try:
+        config = shape_config(args.shape, args.layers, args.vision_layers)
+        write_random(folder / "weights", args.shape, config, torch.float32, 4, args.seed)
+        yield folder / "weights"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- load
+
+
+def load(args: argparse.Namespace) -> list[dict]:
+    """Each arm in a process of its own, the order turned round every round."""
+    arms = [clone_all, load_ours] + ([load_theirs] if args.peer else [])
+    if args.peer:
+        peer_package("transformers")
+    rows: dict[str, list[dict]] = {arm.__name__: [] for arm in arms}
+    device = torch.device(args.device)
+    with checkpoint(args) as folder:
+        print(hardware(device) + f"; {args.dtype}; {args.n} answers; page cache of the files emptied before each turn")
+        for i in range(args.rounds):
+            for arm in arms if i % 2 == 0 else arms[::-1]:
+                rows[arm.__name__].append(alone(arm, folder, args))
+    table = []
+    for arm in arms:
+        many = rows[arm.__name__]
+        table.append(
+            {"arm": arm.__doc__, **{key: median(row[key] for row in many) for key in many[0] if key != "hidden"}}
+        )
+    print_load(table)
+    weights, slower = table[1]["weights"], ratios(rows, "load_ours", "clone_all", "load_s")
+    print(f"\nweights {weights / 1e9:.2f} GB; peak anonymous memory while loading:", end=" ")
+    print(f"{table[1]['load_anon'] / weights:.2f} of it")
+    print(f"loading took {slower:.2f} times as long as opening and cloning")
+    if args.peer:
+        ours, theirs = rows["load_ours"][0]["hidden"], rows["load_theirs"][0]["hidden"]
+        table[1]["difference"] = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        table[2]["times_ours"] = ratios(rows, "load_theirs", "load_ours", "joint_s")
+        table[1]["memory_ratio"] = ratios(rows, "load_ours", "load_theirs", "score_anon")
+        print(f"transformers' way took {table[2]['times_ours']:.2f} times as long to score; ours took")
+        print(
+            f"{table[1]['memory_ratio']:.2f} of its memory above the weights; the hidden states that are read differ by"
+        )
+        print(f"{table[1]['difference']:.1e} of their largest value")
+    return table
+
+
+def print_load(table: list[dict]) -> None:
+    columns = {"load_s": "load s", "load_anon": "anon GB", "load_file": "file GB", "joint_s": "joint s"}
+    columns |= {"isolated_s": "isolated s", "score_anon": "scoring GB"}
+    print(f"\n{'':46s}" + "".join(f"{title:>11s}" for title in columns.values()))
+    for row in table:
+        scaled = {key: row[key] / (1 if key.endswith("_s") else 1e9) for key in columns if key in row}
+        cells = [f"{scaled[key]:.2f}" if key in scaled else "-" for key in columns]
+        print(f"{row['arm']:46s}" + "".join(f"{cell:>11s}" for cell in cells))
+
+
+def ratios(rows: dict[str, list[dict]], of: str, to: str, key: str) -> float:
+    return median(a[key] / max(b[key], 1e-9) for a, b in zip(rows[of], rows[to], strict=True))
+
+
+def alone(arm: Callable, folder: Path, args: argparse.Namespace) -> dict:
+    """Run one arm in a fresh process, its memory sampled from outside."""
+    for shard in shards(folder):
+        with open(shard, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    ours, theirs = get_context("spawn").Pipe()
+    process = get_context("spawn").Process(target=_call, args=(arm, folder, args, theirs))
+    process.start()
+    theirs.close()
+    result, peak = {}, {"RssAnon": 0, "RssFile": 0}
+    start = None
+    while True:
+        if ours.poll(0.01):
+            try:
+                message = ours.recv()
+            except EOFError:
+                break
+            if "begin" in message:
+                start, peak = memory_of(process.pid), {"RssAnon": 0, "RssFile": 0}
+            else:
+                phase = message.pop("phase")
+                result |= message | {
+                    f"{phase}_anon": max(0, peak["RssAnon"] - start["RssAnon"]),
+                    f"{phase}_file": peak["RssFile"],
+                }
+        elif process.is_alive():
+            now = memory_of(process.pid)
+            peak = {name: max(peak[name], now[name]) for name in peak}
+    process.join()
+    if process.exitcode:
+        raise InputError(f"{arm.__name__} ended with status {process.exitcode}: too little memory?")
+    return result
+
+
+def _call(arm: Callable, folder: Path, args: argparse.Namespace, pipe) -> None:
+    arm(folder, args, pipe)
+    pipe.close()
+
+
+def clone_all(folder: Path, args: argparse.Namespace, pipe) -> None:
+    """safetensors alone: open, clone every tensor"""
+    pipe.send({"begin": 1})
+    start = time.perf_counter()
+    for shard in shards(folder):
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():
+                file.get_tensor(name).clone()
+    pipe.send({"phase": "load", "load_s": time.perf_counter() - start})
+
+
+def question(folder: Path, n: int) -> tuple[Processor, Encoded]:
+    """One noise picture, n answers of about a hundred words."""
+    rng, config = random.Random(0), read_config(folder)
+    processor = Processor.from_folder(folder, config.text.max_position_embeddings)
+    small = processor.images.size < 300
+    picture = Image.effect_noise((84, 84) if small else PICTURE, 60).convert("RGB")
+    words = "small large red blue green star circle cross square left right centre".split()
+    answers = [" ".join(rng.choices(words, k=10 if small else 100)) for _ in range(n)]
+    return processor, processor.encode(QUESTION, answers, picture)
+
+
+def load_ours(folder: Path, args: argparse.Namespace, pipe) -> None:
+    """yojo"""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    processor, encoded = question(folder, args.n)
+    pipe.send({"begin": 1})
+    start = time.perf_counter()
+    backbone = load_backbone(folder, dtype, device, lm_head=False)
+    pipe.send(
+        {
+            "phase": "load",
+            "load_s": time.perf_counter() - start,
+            "weights": sum(p.nbytes for p in backbone.parameters()),
+        }
+    )
+    with torch.no_grad():
+        hidden, seconds = {}, {}
+        pipe.send({"begin": 1})
+        for mode in MODES:
+            batch = collate([encoded], mode).to(device)
+
+            def score(batch=batch, mode=mode):
+                features = backbone.see(batch.pictures.patches, batch.pictures.pooling)
+                hidden[mode] = backbone(batch.input_ids, features, batch.mask, batch.positions, read=batch.read)
+
+            seconds[f"{mode}_s"] = clock(score, device)
+    pipe.send({"phase": "score", **seconds, "hidden": hidden["joint"].float().cpu()})
+
+
+def load_theirs(folder: Path, args: argparse.Namespace, pipe) -> None:
+    """transformers, all hidden states and logits kept"""
+    from transformers import Molmo2ForConditionalGeneration
+
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    processor, encoded = question(folder, args.n)
+    pipe.send({"begin": 1})
+    start = time.perf_counter()
+    model = Molmo2ForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+    pipe.send(
+        {"phase": "load", "load_s": time.perf_counter() - start, "weights": sum(p.nbytes for p in model.parameters())}
+    )
+    batch = collate([encoded], "joint").to(device)
+    inputs = dict(
+        input_ids=batch.input_ids,
+        mm_token_type_ids=batch.mask.image.long(),
+        pixel_values=batch.pictures.patches.to(device),
+        image_token_pooling=batch.pictures.pooling.to(device),
+        image_grids=torch.tensor(batch.pictures.grids, device=device),
+    )
+    kept = {}
+
+    def score():
+        kept["out"] = model(**inputs, output_hidden_states=True, use_cache=False)
+
+    with torch.no_grad():
+        pipe.send({"begin": 1})
+        seconds = clock(score, device)
+    hidden = kept["out"].hidden_states[-1][0, encoded.read]
+    pipe.send({"phase": "score", "joint_s": seconds, "hidden": hidden.float().cpu()})
+
+
+# -------------------------------------------------------------------------------------------------------------- score
+
+
+class Setting:
+    """A model, and one record of random tokens: a prompt of P with a picture in it, N responses of R."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace, dtype: torch.dtype):
+        self.device = torch.device(args.device)
+        self.backbone = load_backbone(folder, dtype, self.device)
+        self.config = self.backbone.config
+        self.head = ValueHead(self.config.text.hidden_size, 1024).to(self.device, torch.float32)
+        processor, encoded = question(folder, 1)
+        self.generator = torch.Generator().manual_seed(args.seed)
+        marks = int(encoded.image.sum())
+        P = args.prompt_tokens
+        if P < marks + 2:
+            raise InputError(f"--prompt-tokens {P}: the picture alone takes {marks}, give {marks + 2} or more")
+        self.prompt = torch.cat([encoded.ids[: marks + 1], self.draw(P - marks - 1)])
+        self.image = torch.isin(self.prompt, processor.image_ids)
+        self.pictures = encoded.pictures
+        self.features = self.see()
+        self.separator = processor.tokenizer.separator_id
+
+    def draw(self, count: int) -> Tensor:
+        return torch.randint(300, (count,), generator=self.generator)
+
+    @torch.no_grad()
+    def see(self) -> Tensor:
+        return self.backbone.see(self.pictures.patches, self.pictures.pooling)
+
+    def record(self, responses: list[Tensor]) -> Encoded:
+        ids, owner, spans = [self.prompt], [PROMPT] * len(self.prompt), []
+        for i, response in enumerate(responses):
+            start = len(owner)
+            ids += [response, torch.tensor([self.separator])]
+            owner += [i] * (len(response) + 1)
+            spans.append((start, start + len(response)))
+        image = torch.cat([self.image, torch.zeros(len(owner) - len(self.prompt), dtype=torch.bool)])
+        return Encoded(torch.cat(ids), torch.tensor(owner), image, spans, None)
+
+    def batch(self, records: list[Encoded], mode: str) -> Batch:
+        return collate(records, mode).to(self.device)
+
+    def run(self, batch: Batch) -> Tensor:
+        features = self.features.repeat(len(batch.input_ids), 1)
+        hidden = self.backbone(batch.input_ids, features, batch.mask, batch.positions, read=batch.read)
+        return self.head(hidden)
+
+
+def arms_of(s: Setting, n: int, R: int, peer) -> dict[str, Callable]:
+    """What gives N scores, by name. Rows are laid out beforehand; the pictures have been looked at."""
+    responses = [s.draw(R) for _ in range(n)]
+    alone = [s.record([r]) for r in responses]
+    each = [s.batch([record], "joint") for record in alone]
+    padded = s.batch(alone, "joint")
+    whole = s.record(responses)
+    rows = {mode: s.batch([whole], mode) for mode in MODES}
+    P = len(s.prompt)
+    first = s.batch([s.record([])], "joint")
+    tails = torch.stack(responses).to(s.device)
+    ends = torch.tensor([[i, R - 1] for i in range(n)], device=s.device)
+    nothing = torch.empty(0, 2, dtype=torch.long, device=s.device)
+
+    def cached():
+        cache = Cache(s.config)
+        s.backbone(first.input_ids, s.features, first.mask, first.positions, read=nothing, cache=cache)
+        cache.expand(n)
+        positions = torch.arange(P, P + R, device=s.device).expand(n, R)
+        return s.head(s.backbone(tails, positions=positions, read=ends, cache=cache))
+
+    arms = {
+        "N separate passes": lambda: [s.run(batch) for batch in each],
+        "one padded batch of N": lambda: s.run(padded),
+        "prompt once, batch of N after it": cached,
+        "one pass, isolated": lambda: s.run(rows["isolated"]),
+        "one pass, joint": lambda: s.run(rows["joint"]),
+    }
+    if peer is not None:
+        batch = rows["joint"]
+        inputs = dict(inputs_embeds=s.backbone.embed(batch.input_ids, s.features), use_cache=False)
+        inputs["mm_token_type_ids"] = batch.mask.image.long()
+        arms["transformers, bare trunk"] = lambda: peer.model(**inputs).last_hidden_state
+        arms["transformers, released way"] = lambda: peer(**inputs, output_hidden_states=True)
+    return arms
+
+
+def peak_rate(s: Setting, tokens: int) -> Callable[[], object]:
+    """The block's four matrices as bare products: their FLOPs over the seconds this takes is the peak."""
+    sizes = flops.shapes(s.config.text).values()
+    inputs = {m: torch.randn(tokens, m, device=s.device).to(s.backbone.dtype) for m, _ in sizes}
+    matrices = [torch.randn(n, m, device=s.device).to(s.backbone.dtype) for m, n in sizes]
+    return lambda: [torch.nn.functional.linear(inputs[w.shape[1]], w) for w in matrices]
+
+
+def score(args: argparse.Namespace) -> list[dict]:
+    check(args)
+    table = []
+    with checkpoint(args) as folder, torch.no_grad():
+        for name in args.dtypes:
+            dtype = getattr(torch, name)
+            s, peer = Setting(folder, args, dtype), load_peer(folder, args, dtype)
+            c, looking = s.config.text, median(clock(s.see, s.device) for _ in range(3))
+            print(f"\n{hardware(s.device)}; {name}; {c.num_hidden_layers} blocks of width {c.hidden_size}, ", end="")
+            print(f"P = {args.prompt_tokens}, R = {args.response_tokens}; medians of {args.rounds} rounds")
+            print(f"looking at the picture, once for either side: {looking:.2f} s")
+            for n in args.n:
+                table += score_n(s, n, args, peer, name)
+            del s, peer
+            gc.collect()
+    return table
+
+
+def load_peer(folder: Path, args: argparse.Namespace, dtype: torch.dtype):
+    if not args.peer:
+        return None
+    peer_package("transformers")
+    from transformers import Molmo2ForConditionalGeneration
+
+    return Molmo2ForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(args.device).eval()
+
+
+def score_n(s: Setting, n: int, args: argparse.Namespace, peer, dtype: str) -> list[dict]:
+    R, P = args.response_tokens, len(s.prompt)
+    ask = Ask(P, int(s.image.sum()), (R + 1,) * n)
+    arms = arms_of(s, n, R, peer)
+    arms["bare products"] = peak_rate(s, ask.tokens)
+    seconds, above = take_turns(arms, args.rounds, s.device)
+    count = {mode: sum(flops.one_pass(s.config, ask, mode).values()) for mode in MODES}
+    counted = {"N separate passes": flops.separate(s.config, ask), "one pass, isolated": count["isolated"]}
+    counted["one pass, joint"] = count["joint"]
+    bare = sum(2 * ask.tokens * a * b for a, b in flops.shapes(s.config.text).values())
+    rows = []
+    print(
+        f"\nN = {n:<3d}{'':28s}{'s':>8s}{'tokens/s':>10s}{'GB above':>10s}{'x joint':>9s}{'counted':>9s}{'of peak':>9s}"
+    )
+    for name in arms:
+        if name == "bare products":
+            continue
+        row = {"dtype": dtype, "n": n, "arm": name, "seconds": median(seconds[name]), "above": above[name]}
+        row["tokens_per_s"] = n * R / row["seconds"]
+        row["times_joint"] = ratio(seconds, name, "one pass, joint")
+        if name in counted:
+            row["counted"] = counted[name] / counted["one pass, joint"]
+            row["of_peak"] = counted[name] / bare * ratio(seconds, "bare products", name)
+        rows.append(row)
+        cells = [format(row[k], ".2f") if k in row else "-" for k in ("times_joint", "counted", "of_peak")]
+        print(
+            f"{name:34s}{row['seconds']:8.3f}{row['tokens_per_s']:10.0f}{row['above'] / 1e9:10.3f}"
+            + "".join(f"{c:>9s}" for c in cells)
+        )
+    against = "one pass, isolated"
+    print("isolated over joint", f"{ratio(seconds, against, 'one pass, joint'):.3f};", end=" ")
+    print("isolated over prompt-cached", f"{ratio(seconds, against, 'prompt once, batch of N after it'):.3f}")
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- train
+
+
+def train(args: argparse.Namespace) -> list[dict]:
+    """One step: forward, backward, with activation checkpointing and LoRA of rank 128 on all decoder matrices."""
+    check(args)
+    table = []
+    with checkpoint(args) as folder:
+        for name in args.dtypes:
+            for n in args.n:
+                table += train_n(folder, args, name, n)
+                gc.collect()
+    return table
+
+
+def train_n(folder: Path, args: argparse.Namespace, name: str, n: int) -> list[dict]:
+    config = LoraConfig(dropout=0.0)
+    s = Setting(folder, args, getattr(torch, name))
+    R = args.response_tokens
+    ask = Ask(len(s.prompt), int(s.image.sum()), (R + 1,) * n)
+    batch = s.batch([s.record([s.draw(R) for _ in range(n)])], "joint")
+    ranks = torch.arange(1, n + 1, device=s.device)[None]
+    lora.add(s.backbone, ADAPTER, config)
+    s.backbone.train().checkpointing = True
+
+    def step(model: Molmo2, parameters: list) -> None:
+        hidden = model(batch.input_ids, s.features, batch.mask, batch.positions, read=batch.read)
+        best_of_n(s.head(hidden)[None], ranks).backward()
+        for p in parameters:
+            p.grad = None
+
+    def ours():
+        with lora.use(s.backbone, ADAPTER):
+            step(s.backbone, lora.parameters(s.backbone, ADAPTER))
+
+    arms = {"ours": ours}
+    if args.peer:
+        peer_package("peft")
+        from peft import LoraConfig as PeftConfig
+        from peft import get_peft_model
+
+        other = load_backbone(folder, s.backbone.dtype, s.device)
+        other.train().checkpointing = True
+        targets = list(config.targets)
+        wrapped = get_peft_model(other, PeftConfig(r=config.r, lora_alpha=int(config.alpha), target_modules=targets))
+        parameters = [p for p in wrapped.parameters() if p.requires_grad]
+        arms["our trunk in peft"] = lambda: step(wrapped, parameters)
+    arms["bare products"] = peak_rate(s, ask.tokens)
+    seconds, above = take_turns(arms, args.rounds, s.device)
+    tokens, count = ask.tokens, flops.training_step(s.config, ask, "joint", config, 1024)
+    bare = sum(2 * tokens * a * b for a, b in flops.shapes(s.config.text).values())
+    print(f"\n{hardware(s.device)}; {name}; one step of {n} answers, {tokens} tokens; {count / 1e12:.2f} TFLOPs")
+    rows = []
+    for arm in arms:
+        if arm != "bare products":
+            row = {"dtype": name, "n": n, "arm": arm, "seconds": median(seconds[arm]), "above": above[arm]}
+            row |= {
+                "times_ours": ratio(seconds, arm, "ours"),
+                "of_peak": count / bare * ratio(seconds, "bare products", arm),
+            }
+            rows.append(row)
+            print(
+                f"{arm:24s}{row['seconds']:8.3f} s{row['above'] / 1e9:9.3f} GB above{row['times_ours']:8.3f} x ours",
+                end="",
+            )
+            print(f"{row['of_peak']:8.2f} of peak")
+    return rows
+
+
+def check(args: argparse.Namespace) -> None:
+    if min(args.n) < 1 or args.response_tokens < 1 or args.rounds < 1:
+        raise InputError("--n, --response-tokens and --rounds count from 1")
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+
+def main() -> None:
+    parser = Parser(
+        prog="python -m yojo.bench", description="Measure loading, scoring and training against alternatives."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in (
+        ("load", "load a checkpoint, score a picture"),
+        ("score", "N scores, every way"),
+        ("train", "one step"),
+    ):
+        sub = commands.add_parser(name, help=what)
+        sub.add_argument("--weights", type=Path, metavar="DIR", help="a checkpoint; else a random one is written")
+        sub.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="of the random one (default: molmo2-4b)")
+        sub.add_argument("--layers", type=int, metavar="K", help="its decoder blocks, where not all")
+        sub.add_argument("--vision-layers", type=int, metavar="K", help="its vision layers, where not all")
+        sub.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+        sub.add_argument("--peer", action="store_true", help="measure transformers or peft beside it")
+        sub.add_argument("--rounds", type=int, default=2 if name == "load" else 5, help="turns of every alternative")
+        if name == "load":
+            sub.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+            sub.add_argument("--n", type=int, default=4, metavar="N", help="answers (default: 4)")
+        else:
+            sub.add_argument("--dtypes", choices=("bfloat16", "float32"), nargs="+", default=["float32", "bfloat16"])
+            sub.add_argument("--n", type=int, nargs="+", default=[2, 4, 8] if name == "score" else [4], metavar="N")
+            sub.add_argument("--prompt-tokens", type=int, default=1040, metavar="P")
+            sub.add_argument("--response-tokens", type=int, default=100, metavar="R")
+    args = parser.parse_args()
+    run(lambda: begin(args), parser, args)
+
+
+def begin(args: argparse.Namespace) -> list[dict]:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device")
+    return {"load": load, "score": score, "train": train}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()
