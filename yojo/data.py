@@ -14,7 +14,6 @@ A batch lays records into rows. By default a row is a record; several records in
 See it: `pytest tests/test_data.py`.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from yojo.files import InputError
+from yojo.files import InputError, read_lines
 from yojo.image import Pictures
 from yojo.mask import PADDING, PROMPT, AttentionMask
 from yojo.prompt import Encoded
@@ -43,26 +42,13 @@ class Record:
 
 def read_records(path: str | Path, ranked: bool = True) -> list[Record]:
     """All records of a JSONL file. `ranked`: a record without rankings raises."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: a JSON string may hold U+2028
-    except FileNotFoundError:
-        raise InputError(f"no file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    records = [_record(line, f"{path}:{n}", path.parent, ranked) for n, line in enumerate(lines, 1) if line.strip()]
+    records = [_record(raw, where, Path(path).parent, ranked) for where, raw in read_lines(path)]
     if not records:
         raise InputError(f"{path} holds no records")
     return records
 
 
-def _record(line: str, where: str, folder: Path, ranked: bool) -> Record:
-    try:
-        raw = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number without end
-        raise InputError(f"{where} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{where} holds a JSON {type(raw).__name__}, not an object")
+def _record(raw: dict, where: str, folder: Path, ranked: bool) -> Record:
     prompt, responses, rankings = raw.get("prompt"), raw.get("responses"), raw.get("rankings")
     if not isinstance(prompt, str):
         raise InputError(f"{where}: prompt must be a string, got {prompt!r}")

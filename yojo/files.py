@@ -38,6 +38,26 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
+def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Every line of a JSONL file that is not blank -> ("file:line", its object)."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: a JSON string may hold U+2028
+    except FileNotFoundError:
+        raise InputError(f"no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        if line.strip():
+            try:
+                raw = json.loads(line)
+            except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number without end
+                raise InputError(f"{where} is not JSON: {error}") from None
+            if not isinstance(raw, dict):
+                raise InputError(f"{where} holds a JSON {type(raw).__name__}, not an object")
+            yield where, raw
+
+
 @contextmanager
 def open_tensors(path: str | Path):
     """A safetensors file, memory-mapped."""

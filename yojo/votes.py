@@ -1,0 +1,355 @@
+"""From noisy votes to rankings: a preference graph per item, its cycles removed, its descendants counted.
+
+    python -m yojo.votes                                           a simulated study of every method
+    python -m yojo.votes --votes votes.jsonl                       rank the answers of every item
+    python -m yojo.votes --votes votes.jsonl --answers answers.jsonl --sample 4 --out bench.jsonl
+
+A vote is one line: {"item": "q7", "a": "m1", "b": "m2", "winner": "m1" | "m2" | "tie", "annotator": "p3"}; annotator
+may be left out. W[u, v] counts the votes for u against v; a tie is no vote for either.
+
+    ensemble    w(u, v) = W[u, v] - W[v, u] where that is positive: the annotators' graphs laid over one another
+    denoising   the arcs that point backwards in a good order of each strongly connected component are dropped
+    ranking     an answer is as good as the number of answers it can reach; equal numbers are ties
+
+Method: Hu et al., Language Model Preference Evaluation with Multiple Weak Evaluators, arXiv 2410.12869; the order is
+Eades, Lin and Smyth, A fast and effective heuristic for the feedback arc set problem, 1993.
+
+See it: `pytest tests/test_votes.py`.
+"""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy import ndarray
+
+from yojo import metrics
+from yojo.cli import Parser, run
+from yojo.files import InputError, read_lines, whole_file
+
+TIE = "tie"
+
+
+@dataclass(frozen=True)
+class Vote:
+    item: str
+    a: str
+    b: str
+    winner: str  # a's or b's name, or "tie"
+
+
+def read_votes(path: str | Path, known: dict[str, Sequence[str]] | None = None) -> list[Vote]:
+    """All votes of a JSONL file. `known`: the answers of every item; a vote for any other raises."""
+    votes = []
+    for where, raw in read_lines(path):
+        names = [raw.get(key) for key in ("item", "a", "b", "winner")]
+        if not all(isinstance(name, str) and name for name in names):
+            raise InputError(f"{where}: item, a, b and winner must be strings, got {names}")
+        vote = Vote(*names)
+        if vote.a == vote.b:
+            raise InputError(f"{where}: {vote.a!r} stands against itself")
+        if vote.winner not in (vote.a, vote.b, TIE):
+            raise InputError(f"{where}: the winner {vote.winner!r} is neither {vote.a!r} nor {vote.b!r} nor {TIE!r}")
+        if known is not None and (strange := {vote.a, vote.b} - set(known.get(vote.item, ()))):
+            raise InputError(f"{where}: item {vote.item!r} has no answer {min(strange)!r}")
+        votes.append(vote)
+    if not votes:
+        raise InputError(f"{path} holds no votes")
+    return votes
+
+
+def count(votes: Sequence[Vote], answers: Sequence[str]) -> ndarray:
+    """W [n, n] of one item: how often the answer of the row beat that of the column."""
+    place, W = {name: i for i, name in enumerate(answers)}, np.zeros((len(answers), len(answers)))
+    for vote in votes:
+        if vote.winner != TIE:
+            loser = vote.b if vote.winner == vote.a else vote.a
+            W[place[vote.winner], place[loser]] += 1
+    return W
+
+
+# -------------------------------------------------------------------------------------------------------------- graph
+
+
+def ensemble(W: ndarray) -> ndarray:
+    """Weights of the arcs: the majority's lead, 0 where there is none."""
+    return np.maximum(W - W.T, 0)
+
+
+def reachable(arcs: ndarray) -> ndarray:
+    """bool [n, n]: is there a path, of one arc or more, from the row to the column?"""
+    reach = arcs > 0
+    for k in range(len(arcs)):  # Warshall
+        reach = reach | (reach[:, k : k + 1] & reach[k : k + 1])
+    return reach
+
+
+def components(arcs: ndarray) -> list[list[int]]:
+    """Strongly connected components: vertices that reach each other."""
+    reach = reachable(arcs)
+    same = (reach & reach.T) | np.eye(len(arcs), dtype=bool)
+    return [list(map(int, row.nonzero()[0])) for i, row in enumerate(same) if row.nonzero()[0][0] == i]
+
+
+def eades(arcs: ndarray) -> list[int]:
+    """An order in which little weight points backwards: sinks go last, sources first, else the vertex whose arcs out
+    outweigh its arcs in the most."""
+    left, right, rest = [], [], list(range(len(arcs)))
+    while rest:
+        out, into = arcs[rest][:, rest].sum(1), arcs[rest][:, rest].sum(0)
+        if (out == 0).any():
+            right.append(rest.pop(int((out == 0).argmax())))
+        elif (into == 0).any():
+            left.append(rest.pop(int((into == 0).argmax())))
+        else:
+            left.append(rest.pop(int((out - into).argmax())))
+    return left + right[::-1]
+
+
+def optimal(arcs: ndarray) -> float:
+    """The most weight that an acyclic part of the graph can keep, exactly, for up to 12 vertices.
+
+    best[S] = the most that an order of the vertices in S keeps = max over the last one, v, of best[S - v] + w(S - v, v)
+    """
+    n = len(arcs)
+    if n > 12:
+        raise ValueError(f"{n} vertices: 2^n sets are looked at, so at most 12")
+    into = np.zeros((2**n, n))  # weight of the arcs from a set to a vertex
+    for S in range(1, 2**n):
+        low = S & -S
+        into[S] = into[S ^ low] + arcs[low.bit_length() - 1]
+    best = np.zeros(2**n)
+    for S in range(1, 2**n):
+        best[S] = max(best[S ^ (1 << v)] + into[S ^ (1 << v), v] for v in range(n) if S >> v & 1)
+    return float(best[-1])
+
+
+def kept(arcs: ndarray, order: Sequence[int]) -> float:
+    """Weight of the arcs that point forwards in an order."""
+    place = np.argsort(order)
+    return float(arcs[place[:, None] < place[None, :]].sum())
+
+
+def denoise(arcs: ndarray) -> ndarray:
+    """The graph without the arcs that point backwards inside a component. It has no cycle left."""
+    clean = arcs.copy()
+    for vertices in components(arcs):
+        order = [vertices[i] for i in eades(arcs[np.ix_(vertices, vertices)])]
+        place = {v: i for i, v in enumerate(order)}
+        for u in vertices:
+            for v in vertices:
+                if place[u] > place[v]:
+                    clean[u, v] = 0
+    return clean
+
+
+# ------------------------------------------------------------------------------------------------ methods: W -> scores
+
+
+def descendants(arcs: ndarray) -> ndarray:
+    """How many other answers each one reaches."""
+    reach = reachable(arcs)
+    np.fill_diagonal(reach, False)
+    return reach.sum(1)
+
+
+def borda(arcs: ndarray) -> ndarray:
+    """Weighted Borda: what an answer's arcs out outweigh its arcs in."""
+    return arcs.sum(1) - arcs.sum(0)
+
+
+def bradley_terry(W: ndarray, rounds: int = 500, prior: float = 0.01) -> ndarray:
+    """log p of P(u beats v) = p_u / (p_u + p_v), by maximum likelihood (Hunter's MM updates, 2004). A hundredth of a
+    vote each way for every pair that was compared keeps an answer that never won finite."""
+    W = W + prior * ((W + W.T) > 0)
+    games, p = W + W.T, np.ones(len(W))
+    for _ in range(rounds):
+        p = W.sum(1) / np.maximum((games / (p[:, None] + p[None, :])).sum(1), 1e-300)
+        p = np.maximum(p, 1e-12)
+        p /= np.exp(np.log(p).mean())
+    return np.log(p)
+
+
+METHODS: dict[str, Callable[[ndarray], ndarray]] = {
+    "graph, denoised": lambda W: descendants(denoise(ensemble(W))),
+    "graph, raw": lambda W: descendants(ensemble(W)),
+    "Borda, denoised": lambda W: borda(denoise(ensemble(W))),
+    "Borda, raw": lambda W: borda(ensemble(W)),
+    "Bradley-Terry": bradley_terry,
+}
+
+
+def ranking(scores: Sequence[float]) -> list[int]:
+    """1 = best; equal scores share a rank."""
+    return [1 + sum(other > mine for other in scores) for mine in scores]
+
+
+# -------------------------------------------------------------------------------------------------------------- study
+
+
+def simulate(n: int, votes: int, wrong: float, rng: np.random.Generator) -> tuple[ndarray, list[int]]:
+    """Votes about n answers of a random true order, each pair compared `votes` times -> W, true ranks."""
+    truth = rng.permutation(n)  # truth[i] = place of answer i: index order says nothing
+    better = truth[:, None] < truth[None, :]
+    right = rng.binomial(votes, 1 - wrong, (n, n))
+    return np.where(better, right, 0) + np.where(better.T, votes - right.T, 0), (truth + 1).tolist()
+
+
+def study(items: int, seed: int) -> list[dict]:
+    """Kendall's tau-b of every method against the truth."""
+    rows = []
+    print("Kendall's tau-b against the truth, mean over simulated items; the best of a row is starred\n")
+    print(" n  votes  wrong  " + "".join(f"{name:>18s}" for name in METHODS))
+    for n in (8, 19):
+        for votes in (1, 3, 9, 31):
+            for wrong in (0.2, 0.3, 0.4):
+                rng = np.random.default_rng([seed, n, votes, round(100 * wrong)])
+                taus: dict[str, list[float]] = {name: [] for name in METHODS}
+                for _ in range(items):
+                    W, truth = simulate(n, votes, wrong, rng)
+                    for name, method in METHODS.items():
+                        taus[name].append(metrics.tau_b(method(W).tolist(), truth) or 0.0)  # all tied: no agreement
+                row = {"n": n, "votes": votes, "wrong": wrong, **{name: metrics.mean(t) for name, t in taus.items()}}
+                rows.append(row)
+                best = max(row[name] for name in METHODS)
+                cells = (f"{row[name]:17.3f}{'*' if row[name] == best else ' '}" for name in METHODS)
+                print(f"{n:2d}{votes:7d}{wrong:7.1f}  " + "".join(cells))
+    graph = [r for r in rows if r["graph, denoised"] > r["Borda, raw"]]
+    print(f"\nthe graph ensemble ranks better than Borda in {len(graph)} of {len(rows)} rows", end="")
+    print(": " + "; ".join(f"n {r['n']}, {r['votes']} votes, {r['wrong']:.0%} wrong" for r in graph) if graph else "")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------- from a file
+
+
+def rank_items(votes: Sequence[Vote]) -> dict[str, dict[str, int]]:
+    """item -> answer -> rank, by the denoised graph of all annotators' votes. Answers without a vote have no rank."""
+    by_item: dict[str, list[Vote]] = {}
+    for vote in votes:
+        by_item.setdefault(vote.item, []).append(vote)
+    ranks = {}
+    for item, some in by_item.items():
+        answers = sorted({name for vote in some for name in (vote.a, vote.b)})
+        random.Random(item).shuffle(answers)  # where a heuristic must break a tie, names must not
+        scores = METHODS["graph, denoised"](count(some, answers))
+        ranks[item] = dict(sorted(zip(answers, ranking(scores.tolist()), strict=True), key=lambda pair: pair[1]))
+    return ranks
+
+
+def read_answers(path: str | Path) -> dict[str, dict]:
+    """{"item", "prompt", "responses": {answer: text}, and, optionally, "image" | "images" | "video"} a line, by item."""
+    items: dict[str, dict] = {}
+    for where, raw in read_lines(path):
+        item, texts = raw.get("item"), raw.get("responses")
+        if not isinstance(item, str) or not isinstance(raw.get("prompt"), str):
+            raise InputError(f"{where}: item and prompt must be strings")
+        if not isinstance(texts, dict) or not all(isinstance(text, str) and text.strip() for text in texts.values()):
+            raise InputError(f"{where}: responses must be an object of answer: text")
+        if item in items:
+            raise InputError(f"{where}: item {item!r} stands there a second time")
+        items[item] = raw
+    return items
+
+
+def sample(
+    ranks: dict[str, dict[str, int]], size: int, ties: int, rng: random.Random
+) -> tuple[dict[str, list[str]], list[str]]:
+    """`size` answers of every item, with at most `ties` pairs of equal rank, every answer's author used as evenly as
+    that allows -> item -> answers, and the items where no such set exists."""
+    used: Counter[str] = Counter()
+    chosen, left_out = {}, []
+    for item in rng.sample(list(ranks), len(ranks)):
+        ranked = ranks[item]
+        names = sorted(rng.sample(list(ranked), len(ranked)), key=lambda name: used[name])
+        found = _pick(names, ranked, size, ties, ())
+        if found is None:
+            left_out.append(item)
+        else:
+            chosen[item] = rng.sample(found, size)
+            used.update(found)
+    return {item: chosen[item] for item in ranks if item in chosen}, left_out
+
+
+def _pick(names: list[str], ranks: dict[str, int], size: int, ties: int, chosen: tuple[str, ...]) -> list[str] | None:
+    """The first set, in the order of names, that keeps within the ties."""
+    if len(chosen) == size:
+        return list(chosen)
+    for i, name in enumerate(names):
+        more = sum(ranks[other] == ranks[name] for other in chosen)
+        if more <= ties:
+            found = _pick(names[i + 1 :], ranks, size, ties - more, (*chosen, name))
+            if found is not None:
+                return found
+    return None
+
+
+def as_record(answer: dict, names: Sequence[str], ranks: dict[str, int]) -> dict:
+    """An ordinary preference record of some of an item's answers; who wrote them stays readable in "models"."""
+    return {
+        "prompt": answer["prompt"],
+        "responses": [answer["responses"][name] for name in names],
+        "rankings": ranking([-ranks[name] for name in names]),
+        "models": list(names),
+        **{key: answer[key] for key in ("image", "images", "video", "item") if key in answer},
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+
+def from_file(args) -> dict:
+    answers = read_answers(args.answers) if args.answers else None
+    known = None if answers is None else {item: list(raw["responses"]) for item, raw in answers.items()}
+    ranks = rank_items(read_votes(args.votes, known))
+    if not args.out:
+        for item, ranked in ranks.items():
+            print(item + "  " + "  ".join(f"{rank}. {name}" for name, rank in ranked.items()))
+        return ranks
+    if answers is None:
+        raise InputError("--out writes records, for which it needs --answers FILE")
+    if args.out.exists() and not args.overwrite:
+        raise InputError(f"{args.out} exists already: choose another --out, or say --overwrite")
+    size = args.sample
+    if size is None:
+        chosen, left_out = {item: list(ranked) for item, ranked in ranks.items()}, []
+    else:
+        chosen, left_out = sample(ranks, size, args.ties, random.Random(args.seed))
+    lines = [json.dumps(as_record(answers[item], names, ranks[item])) for item, names in chosen.items()]
+    with whole_file(args.out) as temporary:
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    print(f"{len(lines)} records written to {args.out}")
+    if left_out:
+        print(f"left out, for want of {size} answers with at most {args.ties} ties: {len(left_out)}, {left_out[:5]}")
+    return {"records": len(lines), "left_out": left_out}
+
+
+def main() -> None:
+    parser = Parser(prog="python -m yojo.votes", description="Rank answers from noisy pairwise votes.")
+    parser.add_argument("--votes", type=Path, metavar="FILE", help="votes, JSONL; without it, a simulated study")
+    parser.add_argument("--items", type=int, default=40, metavar="K", help="of the study: items a row")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="prompts and texts of the items, JSONL")
+    parser.add_argument("--sample", type=int, metavar="N", help="write N answers of each item instead of all")
+    parser.add_argument("--ties", type=int, default=0, help="with --sample: pairs of equal rank allowed in a record")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write preference records")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+    args = parser.parse_args()
+    run(lambda: begin(args), parser, args)
+
+
+def begin(args) -> dict | list[dict]:
+    if args.items < 1 or (args.sample is not None and args.sample < 2) or args.ties < 0:
+        raise InputError("--items counts from 1, --sample from 2, --ties from 0")
+    if args.votes is None:
+        if args.answers or args.out:
+            raise InputError("--answers and --out go with --votes FILE")
+        return study(args.items, args.seed)
+    return from_file(args)
+
+
+if __name__ == "__main__":
+    main()
