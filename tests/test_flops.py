@@ -49,9 +49,7 @@ def network(config, with_adapter=False):
 def run_pass(model, head, ask, mode):
     mask = ask.mask(mode)
     ids = torch.zeros_like(mask.record, device="meta")
-    ends = torch.tensor(ask.responses).cumsum(0) + ask.prompt - 2
-    read = torch.stack([torch.zeros_like(ends), ends], dim=1)
-    return head(model(ids, None, mask, torch.zeros_like(ids), read=read))
+    return head(model(ids, None, mask, torch.zeros_like(ids), read=torch.tensor(ask.read)))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -99,7 +97,7 @@ def test_a_training_step(config, name, mode, checkpointing):
     model, head = network(config, with_adapter=True)
     model.train().checkpointing = checkpointing
     mask, read = ask.mask(mode), len(ask.responses)
-    tokens, pairs = mask.record.shape[1], flops.executed(mask)
+    tokens, pairs = mask.record.shape[1], flops.executed(mask, ask.read)
     expected = sum(flops.one_pass(config, ask, mode, INNER, LORA).values())
     expected += flops.backward(config, LORA, INNER, tokens, read, pairs)
     if checkpointing:
@@ -113,7 +111,7 @@ def test_needed_pairs_are_the_ones_of_the_mask(name, mode):
     ask = ASKS[name]
     mask = ask.mask(mode)
     pairs = flops.needed(ask.prompt, ask.pictures, ask.responses, mode)
-    assert pairs == int(mask.dense.sum()) <= flops.executed(mask)
+    assert pairs == int(mask.dense.sum()) <= flops.executed(mask, ask.read)[0]
 
 
 @pytest.mark.parametrize("size", [(84, 84), (300, 70), (1000, 1300), (2000, 112), (100, 2000)])

@@ -176,7 +176,7 @@ def load(args: argparse.Namespace) -> list[dict]:
     print(f"loading took {slower:.2f} times as long as opening and cloning")
     if args.peer:
         ours, theirs = rows["load_ours"][0]["hidden"], rows["load_theirs"][0]["hidden"]
-        table[1]["difference"] = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        table[1]["difference"] = float(abs(ours - theirs).max() / abs(theirs).max())
         table[2]["times_ours"] = ratios(rows, "load_theirs", "load_ours", "joint_s")
         table[1]["memory_ratio"] = ratios(rows, "load_ours", "load_theirs", "score_anon")
         print(f"transformers' way took {table[2]['times_ours']:.2f} times as long to score; ours took")
@@ -287,7 +287,7 @@ def load_ours(folder: Path, args: argparse.Namespace, pipe) -> None:
                 hidden[mode] = backbone(batch.input_ids, features, batch.mask, batch.positions, read=batch.read)
 
             seconds[f"{mode}_s"] = clock(score, device)
-    pipe.send({"phase": "score", **seconds, "hidden": hidden["joint"].float().cpu()})
+    pipe.send({"phase": "score", **seconds, "hidden": hidden["joint"].float().cpu().numpy()})
 
 
 def load_theirs(folder: Path, args: argparse.Namespace, pipe) -> None:
@@ -319,7 +319,7 @@ def load_theirs(folder: Path, args: argparse.Namespace, pipe) -> None:
         pipe.send({"begin": 1})
         seconds = clock(score, device)
     hidden = kept["out"].hidden_states[-1][0, encoded.read]
-    pipe.send({"phase": "score", "joint_s": seconds, "hidden": hidden.float().cpu()})
+    pipe.send({"phase": "score", "joint_s": seconds, "hidden": hidden.float().cpu().numpy()})
 
 
 # -------------------------------------------------------------------------------------------------------------- score

@@ -387,7 +387,7 @@ def write_random(
             for name in COMPANIONS:
                 shutil.copyfile(WEIGHTS / "tiny" / name, new / name)
         files = [f"model-{i:05d}-of-{parts:05d}.safetensors" for i in range(1, parts + 1)]
-        with tqdm(total=total * dtype.itemsize, desc="writing", unit="B", unit_scale=True) as bar:
+        with tqdm(total=total * dtype.itemsize, desc="writing", unit="B", unit_scale=True, mininterval=1) as bar:
             for file, some in zip(files, names, strict=True):
                 _write_shard(new / file, {name: sizes[name] for name in some}, config, dtype, generator, bar)
         weight_map = {name: file for file, some in zip(files, names, strict=True) for name in some}

@@ -79,10 +79,11 @@ def adapter(config: Config, lora: LoraConfig, tokens: int, read: int) -> int:
     return sum(2 * t * lora.r * (m + n) for name, m, n, t in each(config, tokens, read) if name in lora.targets)
 
 
-def attention(config: Config, pairs: int) -> int:
-    """Scores and values of `pairs` of a query and a key: 2 products of d terms a head, in every block."""
+def attention(config: Config, pairs: int, last: int) -> int:
+    """Scores and values of `pairs` of a query and a key, `last` of them in the last block: 2 products of d terms a
+    head, in every block."""
     c = config.text
-    return 2 * 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * pairs
+    return 2 * 2 * c.num_attention_heads * c.head_dim * ((c.num_hidden_layers - 1) * pairs + last)
 
 
 def head(config: Config, inner: int, read: int) -> int:
@@ -92,12 +93,14 @@ def head(config: Config, inner: int, read: int) -> int:
 # --------------------------------------------------------------------------------------------------- pairs of tokens
 
 
-def executed(mask: AttentionMask) -> int:
-    """Pairs that are computed: all of a short batch, else each segment's queries with its keys."""
+def executed(mask: AttentionMask, read: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Pairs that are computed in a block, and in the last one: all of a short batch, else each segment's queries with
+    its keys; the last block passes over segments in which nothing is read."""
     B, T = mask.record.shape
     if T <= DENSE_UP_TO:
-        return B * T * T
-    return sum((s.stop - s.start) * sum(z - a for a, z in s.ranges) for row in mask.structured for s in row)
+        return B * T * T, B * T * T
+    size = {s: (s.stop - s.start) * sum(z - a for a, z in s.ranges) for row in mask.structured for s in row}
+    return sum(size.values()), sum(pairs for s, pairs in size.items() if s.holds(read))
 
 
 def needed(prompt: int, pictures: int, responses: Sequence[int], mode: str) -> int:
@@ -114,22 +117,22 @@ def needed(prompt: int, pictures: int, responses: Sequence[int], mode: str) -> i
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def backward(config: Config, lora: LoraConfig, inner: int, tokens: int, read: int, pairs: int) -> int:
+def backward(config: Config, lora: LoraConfig, inner: int, tokens: int, read: int, pairs: tuple[int, int]) -> int:
     """A frozen matrix passes its gradient on (1 product); one that learns also gets its own (2); both factors of
     attention get theirs (2 for each forward product). The embeddings ask for none: the first block's first matrix, and
     the adapter's beside it, pass nothing on."""
     first = shapes(config.text)["att_proj"]
     spared = 2 * tokens * first[0] * first[1] + 2 * tokens * first[0] * lora.r * ("att_proj" in lora.targets)
     learned = adapter(config, lora, tokens, read) + head(config, inner, read)
-    return matrices(config, tokens, read) + 2 * learned + 2 * attention(config, pairs) - spared
+    return matrices(config, tokens, read) + 2 * learned + 2 * attention(config, *pairs) - spared
 
 
-def recomputation(config: Config, lora: LoraConfig, tokens: int, read: int, pairs: int) -> int:
+def recomputation(config: Config, lora: LoraConfig, tokens: int, read: int, pairs: tuple[int, int]) -> int:
     """Activation checkpointing runs every block again, up to the last thing that its backward needs: the product with
     the adapter's up-matrix at the end of a block is not repeated."""
     ends = [t for name, _, _, t in each(config, tokens, read) if name == "ff_out" and name in lora.targets]
     unrepeated = sum(2 * t * lora.r * config.text.hidden_size for t in ends)
-    forward = matrices(config, tokens, read) + adapter(config, lora, tokens, read) + attention(config, pairs)
+    forward = matrices(config, tokens, read) + adapter(config, lora, tokens, read) + attention(config, *pairs)
     return forward - unrepeated
 
 
@@ -146,7 +149,7 @@ def one_pass(config: Config, ask: Ask, mode: str, inner: int = 1024, lora: LoraC
     mask, read = ask.mask(mode), len(ask.responses)
     parts = {
         "matrices": matrices(config, mask.record.shape[1], read),
-        "attention": attention(config, executed(mask)),
+        "attention": attention(config, *executed(mask, ask.read)),
         "head": head(config, inner, read),
     }
     return parts | ({"adapter": adapter(config, lora, mask.record.shape[1], read)} if lora else {})
@@ -160,7 +163,7 @@ def separate(config: Config, ask: Ask, inner: int = 1024) -> int:
 
 def training_step(config: Config, ask: Ask, mode: str, lora: LoraConfig, inner: int) -> int:
     """One record of a training step with activation checkpointing, its pictures included."""
-    tokens, read, pairs = ask.tokens, len(ask.responses), executed(ask.mask(mode))
+    tokens, read, pairs = ask.tokens, len(ask.responses), executed(ask.mask(mode), ask.read)
     return (
         seen(config, ask)
         + sum(one_pass(config, ask, mode, inner, lora).values())
@@ -210,8 +213,10 @@ def table(args) -> list[dict]:
         row = {"n": n, "n_passes": separate(config, ask), **one}
         row |= {"ratio": row["n_passes"] / row["isolated"], "limit": n * (P + R) / (P + n * R)}
         pairs = {mode: needed(P, tokens, ask.responses, mode) for mode in MODES}
+        last = {"isolated": n * (P + R - 1), "joint": sum(P + (i + 1) * R - 1 for i in range(n))}  # what is read looks
         row |= {
-            f"{mode}_needed": one_pass(config, ask, mode)["matrices"] + attention(config, pairs[mode]) for mode in MODES
+            f"{mode}_needed": one_pass(config, ask, mode)["matrices"] + attention(config, pairs[mode], last[mode])
+            for mode in MODES
         }
         rows.append(row)
         print(

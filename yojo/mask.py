@@ -143,6 +143,10 @@ class Segment:
     stop: int
     ranges: tuple[tuple[int, int], ...]
 
+    def holds(self, read: list[list[int]] | None) -> bool:
+        """Is one of these (row, index) among its queries? None = all tokens are."""
+        return read is None or any(b == self.b and self.start <= t < self.stop for b, t in read)
+
     @cached_property
     def keys(self) -> Tensor:
         """int [S], the keys one by one."""

@@ -156,24 +156,26 @@ class VisionBlock(nn.Module):
 class ImageViT(nn.Module):
     """Patches of one view see each other; views do not. No class token, no final norm."""
 
-    def __init__(self, c: VisionConfig, depth: int):
+    def __init__(self, c: VisionConfig, depth: int, read: tuple[int, ...]):
         super().__init__()
+        self.read = read
         self.patch_embedding = nn.Linear(3 * c.patch_size**2, c.hidden_size)
         self.positional_embedding = nn.Parameter(torch.zeros(c.num_position_embeddings, c.hidden_size))
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(VisionBlock(c) for _ in range(depth))})
 
     def forward(self, patches: Tensor) -> list[Tensor]:
-        """patches [views, P, 3 * patch^2] -> the output of every layer, each [views, P, width]."""
+        """patches [views, P, 3 * patch^2] -> the outputs of the layers that are read, each [views, P, width]."""
         if patches.shape[1] != len(self.positional_embedding):
             raise ValueError(
                 f"views have {patches.shape[1]} patches, the tower {len(self.positional_embedding)} positions"
             )
         x = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype)) + self.positional_embedding
-        outputs = []
-        for block in self.transformer["resblocks"]:
+        outputs = {}
+        for i, block in enumerate(self.transformer["resblocks"]):
             x = block(x)
-            outputs.append(x)
-        return outputs
+            if i in self.read:
+                outputs[i] = x
+        return [outputs[i] for i in self.read]
 
 
 # -------------------------------------------------------------------------------------------------------- connector
@@ -198,16 +200,14 @@ class VisionBackbone(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         v, a = config.vision, config.adapter
-        self.layers = config.vision_layers
-        self.image_vit = ImageViT(v, config.vision_depth)
-        read_width = v.hidden_size * len(self.layers)
+        self.image_vit = ImageViT(v, config.vision_depth, config.vision_layers)
+        read_width = v.hidden_size * len(config.vision_layers)
         self.image_pooling_2d = VisionAttention(read_width, a.hidden_size, a.num_attention_heads, a.head_dim)
         self.image_projector = ImageProjector(a.hidden_size, a.intermediate_size, config.text.hidden_size)
 
     def forward(self, patches: Tensor, pooling: Tensor) -> Tensor:
         """patches [views, P, 3 * patch^2], pooling int [M, window] (-1 = padding) -> features [M', D]."""
-        outputs = self.image_vit(patches)
-        return self.image_projector(self.pool(torch.cat([outputs[i] for i in self.layers], dim=-1), pooling))
+        return self.image_projector(self.pool(torch.cat(self.image_vit(patches), dim=-1), pooling))
 
     def pool(self, seen: Tensor, pooling: Tensor) -> Tensor:
         """One token per window: the mean of the window's patches asks, the patches answer.
@@ -255,13 +255,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, look: "Tensor | list[list[Segment]] | None") -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, look: "Tensor | list[list[Segment]] | None", read: Tensor | None = None
+) -> Tensor:
     """Softmax attention, q [B, H, T, d], k and v [B, K, S, d] -> [B, H, T, d].
 
-    look: None = causal, the last query beside the last key; bool [B, 1, T, S]; or the mask's structured form.
+    look: None = causal, the last query beside the last key; bool [B, 1, T, S]; or the mask's structured form, of which
+    segments that hold no (row, index) of read [R, 2] are left at zero. None = all are computed.
     """
     if isinstance(look, list):
-        return torch.stack([torch.cat([attend_segment(q, k, v, s) for s in row], dim=1) for row in look])
+        asked = None if read is None else read.tolist()
+        return torch.stack(
+            [torch.cat([attend_segment(q, k, v, s, s.holds(asked)) for s in row], dim=1) for row in look]
+        )
     queries, keys = q.shape[2], k.shape[2]
     if look is None and queries < keys:
         closed = ~torch.ones(queries, queries, dtype=torch.bool, device=q.device).tril()
@@ -273,10 +279,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, look: "Tensor | list[list[Segment]] 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=look.to(q.device))
 
 
-def attend_segment(q: Tensor, k: Tensor, v: Tensor, s: Segment) -> Tensor:
-    """One segment's queries at its keys -> [H, Q, d]. Padding has no keys and gives zeros."""
+def attend_segment(q: Tensor, k: Tensor, v: Tensor, s: Segment, asked: bool) -> Tensor:
+    """One segment's queries at its keys -> [H, Q, d]. Padding, which has no keys, and what is not asked for give 0."""
     q = q[s.b, None, :, s.start : s.stop]
-    if not s.ranges:
+    if not s.ranges or not asked:
         return torch.zeros_like(q[0])
     k, v = (torch.cat([x[s.b, None, :, a:z] for a, z in s.ranges], dim=2) for x in (k, v))
     if q.is_cuda:
@@ -320,7 +326,8 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles)
         if past is not None:
             k, v = past.append(k, v)
-        return self.attn_out(pick(attend(q, k, v, look).transpose(1, 2).flatten(2), read), adapter)
+        out = attend(q, k, v, look, read).transpose(1, 2).flatten(2)
+        return self.attn_out(pick(out, read), adapter)
 
 
 class MLP(nn.Module):

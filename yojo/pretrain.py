@@ -90,7 +90,7 @@ Talk = tuple[str, str]  # question, answer
 
 def talks(scene: shapes.Scene, rng: random.Random, count: int) -> list[Talk]:
     """Conversations about one scene."""
-    kinds = (describe, describe, look_up, look_up, place, presence, check, check, check, name, claim)
+    kinds = (describe, describe, look_up, look_up, place, presence, check, check, check, name)
     return [rng.choice(kinds)(scene, rng) for _ in range(count)]
 
 
@@ -123,22 +123,11 @@ def place(scene: shapes.Scene, rng: random.Random) -> Talk:
     return f"What is {row} {column}?", f"a {here[0].size} {here[0].colour} {here[0].shape}" if here else "nothing"
 
 
-def some_pair(scene: shapes.Scene, rng: random.Random) -> tuple[str, bool]:
-    """A colour and a shape in words, and whether they are in the picture; half of them are."""
+def presence(scene: shapes.Scene, rng: random.Random) -> Talk:
     pairs = {(t.colour, t.shape) for t in scene.things}
     absent = [p for p in shapes.PAIRS if p not in pairs and p not in shapes.HELD_OUT]
     pair = rng.choice(sorted(pairs) if rng.random() < 0.5 else absent)
-    return rng.choice(shapes.wordings(*pair)), pair in pairs
-
-
-def presence(scene: shapes.Scene, rng: random.Random) -> Talk:
-    words, there = some_pair(scene, rng)
-    return f"Is there {words}?", "yes" if there else "no"
-
-
-def claim(scene: shapes.Scene, rng: random.Random) -> Talk:
-    words, there = some_pair(scene, rng)
-    return f"{shapes.CORROBORATED} {words}. True?", "true" if there else "false"
+    return f"Is there {rng.choice(shapes.wordings(*pair))}?", "yes" if pair in pairs else "no"
 
 
 def name(scene: shapes.Scene, rng: random.Random) -> Talk:
@@ -156,8 +145,8 @@ def check(scene: shapes.Scene, rng: random.Random) -> Talk:
         if slot != by and rng.random() < 0.25:
             said[slot] = rng.choice(wrong)
     errors = [slot for slot in shapes.SLOTS if said[slot] != truth[slot]]
-    verdict = "false: " + ", ".join(errors) if errors else "true"
-    return f"{shapes.ask(thing, by)} {shapes.describe(said)}. True?", verdict
+    verdict = "wrong " + ", ".join(errors) if errors else "right"
+    return f"{shapes.ask(thing, by)} {shapes.describe(said)}. Right?", verdict
 
 
 # ------------------------------------------------------------------------------------------------------------ batch
@@ -263,7 +252,7 @@ class Pretraining:
         }
 
 
-KINDS = (describe, describe_held_out, look_up, place, presence, check, claim)
+KINDS = (describe, describe_held_out, look_up, place, presence, check)
 
 
 @torch.no_grad()

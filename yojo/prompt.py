@@ -32,6 +32,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -198,6 +199,11 @@ class Ask:
     @property
     def tokens(self) -> int:
         return self.prompt + sum(self.responses)
+
+    @property
+    def read(self) -> list[tuple[int, int]]:
+        """(row, index) of the token each score is read at: the one before each closing separator."""
+        return [(0, self.prompt + end - 2) for end in accumulate(self.responses)]
 
 
 Seen = tuple[list[int], Pictures | None]  # the token ids of a record's pictures, and the pictures

@@ -97,8 +97,8 @@ def make_scene(rng: random.Random, held_out: bool = False, fewest: int = 2) -> S
 # --------------------------------------------------------------------------------------------------------- pictures
 
 
-def render(scene: Scene) -> Image.Image:
-    """84 x 84 pixels, drawn at three times the size and reduced."""
+def render(scene: Scene, noisy: float = 0.06) -> Image.Image:
+    """84 x 84 pixels, drawn at three times the size and reduced; `noisy` is the share of noise in every pixel."""
     rng, zoom = random.Random(scene.seed), 3
     shade = rng.randint(20, 90)
     picture = Image.new("RGB", (GRID * CELL * zoom,) * 2, tuple(shade + rng.randint(-15, 15) for _ in range(3)))
@@ -110,7 +110,7 @@ def render(scene: Scene) -> Image.Image:
         colour = tuple(min(255, max(0, level + rng.randint(-20, 20))) for level in COLOURS[thing.colour])
         _draw(pen, thing.shape, x, y, radius, colour)
     noise = Image.frombytes("RGB", (GRID * CELL,) * 2, rng.randbytes(3 * (GRID * CELL) ** 2))
-    return Image.blend(picture.reduce(zoom), noise, 0.06)
+    return Image.blend(picture.reduce(zoom), noise, noisy)
 
 
 def _draw(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, colour: tuple[int, ...]) -> None:
@@ -273,7 +273,7 @@ def records(
             yield i % scenes, scene, corroborated(scene, rng, paraphrase, held_out)
 
 
-def write_records(folder: str | Path, name: str, made: Iterator[tuple[int, Scene, dict]]) -> Path:
+def write_records(folder: str | Path, name: str, made: Iterator[tuple[int, Scene, dict]], noisy: float = 0.06) -> Path:
     """`<name>.jsonl` and `<name>/<scene>.png` in `folder`, in the record format of `data.py` -> the JSONL's path."""
     pictures, path = Path(folder) / name, Path(folder) / f"{name}.jsonl"
     pictures.mkdir(parents=True)
@@ -281,7 +281,7 @@ def write_records(folder: str | Path, name: str, made: Iterator[tuple[int, Scene
     with open(path, "w", encoding="utf-8") as file:
         for number, scene, record in made:
             if number not in drawn:
-                render(scene).save(pictures / f"{number}.png", compress_level=0)
+                render(scene, noisy).save(pictures / f"{number}.png", compress_level=0)
                 drawn.add(number)
             file.write(json.dumps({**record, "image": f"{name}/{number}.png"}) + "\n")
     return path

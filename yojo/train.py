@@ -43,6 +43,7 @@ TASKS = {
     "corroborated": (CORROBORATED, 6),
 }
 SCENES, TEST, HELD_OUT = 2400, 2000, 1000
+CONTROLS = 1000  # of the test groups, shown with other pictures
 NAMES = {"joint": "tiny-rm", "isolated": "tiny-rm-isolated"}
 
 
@@ -94,13 +95,13 @@ def tiny_run(
     data = Dataset(read_records(folder / "train.jsonl"), rm, keep=True)
     log = train(data, recipe, seed, f"{mode} seed {seed}")
     test, heldout = read_records(folder / "test.jsonl"), read_records(folder / "heldout.jsonl")
-    data = Dataset(test, rm, keep=True, shows=("own", "blank"))
-    own = evaluate(data, seed)
+    own = evaluate(Dataset(test, rm, keep=True), seed)
+    controls = Dataset(test[:CONTROLS], rm, keep=True, shows=("own", "blank"))
     rng = random.Random(f"{seed} noise")
     figures = {
         mode: accuracies(own, test),
-        f"{mode}_blank": accuracies(evaluate(data, seed, "blank"), test),
-        f"{mode}_swapped": accuracies(evaluate(data, seed, "swapped"), test),
+        f"{mode}_blank": accuracies(evaluate(controls, seed, "blank"), controls.records),
+        f"{mode}_swapped": accuracies(evaluate(controls, seed, "swapped"), controls.records),
         f"{mode}_heldout": accuracies(evaluate(Dataset(heldout, rm, keep=True), seed), heldout),
         f"{mode}_vote": accuracies([metrics.vote(s, r.responses) for s, r in zip(own, test, strict=True)], test),
         f"{mode}_noise": accuracies([metrics.with_noise(s, rng) for s in own], test),
@@ -174,8 +175,8 @@ def summary(task: str, runs: list[dict], test: list[Record]) -> dict:
 ROWS = {
     "": "own picture",
     "_heldout": "own picture, held-out colour-shape pairs",
-    "_blank": "picture blanked",
-    "_swapped": "another record's picture",
+    "_blank": "picture blanked (1,000 groups)",
+    "_swapped": "another record's picture (1,000 groups)",
 }
 
 
@@ -253,7 +254,7 @@ def announce(asks: Sequence[Ask], rm: RewardModel, recipe: Recipe) -> None:
         f"and {longest.tokens:,} at most; {steps} steps of {recipe.records * recipe.fit.accumulate} records"
     )
     held = memory.training(config, dtype, recipe.lora, recipe.inner)
-    pairs = flops.executed(longest.mask(rm.mode))
+    pairs, _ = flops.executed(longest.mask(rm.mode), longest.read)
     more = recipe.records * memory.activations(config, dtype, recipe.lora, longest.tokens, pairs)
     print(
         f"memory, computed: {held / 1e9:.1f} GB for weights, adapter and optimiser, and {more / 1e9:.1f} GB at most for"

@@ -242,7 +242,7 @@ def rank_items(votes: Sequence[Vote]) -> dict[str, dict[str, int]]:
 
 
 def read_answers(path: str | Path) -> dict[str, dict]:
-    """{"item", "prompt", "responses": {answer: text}, and, optionally, "image" | "images" | "video"} a line, by item."""
+    """item -> its line: {"item", "prompt", "responses": {answer: text}} and, where it has pictures, their paths."""
     items: dict[str, dict] = {}
     for where, raw in read_lines(path):
         item, texts = raw.get("item"), raw.get("responses")

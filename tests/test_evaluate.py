@@ -1,0 +1,310 @@
+"""Each benchmark's official figure, recomputed by hand on a few rows with every trap in them.
+
+    pytest tests/test_evaluate.py
+
+The judge here is a rule that reads the answer's own number ("s=0.7"), so that every score is known: what is tested is
+the reading of files and the arithmetic, not a model. One test runs the real one.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from yojo import evaluate
+from yojo.cli import WEIGHTS
+from yojo.evaluate import Item, Run, order_sensitivity, read_items, report
+from yojo.files import InputError
+from yojo.reward import RewardModel
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("mcq", "long"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 40), "red").save(tmp_path / name / "p.png")
+    return tmp_path
+
+
+def write(folder, rows):
+    (folder / "d.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return folder / "d.jsonl"
+
+
+def judged(folder, form, rows, mapping=None, habit=0.0):
+    """The report, the judge's score being the number after "s=" plus a habit for whatever is shown first."""
+    items, _ = read_items(write(folder, rows), form, mapping or {}, False)
+    r = Run(None, items, "joint", 0, 2)
+    scores = []
+    for item in items:
+        shown = []
+        for order in item.orders(0, 2):
+            own = [float(text.split("s=")[1].split()[0]) for text in item.responses]
+            shown.append([s + habit * (order[0] == i) for i, s in enumerate(own)])
+        scores.append(shown)
+    return report(r, form, scores)
+
+
+def test_vl_rewardbench_by_hand(folder):
+    """Ids repeat, rankings start at 0 and come in both orders; macro = mean of three category means."""
+    rows = [
+        {"id": "wildvision-1", "query": "?", "response": ["good s=2", "bad s=1"], "human_ranking": [0, 1]},  # right
+        {"id": "wildvision-1", "query": "?", "response": ["bad s=2", "good s=1"], "human_ranking": [1, 0]},  # wrong
+        {"id": "VLFeedback-7", "query": "?", "response": ["bad s=1", "good s=2"], "human_ranking": [1, 0]},  # right
+        {"id": "RLAIF-V-3", "query": "?", "response": ["good s=1", "bad s=1"], "human_ranking": [0, 1]},  # tie: wrong
+        {
+            "id": "rlhf-v-3",
+            "query": "?",
+            "response": ["good s=2", "bad s=1"],
+            "human_ranking": [0, 1],
+            "image": "mcq/p.png",
+        },
+        {"id": "mathverse_9", "query": "?", "response": ["good s=3", "bad s=1"], "human_ranking": [0, 1]},  # right
+    ]
+    got = judged(folder, "vl-rewardbench", rows)
+    assert got["accuracy"] == pytest.approx(4 / 6)
+    assert {k: v["accuracy"] for k, v in got["categories"].items()} == pytest.approx(
+        {"general": 2 / 3, "hallucination": 1 / 2, "reasoning": 1}
+    )
+    assert got["macro"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
+    assert got["ties"] == pytest.approx(1 / 6) and got["baselines"]["random"] == 0.5
+
+
+def test_multimodal_rewardbench_by_hand(folder):
+    def row(i, better, first, second, category, **more):
+        return {"ID": i, "Text": "?", "Output1": f"s={first}", "Output2": f"s={second} b", "Better": better} | {
+            "Category": category,
+            **more,
+        }
+
+    rows = [row("1", "Output1", 2, 1, "safety"), row("1", "Output2", 2, 1, "safety"), row("2", "Output2", 1, 2, "vqa")]
+    rows += [
+        row("3", "Output1", 1, 1, "vqa"),
+        row("4", "Output1", 9, 1, "vqa", Image="mcq/p.png"),
+        row("5", "Output2", 0, 1, "vqa", Image=None),
+    ]
+    got = judged(folder, "multimodal-rewardbench", rows)
+    assert got["accuracy"] == pytest.approx(4 / 6)
+    assert got["categories"]["safety"] == {"items": 2, "accuracy": 0.5} and got["categories"]["vqa"]["accuracy"] == 0.75
+
+
+def test_mm_rlhf_by_hand(folder):
+    """ACC counts pairs, ACC+ an id only where all its pairs are right; the category is the picture's folder."""
+
+    def row(i, chosen, rejected, **more):
+        return {"id": i, "prompt": "?", "chosen": f"s={chosen}", "rejected": f"s={rejected} b", **more}
+
+    rows = [row("a", 2, 1, image="mcq/p.png"), row("a", 3, 1, image="mcq/p.png"), row("b", 2, 1, image="long/p.png")]
+    rows += [row("b", 1, 1, image="long/p.png"), row("c", 0, 1), row("d", 1, 0, video="long")]
+    got = judged(folder, "mm-rlhf", rows)
+    assert got["accuracy"] == pytest.approx(4 / 6)
+    assert got["acc_plus"] == pytest.approx(2 / 4) and got["ids"] == 4
+    assert {k: v["items"] for k, v in got["categories"].items()} == {"mcq": 2, "long": 2, "text": 1, folder.name: 1}
+
+
+def test_videorewardbench_by_hand(folder):
+    def row(chosen, rejected, category):
+        return {
+            "video": "mcq",
+            "prompt": "?",
+            "chosen": f"s={chosen}",
+            "rejected": f"s={rejected} b",
+            "category": category,
+        }
+
+    rows = [row(2, 1, "x"), row(2, 1, "x"), row(2, 1, "x"), row(1, 2, "x"), row(1, 2, "y"), row(2, 2, "y")]
+    got = judged(folder, "videorewardbench", rows)
+    assert got["accuracy"] == pytest.approx(3 / 6) and got["macro"] == pytest.approx((3 / 4 + 0) / 2)
+
+
+def test_records_by_hand(folder):
+    """Best-of-N counts tied tops by their share; pairs and tau-b leave tied ranks out."""
+    rows = [
+        {"prompt": "1", "responses": ["s=3", "s=2 b", "s=1 c"], "rankings": [1, 2, 3]},  # 1
+        {"prompt": "2", "responses": ["s=3", "s=3 b", "s=1 c"], "rankings": [1, 2, 3]},  # tied top: 1/2
+        {"prompt": "3", "responses": ["s=1", "s=2 b", "s=3 c"], "rankings": [1, 1, 2]},  # 0
+        {"prompt": "4", "responses": ["s=2", "s=1 b"], "rankings": [1, 2]},  # 1
+        {"prompt": "5", "responses": ["s=1", "s=1 b"], "rankings": [1, 2]},  # a pair's tie: 0
+        {"prompt": "6", "responses": ["s=2", "s=1 b"], "rankings": [1, 1]},  # both are best: 1
+    ]
+    got = judged(folder, "records", rows)
+    assert got["accuracy"] == pytest.approx((1 + 0.5 + 0 + 1 + 0 + 1) / 6)
+    assert got["pairwise"] == pytest.approx((1 + 2.5 / 3 + 0 + 1 + 0.5) / 5)
+    assert got["tau_b"] == pytest.approx((1 + 2 / (2 * 3) ** 0.5 - 2 / (3 * 2) ** 0.5 + 1) / 4)
+
+
+def test_fields_are_mapped(folder):
+    rows = [{"q": "?", "good": "s=2", "bad": "s=1 b", "video": "mcq", "kind": "x"}]
+    mapping = {"prompt": "q", "chosen": "good", "rejected": "bad", "category": "kind"}
+    assert judged(folder, "videorewardbench", rows, mapping)["categories"] == {"x": {"items": 1, "accuracy": 1.0}}
+
+
+def test_a_habit_of_position_is_not_accuracy_and_shows(folder):
+    """A judge that prefers whatever stands first. Chosen stands first in the file, and still it scores about half."""
+    rows = [{"id": str(i), "prompt": f"{i}?", "chosen": "s=0", "rejected": "s=0 b"} for i in range(400)]
+    got = judged(folder, "mm-rlhf", rows, habit=1.0)
+    assert 0.4 < got["accuracy"] < 0.6
+    assert got["order"]["changed"] == 1.0 and got["order"]["by_place"] == {"1": 1.0, "2": 0.0}
+    assert got["order"]["mean_over_orders"] == 0.0  # averaged, all pairs are ties
+    assert 0.4 < got["baselines"]["first"] < 0.6
+
+
+def test_orders_depend_on_seed_and_content_and_a_pair_has_two():
+    pair = Item("?", ["a", "b"], [1, 2], [], None, "all", "", "")
+    assert sorted(pair.orders(0, 9)) == [[0, 1], [1, 0]] and pair.orders(0, 9) == pair.orders(0, 9)
+    many = Item("?", list("abcdef"), [1] * 6, [], None, "all", "", "")
+    assert len(many.orders(0, 5)) == 5 and many.orders(0, 1) == many.orders(0, 5)[:1] != many.orders(1, 1)
+
+
+def test_order_sensitivity_by_hand():
+    item = Item("?", ["a", "b", "c"], [1, 2, 3], [], None, "all", "", "")
+    r = Run(None, [item], "joint", 0, 3)
+    got = order_sensitivity(r, [[[3, 2, 1], [1, 2, 3], [3, 1, 1]]])
+    assert got["changed"] == 0.5 and got["mean_over_orders"] == 1.0
+
+
+GOOD = {"prompt": "?", "responses": ["a", "b"], "rankings": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "form, row, why",
+    [
+        ("records", GOOD | {"rankings": [1]}, "rankings must be 2 whole numbers"),
+        ("records", GOOD | {"responses": ["a", " "]}, "none of them empty"),
+        ("records", GOOD | {"image": "none.png"}, "no picture or video at"),
+        (
+            "records",
+            {"responses": ["a", "b"], "rankings": [1, 2]},
+            "prompt must be a str, got None; --map prompt=FIELD",
+        ),
+        (
+            "vl-rewardbench",
+            {"id": "x-1", "query": "?", "response": ["a", "b"], "human_ranking": [0, 1]},
+            "starts with none of",
+        ),
+        (
+            "vl-rewardbench",
+            {"id": "povid", "query": "?", "response": ["a", "b"], "human_ranking": [0, 0]},
+            "one better answer",
+        ),
+        (
+            "multimodal-rewardbench",
+            {"ID": "1", "Text": "?", "Output1": "a", "Output2": "b", "Better": "a", "Category": "x"},
+            "Better must be one of ('Output1', 'Output2'), got 'a'",
+        ),
+        ("mm-rlhf", {"id": "1", "prompt": "?", "chosen": "a"}, "rejected must be a str"),
+    ],
+)
+def test_bad_rows_are_named_and_with_keep_going_listed(folder, form, row, why):
+    good = {
+        "records": GOOD,
+        "vl-rewardbench": {"id": "povid", "query": "?", "response": ["a", "b"], "human_ranking": [0, 1]},
+        "multimodal-rewardbench": {"Text": "?", "Output1": "a", "Output2": "b", "Better": "Output1", "Category": "x"},
+        "mm-rlhf": {"id": "1", "prompt": "?", "chosen": "a", "rejected": "b"},
+    }[form]
+    path = write(folder, [good, row])
+    with pytest.raises(InputError, match="d.jsonl:2: ") as error:
+        read_items(path, form, {}, keep_going=False)
+    assert why in str(error.value)
+    items, left_out = read_items(path, form, {}, keep_going=True)
+    assert len(items) == 1 and len(left_out) == 1 and why in left_out[0]
+
+
+# ---------------------------------------------------------------------------------------------------- the real model
+
+
+@pytest.fixture
+def benchmark(folder):
+    import random
+
+    from yojo import shapes
+
+    made = shapes.records(random.Random(5), "absolute", 12, 12, (2, 4))
+    return shapes.write_records(folder, "bench", made)
+
+
+def words(path, *more):
+    return ["--model", str(WEIGHTS / "tiny-rm"), "--data", str(path), "--permutations", "3", *map(str, more)]
+
+
+def run_command(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    status = 0
+    try:
+        evaluate.main()
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+KILLED = """
+import os, signal, sys
+from yojo import evaluate
+real, calls = evaluate.Run.score, []
+def score(self, item):
+    calls.append(1)
+    if len(calls) == 6:
+        with open(sys.argv[-1], "a") as file:
+            file.write("[[0.1, 0.")  # half a line, as a kill in the middle of a write leaves it
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, item)
+evaluate.Run.score = score
+evaluate.main()
+"""
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_identical_report(folder, benchmark, monkeypatch, capsys):
+    status, _, err = run_command(
+        monkeypatch, capsys, *words(benchmark, "--json", folder / "a.json", "--out", folder / "a.jsonl")
+    )
+    assert status == 0, err
+    arguments = words(benchmark, "--json", folder / "b.json", "--out", folder / "b.jsonl")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments], env=dict(os.environ), check=False, capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL and len((folder / "b.jsonl").read_text().splitlines()) == 7
+    calls, real = [], Run.score
+    monkeypatch.setattr(Run, "score", lambda self, item: calls.append(1) or real(self, item))
+    assert run_command(monkeypatch, capsys, *arguments)[0] == 0
+    assert len(calls) == 12 - 5, "what was scored before the kill is scored no second time"
+    for name in ("json", "jsonl"):
+        assert (folder / f"a.{name}").read_bytes() == (folder / f"b.{name}").read_bytes()
+    status, _, err = run_command(monkeypatch, capsys, *arguments, "--seed", "1")
+    assert status == 2 and "holds another evaluation" in err
+
+
+def test_scores_do_not_depend_on_how_they_are_asked_for(benchmark):
+    """The first order's scores are those of `RewardModel.score` on the answers so shown."""
+    items, _ = read_items(benchmark, "records", {}, False)
+    rm = RewardModel.load(WEIGHTS / "tiny-rm")
+    r = Run(rm, items, "joint", 0, 1)
+    for item in items[:4]:
+        order = item.orders(0, 1)[0]
+        shown = rm.score(item.prompt, [item.responses[i] for i in order], image=item.images)
+        assert r.score(item)[0] == pytest.approx([shown[order.index(i)] for i in range(len(order))], abs=1e-6)
+
+
+def test_a_score_that_is_not_finite_raises(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(RewardModel, "score_encoded", lambda *_: [[float("nan"), 1.0]])
+    status, _, err = run_command(monkeypatch, capsys, *words(benchmark))
+    assert status == 2 and "bench.jsonl:1: scores are not finite" in err
+
+
+@pytest.mark.parametrize(
+    "arguments, why",
+    [
+        ((), "give --tiny, or --model DIR and --data FILE"),
+        (("--tiny", "--model", "x"), "--tiny brings its own"),
+        (("--model", "x", "--data", "y", "--permutations", "0"), "--permutations 0: at least 1"),
+        (("--model", "x", "--data", "y", "--map", "a"), "--map a: NAME=FIELD"),
+        (("--model", "x", "--data", "nowhere.jsonl"), "no file nowhere.jsonl"),
+        (("--model", "x", "--data", "y", "--format", "z"), "invalid choice: 'z'"),
+    ],
+)
+def test_bad_input_gets_one_line(monkeypatch, capsys, arguments, why):
+    status, _, err = run_command(monkeypatch, capsys, *arguments)
+    assert status == 2 and why in err and "Traceback" not in err

@@ -1,0 +1,422 @@
+"""Evaluate a reward model on preference records and on five public benchmarks' files.
+
+    python -m yojo.evaluate --model weights/tiny-rm --data test.jsonl --format records
+    python -m yojo.evaluate --model runs/rm --data vlrb.jsonl --format vl-rewardbench --permutations 2
+    python -m yojo.evaluate --tiny                    what comparison adds, and accuracy against N, on the tiny world
+
+Every file is JSONL, picture paths relative to it. Formats and the figure that is reported for each:
+
+    records                 best-of-N accuracy, pairwise accuracy, Kendall's tau-b  (the project's own; MR2Bench)
+    vl-rewardbench          macro mean over general, hallucination, reasoning
+    multimodal-rewardbench  micro mean
+    mm-rlhf                 ACC over pairs, ACC+ over ids (all pairs of an id right)
+    videorewardbench        macro mean
+
+Candidates are shown in an order drawn from the seed and the item: fed in file order, a joint model turns a habit of
+position into accuracy. A tie is wrong for a pair and counts by its share for best-of-N.
+
+The scores go to `--out`, a line an item; a killed run goes on from there and ends with the same file.
+
+See it: `pytest tests/test_evaluate.py`.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from yojo import metrics
+from yojo.cli import Parser, run
+from yojo.files import InputError, read_lines, whole_file
+from yojo.mask import MODES
+from yojo.reward import RewardModel
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class Item:
+    """One comparison. rankings: 1 = best; group: items that ACC+ counts as one."""
+
+    prompt: str
+    responses: list[str]
+    rankings: list[int]
+    images: list[Path]
+    video: Path | None
+    category: str
+    group: str
+    where: str
+
+    def orders(self, seed: int, count: int) -> list[list[int]]:
+        """`count` orders to show the candidates in, drawn from seed and content; a pair has no more than two."""
+        n = len(self.responses)
+        rng = random.Random(json.dumps([seed, self.prompt, self.responses]))
+        first = rng.sample(range(n), n)
+        if n == 2:
+            return [first, first[::-1]][:count]
+        return [first] + [rng.sample(range(n), n) for _ in range(count - 1)]
+
+
+# The fields each format is read from; `--map name=field` names another. Those of MR2Bench and VideoRewardBench could
+# not be confirmed against the published files.
+FIELDS = {
+    "records": {"prompt": "prompt", "responses": "responses", "rankings": "rankings", "category": "category"},
+    "vl-rewardbench": {"prompt": "query", "responses": "response", "rankings": "human_ranking", "group": "id"},
+    "multimodal-rewardbench": {
+        "prompt": "Text",
+        "first": "Output1",
+        "second": "Output2",
+        "better": "Better",
+        "category": "Category",
+        "group": "ID",
+        "image": "Image",
+    },
+    "mm-rlhf": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "group": "id"},
+    "videorewardbench": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "category": "category"},
+}
+for _fields in FIELDS.values():
+    for _name in ("image", "images", "video"):
+        _fields.setdefault(_name, _name)
+# VL-RewardBench has no category field; where an id comes from says it.
+PREFIXES = {
+    "general": ("wildvision", "vlfeedback"),
+    "hallucination": ("rlaif-v", "rlhf-v", "povid", "hallucination"),
+    "reasoning": ("mathverse", "mmmu", "reasoning"),
+}
+
+
+def read_items(path: str | Path, form: str, mapping: dict[str, str], keep_going: bool) -> tuple[list[Item], list[str]]:
+    """Items, and what is wrong with the rows that were left out; without `keep_going` the first bad row raises."""
+    fields, items, left_out = FIELDS[form] | mapping, [], []
+    for where, raw in read_lines(path):
+        try:
+            items.append(_item(raw, form, fields, where, Path(path).parent))
+        except InputError as error:
+            if not keep_going:
+                raise
+            left_out.append(str(error))
+    if not items:
+        raise InputError(f"{path} holds no items that can be read as {form}")
+    return items, left_out
+
+
+def _item(raw: dict, form: str, fields: dict[str, str], where: str, folder: Path) -> Item:
+    def get(name: str, kind: type):
+        value = raw.get(fields[name])
+        if not isinstance(value, kind):
+            raise InputError(f"{where}: {fields[name]} must be a {kind.__name__}, got {value!r}; --map {name}=FIELD")
+        return value
+
+    if form in ("records", "vl-rewardbench"):
+        responses, ranks = get("responses", list), get("rankings", list)
+        whole = all(type(rank) is int for rank in ranks)
+        if not whole or len(ranks) != len(responses):
+            raise InputError(f"{where}: {fields['rankings']} must be {len(responses)} whole numbers, got {ranks!r}")
+    elif form == "multimodal-rewardbench":
+        responses, better = [get("first", str), get("second", str)], get("better", str)
+        names = (fields["first"], fields["second"])
+        if better not in names:
+            raise InputError(f"{where}: {fields['better']} must be one of {names}, got {better!r}")
+        ranks = [1, 2] if better == names[0] else [2, 1]
+    else:
+        responses, ranks = [get("chosen", str), get("rejected", str)], [1, 2]
+    if len(responses) < 2 or not all(isinstance(r, str) and r.strip() for r in responses):
+        raise InputError(f"{where}: at least two responses, none of them empty")
+    if form != "records" and (len(responses) != 2 or ranks[0] == ranks[1]):
+        raise InputError(f"{where}: a pair with one better answer is needed, got ranks {ranks}")
+    images, video = _pictures(raw, fields, where, folder)
+    group = str(raw.get(fields["group"], where)) if "group" in fields else where
+    category = _category(raw, form, fields, group, images, video, where)
+    ranks = [1 + sum(other < rank for other in ranks) for rank in ranks]  # from 0 or from 1, lower is better
+    return Item(get("prompt", str), responses, ranks, images, video, category, group, where)
+
+
+def _pictures(raw: dict, fields: dict[str, str], where: str, folder: Path) -> tuple[list[Path], Path | None]:
+    """Pictures or a video folder of a row; a file that is not there raises."""
+    names = raw.get(fields["images"]) or ([raw[fields["image"]]] if raw.get(fields["image"]) else [])
+    video = raw.get(fields["video"])
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in [*names, *([video] if video else [])]):
+        raise InputError(f"{where}: pictures are paths, got {names!r} and {video!r}")
+    paths = [folder / name for name in names]
+    for path in [*paths, *([folder / video] if video else [])]:
+        if not path.exists():
+            raise InputError(f"{where}: no picture or video at {path}")
+    return paths, folder / video if video else None
+
+
+def _category(
+    raw: dict, form: str, fields: dict, group: str, images: list[Path], video: Path | None, where: str
+) -> str:
+    if "category" in fields:
+        return str(raw.get(fields["category"], "all"))
+    if form == "mm-rlhf":  # the folder above the picture
+        path = video or (images[0] if images else None)
+        return path.parent.name or "all" if path else "text"
+    for category, prefixes in PREFIXES.items():
+        if group.lower().startswith(prefixes):
+            return category
+    raise InputError(f"{where}: the id {group!r} starts with none of {PREFIXES}; --map category=FIELD")
+
+
+# ------------------------------------------------------------------------------------------------------------ scoring
+
+
+@dataclass
+class Run:
+    """What is scored, how, and where its scores are kept."""
+
+    rm: RewardModel
+    items: list[Item]
+    mode: str
+    seed: int
+    permutations: int
+    about: dict = field(default_factory=dict)
+
+    def identity(self) -> str:
+        """One line that two runs share only if they give the same scores."""
+        return json.dumps(self.about | {"mode": self.mode, "seed": self.seed, "permutations": self.permutations})
+
+    def score(self, item: Item) -> list[list[float]]:
+        """Scores by order shown, each list in the item's own order of responses."""
+        try:
+            seen = self.rm.processor.look(item.images or None, item.video)
+            features = None if seen[1] is None else self.rm.backbone.see(seen[1].patches, seen[1].pooling)
+            shown = []
+            for order in item.orders(self.seed, self.permutations):
+                encoded = self.rm.processor.lay_out(item.prompt, [item.responses[i] for i in order], seen)
+                row = self.rm.score_encoded([encoded], self.mode, features)[0]
+                if not all(map(math.isfinite, row)):
+                    raise InputError(f"scores are not finite: {row}")
+                shown.append([row[order.index(i)] for i in range(len(order))])
+            return shown
+        except InputError as error:
+            raise InputError(f"{item.where}: {error}") from None
+
+
+@torch.no_grad()
+def score_all(r: Run, out: Path | None, overwrite: bool) -> list[list[list[float]]]:
+    """Scores of every item; those that `out` holds already are read from it."""
+    done = [] if out is None or overwrite else _resume(r, out)
+    if out is not None:
+        with whole_file(out) as temporary:
+            lines = [r.identity(), *map(json.dumps, done)]
+            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    for item in tqdm(r.items[len(done) :], "scoring", initial=len(done), total=len(r.items), delay=2):
+        done.append(r.score(item))
+        if out is not None:
+            with open(out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(done[-1]) + "\n")
+    return done
+
+
+def _resume(r: Run, out: Path) -> list[list[list[float]]]:
+    """The scores of the items that an earlier run finished: whole lines of the same evaluation."""
+    if not out.exists():
+        return []
+    first, *lines = out.read_text(encoding="utf-8").split("\n")
+    if first != r.identity():
+        raise InputError(f"{out} holds another evaluation: choose another --out, or say --overwrite")
+    return [json.loads(line) for line in lines[:-1]]  # after the last line break stands nothing, or half a line
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def right(scores: Sequence[float], ranks: Sequence[int]) -> float:
+    """Best-of-N, ties by their share; for a pair a tie is wrong."""
+    if len(ranks) == 2 and scores[0] == scores[1]:
+        return 0.0
+    return metrics.best_of_n(scores, ranks)
+
+
+def macro(values: Sequence[float], categories: Sequence[str]) -> float:
+    by = {c: [v for v, mine in zip(values, categories, strict=True) if mine == c] for c in categories}
+    return float(np.mean([np.mean(v) for v in by.values()]))
+
+
+def all_right(values: Sequence[float], groups: Sequence[str]) -> list[float]:
+    """One value a group: 1 where every value in it is 1."""
+    return [
+        float(all(v == 1 for v, g in zip(values, groups, strict=True) if g == name)) for name in dict.fromkeys(groups)
+    ]
+
+
+def stratified(
+    values: Sequence[float], categories: Sequence[str], seed: int = 0, draws: int = 2000
+) -> tuple[float, float]:
+    """Bootstrap interval of the macro mean: items drawn again inside their category."""
+    rng, total = np.random.default_rng(seed), np.zeros(draws)
+    names = list(dict.fromkeys(categories))
+    for name in names:
+        mine = np.array([v for v, c in zip(values, categories, strict=True) if c == name])
+        total += mine[rng.integers(0, len(mine), (draws, len(mine)))].mean(1)
+    low, high = np.quantile(total / len(names), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def position(best: str) -> Callable[[Sequence[str]], list[float]]:
+    return lambda responses: [(-1.0 if best == "first" else 1.0) * i for i in range(len(responses))]
+
+
+BASELINES = {
+    "random": metrics.chance,
+    "longest": metrics.longest,
+    "shortest": lambda responses: [-s for s in metrics.longest(responses)],
+    "first": position("first"),
+    "last": position("last"),
+}
+
+
+def report(r: Run, form: str, scores: list[list[list[float]]]) -> dict:
+    items, shown = r.items, [s[0] for s in scores]
+    values = [right(s, item.rankings) for s, item in zip(shown, items, strict=True)]
+    categories = [item.category for item in items]
+    result: dict = {"format": form, "mode": r.mode, "items": len(items)}
+    result["accuracy"], result["interval"] = metrics.mean(values), metrics.interval(values)
+    if form in ("vl-rewardbench", "videorewardbench"):
+        result["macro"], result["macro_interval"] = macro(values, categories), stratified(values, categories)
+    if form == "mm-rlhf":
+        ids = all_right(values, [item.group for item in items])
+        result["acc_plus"], result["acc_plus_interval"], result["ids"] = (
+            metrics.mean(ids),
+            metrics.interval(ids),
+            len(ids),
+        )
+    if form == "records":
+        for name, figure in (("pairwise", metrics.pairwise), ("tau_b", metrics.tau_b)):
+            defined = [v for s, i in zip(shown, items, strict=True) if (v := figure(s, i.rankings)) is not None]
+            result[name] = metrics.mean(defined) if defined else None
+    result["ties"] = metrics.mean([float(len(set(s)) < len(s)) for s in shown])
+    result["categories"] = {
+        name: {"items": n, "accuracy": metrics.mean([v for v, c in zip(values, categories, strict=True) if c == name])}
+        for name, n in Counter(categories).items()
+    }
+    result["baselines"] = {name: metrics.mean(_baseline(rule, items, r.seed)) for name, rule in BASELINES.items()}
+    if r.permutations > 1:
+        result["order"] = order_sensitivity(r, scores)
+    return result
+
+
+def _baseline(rule: Callable[[Sequence[str]], list[float]], items: list[Item], seed: int) -> list[float]:
+    """A rule that reads no picture, shown what the model is shown. Random guesses a pair right half the time."""
+    values = []
+    for item in items:
+        order = item.orders(seed, 1)[0]
+        ranks = [item.rankings[i] for i in order]
+        guess = rule([item.responses[i] for i in order])
+        values.append((metrics.best_of_n if rule is metrics.chance else right)(guess, ranks))
+    return values
+
+
+def order_sensitivity(r: Run, scores: list[list[list[float]]]) -> dict:
+    """How often the winner changes with the order, accuracy by the place of the best answer, accuracy of the mean."""
+    changed, by_place, averaged = [], {}, []
+    for item, rows in zip(r.items, scores, strict=True):
+        winners = [int(np.argmax(row)) for row in rows]
+        changed += [float(w != winners[0]) for w in winners[1:]]
+        averaged.append(right(np.mean(rows, axis=0).tolist(), item.rankings))
+        for order, row in zip(item.orders(r.seed, r.permutations), rows, strict=True):
+            if item.rankings.count(1) == 1:
+                by_place.setdefault(order.index(item.rankings.index(1)), []).append(right(row, item.rankings))
+    places = {str(place + 1): metrics.mean(values) for place, values in sorted(by_place.items())}
+    return {"changed": metrics.mean(changed), "by_place": places, "mean_over_orders": metrics.mean(averaged)}
+
+
+def tell(result: dict, left_out: list[str]) -> None:
+    low, high = result["interval"]
+    print(f"\n{result['format']}, {result['mode']}, {result['items']} items; ties in {result['ties']:.1%}")
+    print(f"accuracy   {result['accuracy']:.3f} [{low:.3f}, {high:.3f}]" + "  (micro)" * ("macro" in result))
+    for name, title in (("macro", "macro"), ("acc_plus", "ACC+")):
+        if name in result:
+            low, high = result[f"{name}_interval"]
+            print(f"{title:10s} {result[name]:.3f} [{low:.3f}, {high:.3f}]")
+    for name in ("pairwise", "tau_b"):
+        if result.get(name) is not None:
+            print(f"{name:10s} {result[name]:.3f}")
+    if len(result["categories"]) > 1:
+        for name, row in result["categories"].items():
+            print(f"  {name:30s} {row['accuracy']:.3f}  of {row['items']}")
+    print("without a picture: " + ", ".join(f"{name} {value:.3f}" for name, value in result["baselines"].items()))
+    if "order" in result:
+        order = result["order"]
+        print(
+            f"order: the winner changes in {order['changed']:.1%}; mean over orders {order['mean_over_orders']:.3f}; ",
+            end="",
+        )
+        print(
+            "best answer at place " + ", ".join(f"{place}: {value:.3f}" for place, value in order["by_place"].items())
+        )
+    if left_out:
+        print(f"left out, {len(left_out)} rows:\n  " + "\n  ".join(left_out))
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+
+def main() -> None:
+    parser = Parser(prog="python -m yojo.evaluate", description="Evaluate a reward model on a benchmark's file.")
+    parser.add_argument("--tiny", action="store_true", help="the built-in models on the tiny world; needs no files")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a reward model's folder")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="its backbone, where that is not where it was")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="the benchmark, JSONL")
+    parser.add_argument("--format", choices=FIELDS, default="records", help="its schema")
+    parser.add_argument("--map", action="append", default=[], metavar="NAME=FIELD", help="read NAME from another field")
+    parser.add_argument("--mode", choices=MODES, help="attention, where not the one the model was trained in")
+    parser.add_argument("--permutations", type=int, default=1, metavar="K", help="orders to show each item in")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="keep the scores there, and go on from them")
+    parser.add_argument("--overwrite", action="store_true", help="start --out over")
+    parser.add_argument("--keep-going", action="store_true", help="leave bad rows out, and list them")
+    args = parser.parse_args()
+    run(lambda: begin(args), parser, args)
+
+
+def begin(args: argparse.Namespace) -> dict | list[dict]:
+    if args.permutations < 1:
+        raise InputError(f"--permutations {args.permutations}: at least 1")
+    if args.tiny:
+        if args.model or args.data:
+            raise InputError("--tiny brings its own models and data")
+        from yojo.ablation import tables
+
+        return tables(args.seed)
+    if not (args.model and args.data):
+        raise InputError("give --tiny, or --model DIR and --data FILE")
+    mapping = {}
+    for word in args.map:
+        name, _, named = word.partition("=")
+        if not named or name not in {*FIELDS[args.format], "category"}:
+            raise InputError(f"--map {word}: NAME=FIELD, NAME one of {', '.join(FIELDS[args.format])}, category")
+        mapping[name] = named
+    items, left_out = read_items(args.data, args.format, mapping, args.keep_going)
+    rm = RewardModel.load(args.model, args.base, device="cuda" if torch.cuda.is_available() else "cpu")
+    digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
+    about = {"data": digest, "format": args.format, "map": mapping, "keep_going": args.keep_going}
+    about |= {"model": model_digest(args.model), "base": rm.fingerprint["weights"]}
+    r = Run(rm, items, args.mode or rm.mode, args.seed, args.permutations, about)
+    if r.mode != rm.mode:
+        print(f"mode: {r.mode} (trained in {rm.mode})")
+    result = report(r, args.format, score_all(r, args.out, args.overwrite))
+    tell(result, left_out)
+    return result | {"left_out": left_out}
+
+
+def model_digest(folder: Path) -> str:
+    """One digest of an adapter's, a head's and a config's files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if path.suffix in (".json", ".pt") or path.name in ("adapter_model.safetensors", "value_head.safetensors"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    main()
