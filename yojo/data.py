@@ -64,6 +64,12 @@ def _record(raw: dict, where: str, folder: Path, ranked: bool) -> Record:
         )
         if not whole or len(rankings) != len(responses):
             raise InputError(f"{where}: rankings must be {len(responses)} whole numbers from 1, got {rankings!r}")
+    images, video = pictures_of(raw, where, folder)
+    return Record(prompt, responses, rankings, images, where, video)
+
+
+def pictures_of(raw: dict, where: str, folder: Path) -> tuple[list[Path], Path | None]:
+    """A line's pictures and its video; what is not there raises."""
     images = [folder / name for name in _images(raw, where)]
     if absent := [path for path in images if not path.exists()]:
         raise InputError(f"{where}: no picture at {absent[0]}")
@@ -72,7 +78,7 @@ def _record(raw: dict, where: str, folder: Path, ranked: bool) -> Record:
         raise InputError(f"{where}: video must be a path, got {video!r}")
     if video is not None and not (folder / video).exists():
         raise InputError(f"{where}: no video at {folder / video}")
-    return Record(prompt, responses, rankings, images, where, None if video is None else folder / video)
+    return images, None if video is None else folder / video
 
 
 def _images(raw: dict, where: str) -> list[str]:

@@ -105,6 +105,21 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def product(q: Tensor, k: Tensor, v: Tensor, closed: Tensor | None = None, start: int = 0) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v as plain products, q [B, H, Q, d], k and v [B, K, S, d] -> [B, H, Q, d].
+
+    closed bool [Q, S - start]: which keys, from `start` on, a query may not look at; None = all are open. On a CPU
+    this is faster than torch's own kernel, in bfloat16 by far. Query heads that share a key head are rows of one
+    product: no key is copied.
+    """
+    B, K, S, d = k.shape
+    rows = q.unflatten(1, (K, -1)).flatten(2, 3).flatten(0, 1)  # [B K, H / K Q, d]
+    scores = torch.baddbmm(rows.new_empty(1), rows, k.flatten(0, 1).mT, beta=0, alpha=d**-0.5)
+    if closed is not None:
+        scores.view(B, K, -1, *q.shape[2:3], S)[..., start:].masked_fill_(closed, -torch.inf)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view_as(q)
+
+
 # ---------------------------------------------------------------------------------------------------- vision tower
 
 
@@ -125,7 +140,10 @@ class VisionAttention(nn.Module):
             w(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for w, y in ((self.wq, x), (self.wk, keys), (self.wv, keys))
         )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if mask is None and not x.is_cuda:  # one view at a time: scores of all would not stay in the cache
+            out = torch.cat([product(*(y[i : i + 1] for y in (q, k, v))) for i in range(len(q))])
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
@@ -288,19 +306,6 @@ def attend_segment(q: Tensor, k: Tensor, v: Tensor, s: Segment, asked: bool) -> 
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=s.allow, enable_gqa=True)[0]
     return product(q, k, v, ~s.allow[:, s.open :].to(q.device), s.open)[0]
-
-
-def product(q: Tensor, k: Tensor, v: Tensor, closed: Tensor, start: int) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v as plain products, q [B, H, Q, d], k and v [B, K, S, d] -> [B, H, Q, d].
-
-    closed bool [Q, S - start]: which keys, from `start` on, a query may not look at. On a CPU this is faster than
-    torch's own kernel, in bfloat16 by far. Query heads that share a key head are rows of one product: no key is copied.
-    """
-    B, K, S, d = k.shape
-    rows = q.unflatten(1, (K, -1)).flatten(2, 3).flatten(0, 1)  # [B K, H / K Q, d]
-    scores = torch.baddbmm(rows.new_empty(1), rows, k.flatten(0, 1).mT, beta=0, alpha=d**-0.5)
-    scores.view(B, K, -1, *q.shape[2:3], S)[..., start:].masked_fill_(closed, -torch.inf)
-    return (scores.softmax(-1) @ v.flatten(0, 1)).view_as(q)
 
 
 def pick(x: Tensor, read: Tensor | None) -> Tensor:

@@ -169,21 +169,23 @@ class RewardModel(nn.Module):
         base: str | Path | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        lm_head: bool = False,
     ) -> "RewardModel":
         """A saved reward model, in eval mode: ours, a released merged one, or a PEFT run of the released code.
 
-        base None = where the folder says it is; dtype and device as in `load_backbone`. Anything that does not fit
+        base None = where the folder says it is; dtype, device and lm_head, which only a policy on the same backbone
+        needs, as in `load_backbone`. Anything that does not fit
         what was saved raises `InputError`.
         """
         folder = Path(folder)
         config = read_json(folder / CONFIG)
         if "value_head_type" in config:
-            return cls._load_released(folder, config, base, dtype, device)
+            return cls._load_released(folder, config, base, dtype, device, lm_head)
         _check_ours(folder / CONFIG, config)
         base = folder / config["base"] if base is None else Path(base)
         if not base.is_dir():
             raise InputError(f"{folder} was trained on a base at {base}, and there is none: pass its folder as `base`")
-        backbone, processor, digest = open_base(base, dtype, device, config["layout"])
+        backbone, processor, digest = open_base(base, dtype, device, config["layout"], lm_head)
         for part in ("weights", "tokenizer"):
             if digest[part] != config["fingerprint"].get(part):
                 raise InputError(
@@ -201,7 +203,7 @@ class RewardModel(nn.Module):
 
     @classmethod
     def _load_released(
-        cls, folder: Path, config: dict, base: str | Path | None, dtype: torch.dtype | None, device
+        cls, folder: Path, config: dict, base: str | Path | None, dtype: torch.dtype | None, device, lm_head: bool
     ) -> "RewardModel":
         for key, only in RELEASED.items():
             if config.get(key) != only:
@@ -214,7 +216,7 @@ class RewardModel(nn.Module):
             base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") if unmerged else folder
         if base is None or not Path(base).is_dir():
             raise InputError(f"{folder} is an adapter for {base}, which is no folder here: pass its folder as `base`")
-        backbone, processor, digest = open_base(base, dtype, device, "released")
+        backbone, processor, digest = open_base(base, dtype, device, "released", lm_head)
         if unmerged:
             lora.load(backbone, ADAPTER, folder)
         head = _empty_head(backbone, inner)
@@ -237,10 +239,14 @@ def _check_ours(path: Path, config: dict) -> None:
 
 
 def open_base(
-    base: str | Path, dtype: torch.dtype | None, device: str | torch.device | None, layout: str = "default"
+    base: str | Path,
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
+    layout: str = "default",
+    lm_head: bool = False,
 ) -> tuple[Molmo2, Processor, dict[str, str]]:
-    """Backbone without its vocabulary matrix and with a row for the separator, processor, fingerprint."""
-    backbone = load_backbone(base, dtype, device or "cpu", lm_head=False)
+    """Backbone with a row for the separator, processor, fingerprint."""
+    backbone = load_backbone(base, dtype, device or "cpu", lm_head)
     processor = Processor.from_folder(base, backbone.config.text.max_position_embeddings, layout)
     views, tower = processor.images, backbone.config.vision
     if (views.patch, views.side**2) != (tower.patch_size, tower.num_position_embeddings):

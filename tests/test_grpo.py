@@ -1,0 +1,300 @@
+"""GRPO by hand: advantages, clip, KL, the gradient of one update; and a run that is killed and goes on.
+
+pytest tests/test_grpo.py
+"""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_single_pass import make_model, noise
+
+from yojo import grpo, lora
+from yojo.checkpoint import load_backbone
+from yojo.files import InputError
+from yojo.grpo import GrpoConfig, Question, Rollout, advantages, group_rewards, lay_out, log_probs, objective, rollout
+from yojo.mask import PROMPT, AttentionMask
+from yojo.molmo2 import Cache, sample
+from yojo.reward import RewardModel, place_separator
+
+C = GrpoConfig(steps=3, prompts=2, group=3, max_new_tokens=8)
+
+
+def test_advantages_by_hand():
+    """Rewards 1, 2, 3: mean 2, standard deviation sqrt(2/3)."""
+    assert advantages(torch.tensor([1.0, 2.0, 3.0]), 0.0).tolist() == pytest.approx(
+        [-math.sqrt(1.5), 0, math.sqrt(1.5)]
+    )
+    for value in (0.1, -3.7, 1e8):
+        assert advantages(torch.full((5,), value), 1e-6).tolist() == [0.0] * 5
+
+
+def made_up(old, reference, advantage, lengths):
+    answers = [torch.zeros(n, dtype=torch.long) for n in lengths]
+    return Rollout(
+        None,
+        None,
+        answers,
+        [""] * len(lengths),
+        None,
+        torch.tensor(advantage),
+        torch.tensor(old),
+        torch.tensor(reference),
+    )
+
+
+def test_clip_and_kl_by_hand():
+    """Answers of one and two tokens, advantages 1 and -2; probabilities now 0.5, 0.5, 0.1, then 0.25, 0.5, 0.2."""
+    now = torch.tensor([0.5, 0.5, 0.1]).log()
+    r = made_up([math.log(p) for p in (0.25, 0.5, 0.2)], [math.log(p) for p in (0.5, 0.25, 0.1)], [1.0, -2.0], [1, 2])
+    total, kl, held = objective(now, r, GrpoConfig(clip=0.2, beta=0.5))
+    surrogate = [1.2, -2.0, -1.6]  # q = 2 is held at 1.2; q = 1; q = 0.5 may not fall below 0.8 for a bad answer
+    assert kl.tolist() == pytest.approx([0.0, 0.5 - math.log(0.5) - 1, 0.0], abs=1e-6)
+    assert total.item() == pytest.approx(sum(surrogate) - 0.5 * kl.sum().item())
+    assert held.tolist() == [True, False, True]
+
+
+@pytest.fixture
+def policy(tiny_folder):
+    """float64: reward model, its backbone with an lm_head, a policy adapter that has moved away from the base."""
+    rm = make_model(tiny_folder)
+    backbone = load_backbone(tiny_folder, torch.float64)
+    place_separator(backbone, rm.processor.tokenizer.separator_id)
+    for name in ("reward", grpo.POLICY):
+        for p in lora.add(backbone, name, lora.LoraConfig(r=4, alpha=8, dropout=0.0)):
+            torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+    return RewardModel(backbone, rm.processor, rm.head, "joint", rm.base, rm.fingerprint).eval()
+
+
+ASKED = [Question("Describe the star.", [noise(1)]), Question("What is in the picture?")]
+
+
+def rolled(rm, c=C, judge=None):
+    judge = judge or grpo.judge_of(rm, "joint")
+    return rollout(rm, judge, ASKED, c, None, torch.Generator().manual_seed(0))
+
+
+def alone(model, r, i, adapter):
+    """log p of one answer's tokens: prompt and answer in a row of their own, read position by position."""
+    ids = torch.cat([r.encoded.ids, r.answers[i]])[None]
+    image = torch.cat([r.encoded.image, torch.zeros(len(r.answers[i]), dtype=torch.bool)])[None]
+    mask = AttentionMask(torch.zeros_like(ids), torch.full_like(ids, PROMPT), image, "joint")
+    with lora.use(model, adapter):
+        logits = model.logits(model(ids, r.features, mask))[0]
+    start = len(r.encoded.ids)
+    return torch.stack([logits[t - 1].log_softmax(-1)[ids[0, t]] for t in range(start, ids.shape[1])])
+
+
+def test_log_probabilities_of_a_group_are_those_of_every_answer_alone(policy):
+    """One isolated row for the whole group, against one causal row an answer: with and without a picture."""
+    for r in rolled(policy):
+        together = log_probs(policy.backbone, [(r.encoded, r.features, r.answers)], grpo.POLICY, 1.0)
+        each = torch.cat([alone(policy.backbone, r, i, grpo.POLICY) for i in range(3)])
+        assert (together - each).abs().max() < 1e-10 and (r.old - each).abs().max() < 1e-10
+        assert (r.reference - torch.cat([alone(policy.backbone, r, i, None) for i in range(3)])).abs().max() < 1e-10
+
+
+def test_sampled_tokens_have_the_probabilities_that_are_recomputed(policy):
+    """Read token by token with the cache, as they were sampled."""
+    (r, _), model = rolled(policy), policy.backbone
+    ids, image = r.encoded.ids[None], r.encoded.image[None]
+    mask = AttentionMask(torch.zeros_like(ids), torch.full_like(ids, PROMPT), image, "joint")
+    said = []
+    with lora.use(model, grpo.POLICY), torch.no_grad():
+        for answer in r.answers:
+            cache = Cache(model.config)
+            hidden = model(ids, r.features, mask, cache=cache)[:, -1]
+            for token in answer:
+                said.append(model.logits(hidden).log_softmax(-1)[0, token])
+                hidden = model(token[None, None], cache=cache)[:, -1]
+    assert (torch.stack(said) - r.old).abs().max() < 1e-5
+
+
+def test_the_row_of_a_group_written_out(policy):
+    r = rolled(policy)[0]
+    P = len(r.encoded.ids)
+    ids, response, positions, predicts = lay_out(r.encoded, [torch.tensor([5, 6]), torch.tensor([7, 8, 9])])
+    assert ids[P:].tolist() == [5, 6, 7, 8, 9] and response[P - 1 :].tolist() == [-1, 0, 0, 1, 1, 1]
+    assert positions[P:].tolist() == [P, P + 1, P, P + 1, P + 2]
+    assert predicts.tolist() == [P - 1, P, P - 1, P + 2, P + 3]
+
+
+def test_the_gradient_of_an_update_is_that_of_the_formula(policy):
+    """Against the formula written once more, answer by answer, from causal rows."""
+    model, c = policy.backbone, GrpoConfig(group=3, inner=1, max_norm=1e9, max_new_tokens=8, beta=0.3)
+    rollouts = rolled(policy, c)
+    parameters = lora.parameters(model, grpo.POLICY)
+    with torch.no_grad():
+        for p in parameters:  # a policy that has moved since: ratios other than 1, some of them clipped
+            p.requires_grad_(True).add_(
+                0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype)
+            )
+    loss, clipped = 0.0, 0
+    for r in rollouts:
+        start = 0
+        for i, answer in enumerate(r.answers):
+            now, a = alone(model, r, i, grpo.POLICY), r.advantages[i]
+            old, ref = (x[start : start + len(answer)] for x in (r.old, r.reference))
+            q = torch.exp(now - old)
+            gain = torch.minimum(q * a, torch.clamp(q, 0.8, 1.2) * a)
+            clipped += int((gain < q * a).sum())
+            loss = loss - (gain - 0.3 * (torch.exp(ref - now) - (ref - now) - 1)).sum()
+            start += len(answer)
+    expected = torch.autograd.grad(loss / sum(len(r.old) for r in rollouts), parameters)
+    seen = []
+
+    class Keep(torch.optim.SGD):
+        def step(self):
+            seen.extend(p.grad.clone() for p in parameters)
+
+    grpo.update_policy(model, rollouts, Keep(parameters, lr=0.0), c)
+    assert clipped > 0
+    assert all((a - b).abs().max() < 1e-9 for a, b in zip(seen, expected, strict=True))
+
+
+def test_the_sampler_draws_from_the_softmax():
+    """Chi-square over 20,000 draws at two temperatures: below the 0.999 quantile for 7 degrees of freedom."""
+    logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, 1.5]])
+    for temperature in (1.0, 0.7):
+        drawn = sample(logits.expand(20_000, -1), temperature, torch.Generator().manual_seed(0))
+        expected = 20_000 * (logits[0] / temperature).softmax(-1)
+        chi = ((torch.bincount(drawn, minlength=8) - expected).square() / expected).sum()
+        assert chi < 24.3
+
+
+def test_a_group_of_equals_changes_nothing(policy):
+    rollouts = rolled(policy, judge=lambda q, texts, seen, features: [0.5] * len(texts))
+    assert not any(bool(r.advantages.any()) for r in rollouts)
+    before = [p.clone() for p in lora.parameters(policy.backbone, grpo.POLICY)]
+    for p in lora.parameters(policy.backbone, grpo.POLICY):
+        p.requires_grad_(True)
+    c = GrpoConfig(group=3, beta=0.0)
+    grpo.update_policy(
+        policy.backbone, rollouts, torch.optim.SGD(lora.parameters(policy.backbone, grpo.POLICY), 1.0), c
+    )
+    assert all(torch.equal(a, b) for a, b in zip(before, lora.parameters(policy.backbone, grpo.POLICY), strict=True))
+
+
+def test_an_empty_answer_is_not_judged_and_ranks_last():
+    asked = []
+
+    def judge(q, texts, seen, features):
+        asked.append(texts)
+        return [float(len(text)) for text in texts]
+
+    q = Question("?")
+    assert group_rewards(judge, q, ["abc", " ", "a"], ([], None), None).tolist() == [3.0, 0.0, 1.0]
+    assert asked == [["abc", "a"]]
+    assert group_rewards(judge, q, ["", " "], ([], None), None).tolist() == [0.0, 0.0]
+
+
+def test_a_reward_that_is_not_finite_raises():
+    with pytest.raises(FloatingPointError, match="rewards are not finite: .* for the answers to 'why'"):
+        group_rewards(lambda *_: [1.0, float("nan")], Question("why"), ["a", "b"], ([], None), None)
+
+
+@pytest.mark.parametrize("wrong", [{"group": 1}, {"steps": 0}, {"inner": 0}, {"temperature": 0.0}])
+def test_impossible_settings_are_named(wrong):
+    with pytest.raises(InputError, match="--group 1" if "group" in wrong else "count from 1"):
+        GrpoConfig(**wrong)
+
+
+def test_a_noisy_caption_is_wrong_as_often_as_asked_and_never_about_what_was_asked():
+    rng = random.Random(0)
+    found = []
+    for _ in range(400):
+        q = grpo.question(rng)
+        text = grpo.noisy_caption(q, rng)
+        found.append(grpo.quality(q, text))
+        assert grpo.noisy_caption(q, rng, wrong=0.0) in [grpo.shapes.describe(q.scene.facts(t)) for t in q.scene.things]
+    assert sum(found) / 400 == pytest.approx(0.7, abs=0.03)
+    assert grpo.quality(q, "nonsense") == 0.0
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def files(tiny_folder, tmp_path):
+    make_model(tiny_folder, "joint", dtype=torch.float32).save(tmp_path / "rm")
+    noise(1).save(tmp_path / "p.png")
+    lines = [{"prompt": "Describe the star.", "image": "p.png"}, {"prompt": "What is it?"}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["--weights", tiny_folder, "--reward", tmp_path / "rm", "--data", tmp_path / "prompts.jsonl", "--steps", 4]
+    return tmp_path, [str(w) for w in [*words, "--prompts", 2, "--group", 3, "--max-new-tokens", 6, "--lr", 0.01]]
+
+
+def command(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["grpo", *map(str, words)])
+    status = 0
+    try:
+        grpo.main()
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+KILLED = """
+import os, signal, sys
+from yojo import grpo
+real, calls = grpo.update_policy, []
+def update(*args):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+grpo.update_policy = update
+grpo.main()
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_policy_bit_for_bit(files, monkeypatch, capsys):
+    folder, words = files
+    status, out, err = command(monkeypatch, capsys, *words, "--out", folder / "a")
+    assert status == 0 and "memory, computed" in out, err
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *words, "--out", folder / "b"], env=environment, check=False, capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL and (folder / "b.training/state.pt").exists()
+    assert command(monkeypatch, capsys, *words, "--out", folder / "b")[0] == 2, "an unfinished run is not started over"
+    status, _, err = command(monkeypatch, capsys, *words, "--out", folder / "b", "--resume")
+    assert status == 0, err
+    assert (folder / "a/adapter_model.safetensors").read_bytes() == (
+        folder / "b/adapter_model.safetensors"
+    ).read_bytes()
+    log = [json.loads(line) for line in (folder / "b/metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [0, 1, 2, 3] and {"reward", "kl", "length", "special", "even"} <= log[
+        0
+    ].keys()
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        ((), "give --tiny, or all of"),
+        (("--tiny", "--group", "1"), "--group 1: advantages compare"),
+        (("--tiny", "--data", "x"), "--tiny brings its own"),
+        (("--tiny", "--seeds", "0"), "--seeds 0"),
+    ],
+)
+def test_bad_input_gets_one_line(monkeypatch, capsys, words, why):
+    status, _, err = command(monkeypatch, capsys, *words)
+    assert status == 2 and why in err and "Traceback" not in err
+
+
+def test_bad_prompts_are_named(files, monkeypatch, capsys):
+    folder, words = files
+    for line, why in (
+        ({"prompt": 3}, "prompt must be a string"),
+        ({"prompt": "?", "image": "none.png"}, "no picture at"),
+    ):
+        (folder / "prompts.jsonl").write_text(json.dumps(line))
+        status, _, err = command(monkeypatch, capsys, *words, "--out", folder / "c")
+        assert status == 2 and "prompts.jsonl:1" in err and why in err

@@ -1,0 +1,116 @@
+"""The reward model as a plain callable that other trainers can use: every group of answers judged in one pass.
+
+    from trl import GRPOTrainer
+    trainer = GRPOTrainer(..., reward_funcs=GroupReward("runs/rm", generations=8))
+
+The signature is TRL's: `prompts, completions, **columns` -> one float an answer, or None where there is nothing to
+judge. Prompts and completions are strings or lists of messages; pictures come in a column `image` or `images`, or as
+image blocks inside the messages.
+
+Answers to one prompt must arrive side by side, and whole: joint scores compare inside a group only. TRL keeps groups
+whole where (per-device batch size x steps per generation) is divisible by the number of generations. In verl, group by
+the sample's `uid` in the batch reward manager before calling this. Scores of different groups must not be compared:
+in joint mode every group is its own scale.
+
+See it: `pytest tests/test_trainers.py`.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from yojo.files import InputError
+from yojo.reward import RewardModel
+
+
+class GroupReward:
+    """Loads the model at its first call, in the process that calls it; can be pickled before and after.
+
+    generations: answers a group has. A run of answers to one prompt that is no multiple of it was cut by the batch: it
+    is scored as it is and counted in `cut`, or, with `refuse_cut`, raises. None = a group is as long as its run.
+    `passes` counts scoring passes.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        base: str | Path | None = None,
+        mode: str | None = None,
+        device: str | None = None,
+        generations: int | None = None,
+        refuse_cut: bool = False,
+    ):
+        if generations is not None and generations < 1:
+            raise InputError(f"generations must be at least 1, got {generations}")
+        self.model_dir, self.base, self.mode, self.device = str(model_dir), base, mode, device
+        self.generations, self.refuse_cut = generations, refuse_cut
+        self.passes = self.cut = 0
+        self.__name__ = "group_reward"  # what TRL calls it in its logs
+        self.rm: RewardModel | None = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "rm": None}
+
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns) -> list[float | None]:
+        if len(prompts) != len(completions):
+            raise InputError(f"{len(prompts)} prompts, {len(completions)} completions: one prompt an answer is needed")
+        asked = [(text_of(p), *pictures_of(p, columns, i)) for i, p in enumerate(prompts)]
+        answers = [text_of(c) for c in completions]
+        rewards: list[float | None] = []
+        for _, run in groupby(range(len(asked)), key=lambda i: (asked[i][0], [id_of(image) for image in asked[i][1:]])):
+            run = list(run)
+            size = self.generations or len(run)
+            if len(run) % size:
+                if self.refuse_cut:
+                    raise InputError(
+                        f"{len(run)} answers to one prompt are no whole groups of {size}: make (batch size x steps per "
+                        f"generation) divisible by {size}"
+                    )
+                self.cut += 1
+            for start in range(0, len(run), size):
+                group = run[start : start + size]
+                rewards += self.score(asked[group[0]], [answers[i] for i in group])
+        return rewards
+
+    def score(self, asked: tuple, answers: list[str]) -> list[float | None]:
+        """One group, in one pass. An empty answer gets one less than the lowest of the others; alone, None."""
+        if self.rm is None:
+            self.rm = RewardModel.load(self.model_dir, self.base, device=self.device)
+        prompt, *images = asked
+        spoken = [text for text in answers if text.strip()]
+        if not spoken:
+            return [None] * len(answers)
+        scores = self.rm.score(prompt, spoken, images or None, mode=self.mode)
+        self.passes += 1
+        given = iter(scores)
+        return [next(given) if text.strip() else min(scores) - 1 for text in answers]
+
+
+def text_of(said) -> str:
+    """A string, or the text of a list of messages, turn after turn."""
+    if isinstance(said, str):
+        return said
+    parts = []
+    for message in said:
+        content = message["content"]
+        blocks = [content] if isinstance(content, str) else [b["text"] for b in content if b.get("type") == "text"]
+        parts += blocks
+    return "\n\n".join(parts)
+
+
+def pictures_of(prompt, columns: dict, i: int) -> list:
+    """The pictures beside prompt i: image blocks that carry one, else the row's `images` or `image`."""
+    if not isinstance(prompt, str):
+        blocks = [b for m in prompt if not isinstance(m["content"], str) for b in m["content"]]
+        images = [b["image"] for b in blocks if b.get("type") == "image" and b.get("image") is not None]
+        if images:
+            return images
+    for name in ("images", "image"):
+        if columns.get(name) is not None and columns[name][i] is not None:
+            return list(columns[name][i]) if name == "images" else [columns[name][i]]
+    return []
+
+
+def id_of(image) -> object:
+    """What tells one picture from another: its path, or its size and pixels."""
+    return str(image) if isinstance(image, (str, Path)) else (image.size, image.tobytes())
