@@ -210,10 +210,12 @@ def test_a_noisy_caption_is_wrong_as_often_as_asked_and_never_about_what_was_ask
     found = []
     for _ in range(400):
         q = grpo.question(rng)
-        text = grpo.noisy_caption(q, rng)
+        text = grpo.noisy_caption(q, rng, grpo.WRONG)
         found.append(grpo.quality(q, text))
-        assert grpo.noisy_caption(q, rng, wrong=0.0) in [grpo.shapes.describe(q.scene.facts(t)) for t in q.scene.things]
-    assert sum(found) / 400 == pytest.approx(0.7, abs=0.03)
+        assert grpo.noisy_caption(q, rng, dict.fromkeys(grpo.WRONG, 0.0)) in [
+            grpo.shapes.describe(q.scene.facts(t)) for t in q.scene.things
+        ]
+    assert sum(found) / 400 == pytest.approx((4 * 0.7 + 0.4) / 5, abs=0.03)
     assert grpo.quality(q, "nonsense") == 0.0
 
 

@@ -99,10 +99,11 @@ def clock(do: Callable[[], object], device: torch.device) -> float:
 
 
 def take_turns(arms: dict[str, Callable], rounds: int, device: torch.device) -> tuple[dict[str, list[float]], dict]:
-    """Every arm once to warm up, its memory watched, then `rounds` rounds, each starting with another arm
+    """Every arm once to warm up and once with its memory watched, then `rounds` rounds, each starting with another arm
     -> seconds by arm and round, bytes by arm."""
     above = {}
     for name, arm in arms.items():
+        arm()
         with Peak(device) as peak:
             arm()
         above[name] = peak.above

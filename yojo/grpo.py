@@ -335,12 +335,15 @@ def question(rng: random.Random) -> Question:
     return Question(prompt, [shapes.render(scene)], None, scene)
 
 
-def noisy_caption(q: Question, rng: random.Random, wrong: float = 0.3) -> str:
+WRONG = {slot: 0.6 if slot == "size" else 0.3 for slot in shapes.SLOTS}  # greedy answers lie about the size
+
+
+def noisy_caption(q: Question, rng: random.Random, wrong: dict[str, float]) -> str:
     """A description in which each fact is wrong with some probability, but never the one that the question names."""
     word = q.prompt.removeprefix("Describe the ").removesuffix(".").removesuffix(" thing")
     facts = dict(q.scene.facts(q.scene.find(word)))
     for slot, values in shapes.SLOTS.items():
-        if facts[slot] != word and rng.random() < wrong:
+        if facts[slot] != word and rng.random() < wrong[slot]:
             facts[slot] = rng.choice([v for v in values if v != facts[slot]])
     return shapes.describe(facts)
 
@@ -359,7 +362,7 @@ class Captions:
             encoded = self.rm.processor.encode(q.prompt, [], q.images)
             with torch.no_grad():
                 features = self.rm.backbone.see(encoded.pictures.patches, encoded.pictures.pooling)
-            said = [torch.tensor([*tokenizer.encode(noisy_caption(q, rng)), end]) for _ in range(4)]
+            said = [torch.tensor([*tokenizer.encode(noisy_caption(q, rng, WRONG)), end]) for _ in range(4)]
             groups.append((encoded, features, said))
         return -log_probs(self.rm.backbone, groups, POLICY, 1.0).mean(), {}
 
