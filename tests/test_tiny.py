@@ -1,4 +1,4 @@
-"""What `python -m yojo.train --tiny` must show, typed as a user types it. Minutes, so marked slow.
+"""What the commands with `--tiny` must show, typed as a user types it. Minutes, so marked slow.
 
     pytest -m slow tests/test_tiny.py
 
@@ -15,9 +15,9 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def tiny(tmp_path, *words):
+def tiny(tmp_path, *words, command="train"):
     file = tmp_path / "result.json"
-    subprocess.run([sys.executable, "-m", "yojo.train", "--tiny", "--json", file, *words], check=True)
+    subprocess.run([sys.executable, "-m", f"yojo.{command}", "--tiny", "--json", file, *words], check=True)
     return json.loads(file.read_text())
 
 
@@ -48,3 +48,19 @@ def test_pretraining_learns_to_see(tmp_path):
     log = [json.loads(line) for line in (tmp_path / "tiny/metrics.jsonl").read_text().splitlines()]
     assert log[0]["cells"] > 1.3 and log[-1]["cells"] < 0.5
     assert log[-1]["words"] < log[0]["words"] / 4
+
+
+def test_grpo_learns_to_tell_the_truth(tmp_path):
+    for row in tiny(tmp_path, command="grpo")[:2]:
+        assert row["reward"] in ("joint", "isolated")
+        assert row["sampled_after"] >= row["sampled_before"] + 0.15, row
+        assert row["greedy_after"] >= row["greedy_before"], row
+
+
+def test_what_comparison_adds(tmp_path):
+    """Under the mask it was trained with, on `corroborated`: joint far above isolated's ceiling, and above itself
+    without comparison."""
+    rows = tiny(tmp_path, command="evaluate")
+    joint = next(r for r in rows if r.get("task") == "corroborated" and r["trained"] == "joint")
+    assert joint["joint"] >= 0.8 > joint["isolated"]
+    assert [r["n"] for r in rows if "n" in r] == [2, 4, 8, 16]

@@ -95,5 +95,5 @@ def tables(seed: int) -> list[dict]:
         rows += masks(compared, World("corroborated", 6), folder, seed)
         print(f"\nbest-of-N accuracy on absolute, {GROUPS} groups, trained on 2 to 8 answers")
         print("   N" + "".join(f"{name:>10s}" for name in (*shipped, "random")))
-        rows += sizes(shipped, folder, seed)
+        rows += sizes(shipped, folder / "sizes", seed)
     return rows

@@ -51,10 +51,13 @@ PICTURE = (1024, 768)
 
 
 def memory_of(pid: int | str = "self") -> dict[str, int]:
-    """Bytes of anonymous and of file-backed memory that a process holds now."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    """Bytes of anonymous and of file-backed memory that a process holds now; none once it is ending."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except (FileNotFoundError, ProcessLookupError):
+        status = ""
     fields = dict(line.split(":", 1) for line in status.splitlines() if line.startswith("Rss"))
-    return {name: int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
+    return {name: int(fields.get(name, "0").split()[0]) * 1024 for name in ("RssAnon", "RssFile")}
 
 
 class Peak:
@@ -206,6 +209,7 @@ def alone(arm: Callable, folder: Path, args: argparse.Namespace) -> dict:
     """Run one arm in a fresh process, its memory sampled from outside."""
     for shard in shards(folder):
         with open(shard, "rb") as file:
+            os.fsync(file.fileno())  # pages that are not yet on the disk would stay
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     ours, theirs = get_context("spawn").Pipe()
     process = get_context("spawn").Process(target=_call, args=(arm, folder, args, theirs))
@@ -418,7 +422,6 @@ def peak_rate(s: Setting, tokens: int) -> Callable[[], object]:
 
 
 def score(args: argparse.Namespace) -> list[dict]:
-    check(args)
     table = []
     with checkpoint(args) as folder, torch.no_grad():
         for name in args.dtypes:
@@ -484,7 +487,6 @@ def score_n(s: Setting, n: int, args: argparse.Namespace, peer, dtype: str) -> l
 
 def train(args: argparse.Namespace) -> list[dict]:
     """One step: forward, backward, with activation checkpointing and LoRA of rank 128 on all decoder matrices."""
-    check(args)
     table = []
     with checkpoint(args) as folder:
         for name in args.dtypes:
@@ -549,7 +551,8 @@ def train_n(folder: Path, args: argparse.Namespace, name: str, n: int) -> list[d
 
 
 def check(args: argparse.Namespace) -> None:
-    if min(args.n) < 1 or args.response_tokens < 1 or args.rounds < 1:
+    sizes = [*(args.n if isinstance(args.n, list) else [args.n]), args.rounds, getattr(args, "response_tokens", 1)]
+    if min(sizes) < 1:
         raise InputError("--n, --response-tokens and --rounds count from 1")
 
 
@@ -571,7 +574,7 @@ def main() -> None:
         sub.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="of the random one (default: molmo2-4b)")
         sub.add_argument("--layers", type=int, metavar="K", help="its decoder blocks, where not all")
         sub.add_argument("--vision-layers", type=int, metavar="K", help="its vision layers, where not all")
-        sub.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+        sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
         sub.add_argument("--peer", action="store_true", help="measure transformers or peft beside it")
         sub.add_argument("--rounds", type=int, default=2 if name == "load" else 5, help="turns of every alternative")
         if name == "load":
@@ -589,6 +592,7 @@ def main() -> None:
 def begin(args: argparse.Namespace) -> list[dict]:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device")
+    check(args)
     return {"load": load, "score": score, "train": train}[args.command](args)
 
 

@@ -223,7 +223,7 @@ def open_weights(path: str | Path, config: Config, lm_head: bool = True) -> Iter
                 raise InputError(f"{path}: the two parts of the embedding table differ in width: {cuts}")
             pieces[WTE + "embedding"] = table
         shapes = {
-            name: [sum(piece.get_shape()[0] for piece in parts), *parts[0].get_shape()[1:]]
+            name: [sum(sum(piece.get_shape()[:1]) for piece in parts), *parts[0].get_shape()[1:]]
             for name, parts in pieces.items()
         }
         check_tensors(path, shapes, expected)

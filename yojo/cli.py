@@ -15,8 +15,28 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
-        self.add_argument("--seed", type=int, default=0, help="seed of everything random")
+        self.add_argument("--seed", type=seed, default=0, help="seed of everything random")
         self.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE as JSON")
+
+    def add_subparsers(self, **kwargs):
+        """Subcommands take the same options; what is not said after the subcommand is not set a second time."""
+        return super().add_subparsers(parser_class=_Sub, **kwargs)
+
+
+class _Sub(argparse.ArgumentParser):
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+        self.add_argument("--seed", type=seed, default=argparse.SUPPRESS, help="seed of everything random (default: 0)")
+        self.add_argument(
+            "--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="write the results to FILE"
+        )
+
+
+def seed(text: str) -> int:
+    """A whole number from 0: some random generators take no other."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
+    return int(text)
 
 
 def run(main: Callable[[], dict | list], parser: Parser, args: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ from yojo import metrics
 from yojo.cli import Parser, run
 from yojo.files import InputError, read_lines, whole_file
 from yojo.mask import MODES
-from yojo.reward import RewardModel
+from yojo.reward import RewardModel, digest
 
 # -------------------------------------------------------------------------------------------------------------- files
 
@@ -55,6 +55,21 @@ class Item:
     category: str
     group: str
     where: str
+
+    def identity(self) -> list:
+        """All that its scores depend on, its pictures by their size and time."""
+        files = [
+            f
+            for path in [*self.images, self.video]
+            if path
+            for f in (sorted(path.iterdir()) if path.is_dir() else [path])
+        ]
+        return [
+            self.prompt,
+            self.responses,
+            self.rankings,
+            [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        ]
 
     def orders(self, seed: int, count: int) -> list[list[int]]:
         """`count` orders to show the candidates in, drawn from seed and content; a pair has no more than two."""
@@ -77,7 +92,6 @@ FIELDS = {
         "second": "Output2",
         "better": "Better",
         "category": "Category",
-        "group": "ID",
         "image": "Image",
     },
     "mm-rlhf": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "group": "id"},
@@ -97,7 +111,7 @@ PREFIXES = {
 def read_items(path: str | Path, form: str, mapping: dict[str, str], keep_going: bool) -> tuple[list[Item], list[str]]:
     """Items, and what is wrong with the rows that were left out; without `keep_going` the first bad row raises."""
     fields, items, left_out = FIELDS[form] | mapping, [], []
-    for where, raw in read_lines(path):
+    for where, raw in read_lines(path, left_out if keep_going else None):
         try:
             items.append(_item(raw, form, fields, where, Path(path).parent))
         except InputError as error:
@@ -110,10 +124,11 @@ def read_items(path: str | Path, form: str, mapping: dict[str, str], keep_going:
 
 
 def _item(raw: dict, form: str, fields: dict[str, str], where: str, folder: Path) -> Item:
-    def get(name: str, kind: type):
+    def get(name: str, kind: type | tuple[type, ...]):
         value = raw.get(fields[name])
         if not isinstance(value, kind):
-            raise InputError(f"{where}: {fields[name]} must be a {kind.__name__}, got {value!r}; --map {name}=FIELD")
+            kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise InputError(f"{where}: {fields[name]} must be a {kinds}, got {value!r}; --map {name}=FIELD")
         return value
 
     if form in ("records", "vl-rewardbench"):
@@ -134,7 +149,7 @@ def _item(raw: dict, form: str, fields: dict[str, str], where: str, folder: Path
     if form != "records" and (len(responses) != 2 or ranks[0] == ranks[1]):
         raise InputError(f"{where}: a pair with one better answer is needed, got ranks {ranks}")
     images, video = _pictures(raw, fields, where, folder)
-    group = str(raw.get(fields["group"], where)) if "group" in fields else where
+    group = str(get("group", (str, int))) if "group" in fields else where
     category = _category(raw, form, fields, group, images, video, where)
     ranks = [1 + sum(other < rank for other in ranks) for rank in ranks]  # from 0 or from 1, lower is better
     return Item(get("prompt", str), responses, ranks, images, video, category, group, where)
@@ -142,9 +157,10 @@ def _item(raw: dict, form: str, fields: dict[str, str], where: str, folder: Path
 
 def _pictures(raw: dict, fields: dict[str, str], where: str, folder: Path) -> tuple[list[Path], Path | None]:
     """Pictures or a video folder of a row; a file that is not there raises."""
-    names = raw.get(fields["images"]) or ([raw[fields["image"]]] if raw.get(fields["image"]) else [])
-    video = raw.get(fields["video"])
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in [*names, *([video] if video else [])]):
+    one, video = raw.get(fields["image"]), raw.get(fields["video"])
+    names = raw.get(fields["images"]) or ([] if one is None else [one])
+    given = [*names, *([] if video is None else [video])] if isinstance(names, list) else [None]
+    if not all(isinstance(name, str) and name for name in given):
         raise InputError(f"{where}: pictures are paths, got {names!r} and {video!r}")
     paths = [folder / name for name in names]
     for path in [*paths, *([folder / video] if video else [])]:
@@ -157,6 +173,8 @@ def _category(
     raw: dict, form: str, fields: dict, group: str, images: list[Path], video: Path | None, where: str
 ) -> str:
     if "category" in fields:
+        if form != "records" and not isinstance(raw.get(fields["category"]), str):
+            raise InputError(f"{where}: {fields['category']} must be a str; --map category=FIELD")
         return str(raw.get(fields["category"], "all"))
     if form == "mm-rlhf":  # the folder above the picture
         path = video or (images[0] if images else None)
@@ -180,10 +198,14 @@ class Run:
     seed: int
     permutations: int
     about: dict = field(default_factory=dict)
+    keep_going: bool = False
+    left_out: list[str] = field(default_factory=list)
 
     def identity(self) -> str:
-        """One line that two runs share only if they give the same scores."""
-        return json.dumps(self.about | {"mode": self.mode, "seed": self.seed, "permutations": self.permutations})
+        """One line that names everything the scores depend on."""
+        items = hashlib.sha256(json.dumps([item.identity() for item in self.items]).encode()).hexdigest()
+        about = {"items": items, "mode": self.mode, "seed": self.seed, "permutations": self.permutations}
+        return json.dumps(self.about | about)
 
     def score(self, item: Item) -> list[list[float]]:
         """Scores by order shown, each list in the item's own order of responses."""
@@ -204,28 +226,43 @@ class Run:
 
 @torch.no_grad()
 def score_all(r: Run, out: Path | None, overwrite: bool) -> list[list[list[float]]]:
-    """Scores of every item; those that `out` holds already are read from it."""
+    """Scores of every item; those that `out` holds already are read from it. Items that can't be scored raise, or,
+    with `keep_going`, are taken out of the run and listed."""
     done = [] if out is None or overwrite else _resume(r, out)
     if out is not None:
         with whole_file(out) as temporary:
             lines = [r.identity(), *map(json.dumps, done)]
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     for item in tqdm(r.items[len(done) :], "scoring", initial=len(done), total=len(r.items), delay=2):
-        done.append(r.score(item))
+        try:
+            done.append(r.score(item))
+        except InputError as error:
+            if not r.keep_going:
+                raise
+            done.append(str(error))
         if out is not None:
             with open(out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(done[-1]) + "\n")
-    return done
+    r.left_out += [scores for scores in done if isinstance(scores, str)]
+    r.items = [item for item, scores in zip(r.items, done, strict=True) if not isinstance(scores, str)]
+    if not r.items:
+        raise InputError("no item could be scored; the first: " + r.left_out[0])
+    return [scores for scores in done if not isinstance(scores, str)]
 
 
 def _resume(r: Run, out: Path) -> list[list[list[float]]]:
     """The scores of the items that an earlier run finished: whole lines of the same evaluation."""
     if not out.exists():
         return []
-    first, *lines = out.read_text(encoding="utf-8").split("\n")
-    if first != r.identity():
-        raise InputError(f"{out} holds another evaluation: choose another --out, or say --overwrite")
-    return [json.loads(line) for line in lines[:-1]]  # after the last line break stands nothing, or half a line
+    try:
+        first, *lines = out.read_text(encoding="utf-8").split("\n")
+        if first != r.identity():
+            raise InputError(f"{out} holds another evaluation: choose another --out, or say --overwrite")
+        return [json.loads(line) for line in lines[:-1]]  # after the last line break stands nothing, or half a line
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{out} cannot be read as an evaluation ({error}): say --overwrite") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -233,7 +270,7 @@ def _resume(r: Run, out: Path) -> list[list[list[float]]]:
 
 def right(scores: Sequence[float], ranks: Sequence[int]) -> float:
     """Best-of-N, ties by their share; for a pair a tie is wrong."""
-    if len(ranks) == 2 and scores[0] == scores[1]:
+    if len(ranks) == 2 and scores[0] == scores[1] and ranks[0] != ranks[1]:
         return 0.0
     return metrics.best_of_n(scores, ranks)
 
@@ -281,6 +318,7 @@ def report(r: Run, form: str, scores: list[list[list[float]]]) -> dict:
     values = [right(s, item.rankings) for s, item in zip(shown, items, strict=True)]
     categories = [item.category for item in items]
     result: dict = {"format": form, "mode": r.mode, "items": len(items)}
+    result["without_picture"] = sum(not item.images and item.video is None for item in items)
     result["accuracy"], result["interval"] = metrics.mean(values), metrics.interval(values)
     if form in ("vl-rewardbench", "videorewardbench"):
         result["macro"], result["macro_interval"] = macro(values, categories), stratified(values, categories)
@@ -333,7 +371,10 @@ def order_sensitivity(r: Run, scores: list[list[list[float]]]) -> dict:
 
 def tell(result: dict, left_out: list[str]) -> None:
     low, high = result["interval"]
-    print(f"\n{result['format']}, {result['mode']}, {result['items']} items; ties in {result['ties']:.1%}")
+    print(
+        f"\n{result['format']}, {result['mode']}, {result['items']} items, {result['without_picture']} of them ", end=""
+    )
+    print(f"without a picture; ties in {result['ties']:.1%}")
     print(f"accuracy   {result['accuracy']:.3f} [{low:.3f}, {high:.3f}]" + "  (micro)" * ("macro" in result))
     for name, title in (("macro", "macro"), ("acc_plus", "ACC+")):
         if name in result:
@@ -383,8 +424,8 @@ def begin(args: argparse.Namespace) -> dict | list[dict]:
     if args.permutations < 1:
         raise InputError(f"--permutations {args.permutations}: at least 1")
     if args.tiny:
-        if args.model or args.data:
-            raise InputError("--tiny brings its own models and data")
+        if args.model or args.data or args.out or args.mode or args.map or args.permutations > 1:
+            raise InputError("--tiny brings its own models, data and orders: leave the other options out")
         from yojo.ablation import tables
 
         return tables(args.seed)
@@ -398,24 +439,14 @@ def begin(args: argparse.Namespace) -> dict | list[dict]:
         mapping[name] = named
     items, left_out = read_items(args.data, args.format, mapping, args.keep_going)
     rm = RewardModel.load(args.model, args.base, device="cuda" if torch.cuda.is_available() else "cpu")
-    digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
-    about = {"data": digest, "format": args.format, "map": mapping, "keep_going": args.keep_going}
-    about |= {"model": model_digest(args.model), "base": rm.fingerprint["weights"]}
-    r = Run(rm, items, args.mode or rm.mode, args.seed, args.permutations, about)
+    about = {"model": digest(args.model), "base": rm.fingerprint, "pictures": str(rm.processor.images)}
+    about |= {"device": rm.backbone.device.type, "dtype": str(rm.backbone.dtype)}
+    r = Run(rm, items, args.mode or rm.mode, args.seed, args.permutations, about, args.keep_going, left_out)
     if r.mode != rm.mode:
         print(f"mode: {r.mode} (trained in {rm.mode})")
     result = report(r, args.format, score_all(r, args.out, args.overwrite))
-    tell(result, left_out)
-    return result | {"left_out": left_out}
-
-
-def model_digest(folder: Path) -> str:
-    """One digest of an adapter's, a head's and a config's files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*")):
-        if path.suffix in (".json", ".pt") or path.name in ("adapter_model.safetensors", "value_head.safetensors"):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+    tell(result, r.left_out)
+    return result | {"left_out": r.left_out}
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Every line of a JSONL file that is not blank -> ("file:line", its object)."""
+def read_lines(path: str | Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
+    """Every line of a JSONL file that is not blank -> ("file:line", its object). A line that holds none raises; with a
+    list `bad` it is passed over and its error put there."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: a JSON string may hold U+2028
     except FileNotFoundError:
@@ -48,14 +49,19 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
         raise InputError(f"{path} cannot be read: {error}") from None
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
-        if line.strip():
-            try:
-                raw = json.loads(line)
-            except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number without end
-                raise InputError(f"{where} is not JSON: {error}") from None
-            if not isinstance(raw, dict):
-                raise InputError(f"{where} holds a JSON {type(raw).__name__}, not an object")
+        if not line.strip():
+            continue
+        try:
+            raw = json.loads(line)
+            error = None if isinstance(raw, dict) else f"{where} holds a JSON {type(raw).__name__}, not an object"
+        except (ValueError, RecursionError) as fault:  # ValueError: not JSON, or a number without end
+            error = f"{where} is not JSON: {fault}"
+        if error is None:
             yield where, raw
+        elif bad is None:
+            raise InputError(error)
+        else:
+            bad.append(error)
 
 
 @contextmanager

@@ -25,8 +25,6 @@ from yojo.mask import DENSE_UP_TO, MODES, AttentionMask
 from yojo.molmo2 import Config, TextConfig
 from yojo.prompt import Ask, Markup
 
-TARGETS = ("att_proj", "attn_out", "ff_proj", "ff_out")
-
 
 def shapes(c: TextConfig) -> dict[str, tuple[int, int]]:
     """(in, out) of the four matrices of a block."""
@@ -200,7 +198,7 @@ def table(args) -> list[dict]:
     if args.prompt_tokens < 1 or args.response_tokens < 1 or min(args.n) < 1:
         raise InputError("--prompt-tokens, --response-tokens and --n count from 1")
     measured = [measure(*_size(text), pictures) for text in args.image]
-    tokens = sum(picture_tokens(grid, Markup()) for _, grid in measured)
+    tokens = sum(picture_tokens(grid, Markup()) for _, grid in measured)  # without the words "Image 1" of several
     pooled = sum(a * b + c * d for _, (a, b, c, d) in measured)
     views, P, R = sum(views for views, _ in measured), tokens + args.prompt_tokens, args.response_tokens + 1
     print(f"{args.shape}: prompt of {P} tokens, {tokens} of them pictures ({views} views); responses of {R}, separator")

@@ -49,10 +49,11 @@ from yojo.lora import LoraConfig
 from yojo.mask import PADDING, PROMPT, AttentionMask
 from yojo.molmo2 import Molmo2, at_least_float32
 from yojo.prompt import Encoded, Seen
-from yojo.reward import RewardModel
+from yojo.reward import RewardModel, digest
 from yojo.train import NAMES, place, start_over
 
 POLICY, START = "policy", "start"
+FULL_LR = 1e-5
 STARTS_FROM = WEIGHTS / "tiny-policy"
 
 
@@ -73,9 +74,10 @@ class GrpoConfig:
     def __post_init__(self):
         if self.group < 2:
             raise InputError(f"--group {self.group}: advantages compare the answers of a group, so at least 2")
-        if min(self.steps, self.prompts, self.inner, self.max_new_tokens) < 1 or self.temperature <= 0:
+        counts = (self.steps, self.prompts, self.inner, self.max_new_tokens)
+        if min(counts) < 1 or self.temperature <= 0 or not self.lr > 0:
             raise InputError(
-                f"steps, prompts, inner updates and new tokens count from 1, temperature is above 0: {self}"
+                f"steps, prompts, inner updates and new tokens count from 1, temperature and lr are above 0: {self}"
             )
 
 
@@ -191,10 +193,11 @@ def rollout(
 ) -> list[Rollout]:
     """Sample G answers to every question, reward and compare them. `clock` collects seconds by part."""
     model, groups, clock = rm.backbone, [], {} if clock is None else clock
+    asking = rm.processor.in_layout("default")  # as the policy was trained, however its judge reads
     for q in asked:
         start = time.perf_counter()
         seen = rm.processor.look(q.images, q.video)
-        encoded = rm.processor.lay_out(q.prompt, [], seen)
+        encoded = asking.lay_out(q.prompt, [], seen)
         features = None if seen[1] is None else model.see(seen[1].patches, seen[1].pooling)
         answers = sample_group(model, encoded, features, c, generator)
         texts = [rm.processor.tokenizer.decode(a[a != model.config.eos_id].tolist()) for a in answers]
@@ -214,6 +217,9 @@ def sample_group(
     model: Molmo2, encoded: Encoded, features: Tensor | None, c: GrpoConfig, generator: torch.Generator
 ) -> list[Tensor]:
     """G answers, each up to and with its end token, or cut at the limit."""
+    room = model.config.text.max_position_embeddings - len(encoded.ids)
+    if c.max_new_tokens > room:
+        raise InputError(f"--max-new-tokens {c.max_new_tokens}: the prompt leaves room for {room}")
     ids = encoded.ids[None].to(model.device)
     mask = AttentionMask(
         torch.zeros_like(ids), torch.full_like(ids, PROMPT), encoded.image[None].to(ids.device), "joint"
@@ -326,7 +332,15 @@ def measure(rollouts: Sequence[Rollout], asked: Sequence[Question]) -> dict[str,
 
 def quality(q: Question, text: str) -> float:
     """Share of the five facts that the question did not give away which are stated and true."""
-    return max(0, shapes.oracle(q.scene, q.prompt, text) - 1) / (len(shapes.SLOTS) - 1)
+    word, found = asked_about(q), shapes.DESCRIPTION.fullmatch(text)
+    facts = q.scene.facts(q.scene.find(word))
+    asked = [slot for slot in facts if facts[slot] != word]
+    return sum(found[slot] == facts[slot] for slot in asked) / len(asked) if found else 0.0
+
+
+def asked_about(q: Question) -> str:
+    """The colour or the shape that the question names."""
+    return q.prompt.removeprefix("Describe the ").removesuffix(".").removesuffix(" thing")
 
 
 def question(rng: random.Random) -> Question:
@@ -340,7 +354,7 @@ WRONG = {slot: 0.6 if slot == "size" else 0.3 for slot in shapes.SLOTS}  # greed
 
 def noisy_caption(q: Question, rng: random.Random, wrong: dict[str, float]) -> str:
     """A description in which each fact is wrong with some probability, but never the one that the question names."""
-    word = q.prompt.removeprefix("Describe the ").removesuffix(".").removesuffix(" thing")
+    word = asked_about(q)
     facts = dict(q.scene.facts(q.scene.find(word)))
     for slot, values in shapes.SLOTS.items():
         if facts[slot] != word and rng.random() < wrong[slot]:
@@ -454,7 +468,7 @@ def tiny(c: GrpoConfig, names: Sequence[str], seeds: Sequence[int], out: Path | 
     if out is not None and out.exists() and not overwrite:
         raise InputError(f"{out} exists already: choose another --out, or say --overwrite")
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        start_over(out, resume=True)
     jobs = [(name, seed) for seed in seeds for name in names]
     workers = min(2, len(jobs), os.cpu_count() or 1)
     threads = max(1, (os.cpu_count() or 1) // workers)
@@ -518,8 +532,8 @@ def full(args: argparse.Namespace, c: GrpoConfig) -> dict:
     def draw(step: int) -> list[Question]:
         return random.Random(f"{args.seed} questions {step}").choices(questions, k=c.prompts)
 
-    digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
-    about = {"data": digest, "base": rm.fingerprint["weights"], "mode": rm.mode}
+    data = hashlib.sha256(args.data.read_bytes()).hexdigest()
+    about = {"data": data, "base": rm.fingerprint["weights"], "mode": rm.mode, "reward": digest(args.reward)}
     bar = tqdm(total=c.steps, desc="grpo")
 
     def tell(entry: dict) -> None:
@@ -541,8 +555,8 @@ def main() -> None:
     parser.add_argument("--controls", action="store_true", help="with --tiny: a random reward and the oracle beside it")
     parser.add_argument("--seeds", type=int, metavar="K", help="with --tiny: K seeds from --seed on (default: 1)")
     parser.add_argument("--make-start", action="store_true", help="make the policy that --tiny starts from")
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="checkpoint folder of policy and reward model")
-    parser.add_argument("--reward", type=Path, metavar="DIR", help="a reward model on that checkpoint")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="the backbone, where that is not where it was")
+    parser.add_argument("--reward", type=Path, metavar="DIR", help="a reward model; its backbone is the policy's too")
     parser.add_argument("--data", type=Path, metavar="FILE", help="prompts, JSONL")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for the policy's adapter; with --tiny, for curves"
@@ -553,25 +567,28 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=d.prompts, metavar="P", help="prompts a step")
     parser.add_argument("--group", type=int, default=d.group, metavar="G", help="answers a prompt")
     parser.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, metavar="T", help="length of an answer")
-    parser.add_argument("--lr", type=float, default=d.lr, help="learning rate; at full size take 1e-5 or less")
+    parser.add_argument("--lr", type=float, help=f"learning rate (default: {d.lr} with --tiny, {FULL_LR} without)")
     args = parser.parse_args()
     run(lambda: begin(args), parser, args)
 
 
 def begin(args: argparse.Namespace) -> dict | list[dict]:
-    c = GrpoConfig(args.steps, args.prompts, args.group, lr=args.lr, max_new_tokens=args.max_new_tokens)
+    lr = (GrpoConfig.lr if args.tiny else FULL_LR) if args.lr is None else args.lr
+    c = GrpoConfig(args.steps, args.prompts, args.group, lr=lr, max_new_tokens=args.max_new_tokens)
+    if not args.tiny and (args.controls or args.seeds is not None):
+        raise InputError("--controls and --seeds go with --tiny only")
     if args.make_start:
         return make_start(args.out or STARTS_FROM, 120, args.seed, args.overwrite)
     if args.tiny:
-        if args.weights or args.reward or args.data:
-            raise InputError("--tiny brings its own weights, reward models and prompts")
+        if args.weights or args.reward or args.data or args.resume:
+            raise InputError("--tiny brings its own weights, reward models and prompts, and is not resumed")
         seeds = 1 if args.seeds is None else args.seeds
         if seeds < 1:
             raise InputError(f"--seeds {seeds}: at least 1")
         names = REWARDS + (CONTROLS if args.controls else ())
         return tiny(c, names, range(args.seed, args.seed + seeds), args.out, args.overwrite)
-    if not (args.weights and args.reward and args.data and args.out):
-        raise InputError("give --tiny, or all of --weights, --reward, --data and --out")
+    if not (args.reward and args.data and args.out):
+        raise InputError("give --tiny, or all of --reward, --data and --out")
     return full(args, c)
 
 

@@ -87,7 +87,7 @@ def read_image_config(folder: str | Path) -> ImageConfig:
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of a picture, upright, without decoding it."""
+    """(width, height) of a picture, upright."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
@@ -155,6 +155,8 @@ def open_video(source: str | Path, frames: int = FRAMES, interval: float = INTER
     lists, or else `interval` seconds apart; an animation brings its own times, or else is spaced in the same way.
     """
     source = Path(source)
+    if not 0 < interval < math.inf:
+        raise InputError(f"frames {interval} seconds apart: more than 0 is needed")
     if source.suffix.lower() in MOVIES:
         raise InputError(
             f"{source} must be a folder of frames first: mkdir {source.stem} && ffmpeg -i {source} -vf "

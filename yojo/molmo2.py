@@ -10,7 +10,8 @@ How it differs from a textbook decoder (facts: the Molmo2 report and `transforme
 - the forward pass returns hidden states after the final norm and never logits: a reward model needs none.
 
 Attribute names are the checkpoint's tensor names, so loading is one strict `load_state_dict` (`checkpoint.py`).
-Precision: norms, rotary angles and softmax run in at least float32 (bf16 goes up, float64 stays).
+Precision: norms and rotary angles run in at least float32 (bf16 goes up, float64 stays); so does the softmax, whose
+input and output are in the model's dtype.
 
 Shape alphabet, the same in all files: B batch rows, T tokens, N responses, R read positions, P patches of a view,
 M pooled picture tokens, D decoder width, H query heads, K key/value heads, d head width, V vocabulary.
@@ -489,7 +490,11 @@ class Molmo2(nn.Module):
             # the last block computes only what is read: beyond it no token is looked at by another
             last = read if i == len(decoder.blocks) - 1 else None
             args = (x, angles, look, self.adapter, None if cache is None else cache.layers[i], last)
-            x = checkpoint(block, *args, use_reentrant=False) if self.checkpointing and self.training else block(*args)
+            x = (
+                checkpoint(block, *args, use_reentrant=False)
+                if self.checkpointing and torch.is_grad_enabled()
+                else block(*args)
+            )
         return decoder.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -538,7 +543,8 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
     """logits [n, V] -> ids [n], drawn from softmax(logits / temperature); 0 takes the largest."""
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial((at_least_float32(logits) / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+    p = (at_least_float32(logits) / temperature).softmax(-1)
+    return torch.multinomial(p.cpu(), 1, generator=generator).squeeze(1).to(p.device)  # drawn where the generator is
 
 
 def init_weights(model: Molmo2, generator: torch.Generator, std: float = 0.02) -> None:

@@ -118,9 +118,8 @@ class Dataset:
         if show == "blank":
             return replace(own, images=tuple(map(picture_size, own.images)), blank=True)
         if show == "swapped":
-            around = (self.records[(i + k) % len(self)] for k in range(1, len(self)))
-            others = (replace(own, images=tuple(r.images), video=r.video) for r in around)
-            own = next((other for other in others if other != own), None)
+            others = (self.shown((i + k) % len(self), "own") for k in range(1, len(self)))
+            own = next((o for o in others if (o.images, o.video) != (own.images, own.video)), None)
             if own is None:
                 raise InputError("no other record has other pictures: there is nothing to swap")
         return own
@@ -134,7 +133,10 @@ class Dataset:
             sizes = [picture_size(path) for path in record.images]
             seconds = [t for t, _ in video_plan(record.video)] if record.video else []
             for crops in range(most, 0, -1):
-                ask = self.rm.processor.measure(record.prompt, record.responses, sizes, seconds, crops)
+                try:
+                    ask = self.rm.processor.measure(record.prompt, record.responses, sizes, seconds, crops)
+                except InputError as error:
+                    raise InputError(f"{record.where}: {error}") from None
                 if ask.tokens <= limit and ask.pictures <= recipe.max_picture_tokens:
                     break
             else:

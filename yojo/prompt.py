@@ -226,6 +226,9 @@ class Processor:
         tokenizer = Tokenizer(Path(folder) / "tokenizer.json")
         return cls(tokenizer, read_image_config(folder), read_markup(folder), max_tokens, layout)
 
+    def in_layout(self, layout: str) -> "Processor":
+        return Processor(self.tokenizer, self.images, self.markup, self.max_tokens, layout)
+
     def encode(
         self,
         prompt: str,

@@ -18,6 +18,7 @@ layout "released" (`prompt.py`), joint.
 See it: `tests/test_single_pass.py` proves that one pass equals N passes; `python -m yojo.score --tiny`.
 """
 
+import hashlib
 import math
 import os
 import shutil
@@ -212,6 +213,8 @@ class RewardModel(nn.Module):
         if type(inner) is not int or inner < 1:
             raise InputError(f"{folder / CONFIG}: value_head_hidden_dim must be a whole number from 1, got {inner!r}")
         unmerged = (folder / "adapter_config.json").exists()
+        if not unmerged and base is not None and Path(base).resolve() != folder.resolve():
+            raise InputError(f"{folder} is a merged model and its own base: leave {base} out")
         if base is None:
             base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") if unmerged else folder
         if base is None or not Path(base).is_dir():
@@ -222,6 +225,15 @@ class RewardModel(nn.Module):
         head = _empty_head(backbone, inner)
         head.load_state_dict(read_pickle(folder / RELEASED_HEAD, {k: v.shape for k, v in head.state_dict().items()}))
         return cls(backbone, processor, head, "joint", Path(base), digest).requires_grad_(False).eval()
+
+
+def digest(folder: str | Path) -> str:
+    """One digest of a saved reward model's adapter, head and config."""
+    total = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.name in (CONFIG, HEAD, RELEASED_HEAD, "adapter_config.json", "adapter_model.safetensors"):
+            total.update(path.name.encode() + path.read_bytes())
+    return total.hexdigest()
 
 
 def _empty_head(backbone: Molmo2, inner: int) -> ValueHead:

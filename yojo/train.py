@@ -224,22 +224,22 @@ def full(args: argparse.Namespace) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rm = RewardModel.new(args.weights, args.mode, recipe.lora, recipe.inner, device=device, seed=args.seed)
     rm.backbone.checkpointing = True
-    data = Dataset(records, rm, keep=False)
+    data, testing = Dataset(records, rm, keep=False), Dataset(test, rm, keep=False)
     announce(data.measure(recipe), rm, recipe)
+    testing.measure(recipe)
     start_over(training, args.resume)
     digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
     about = {"mode": args.mode, "seed": args.seed, "data": digest, "records": len(records)}
     about["base"] = rm.fingerprint["weights"]
     train(data, recipe, args.seed, "train", training, run=about)
-    data = Dataset(test, rm, keep=False)
-    data.measure(recipe)
-    figures = {show: accuracies(evaluate(data, args.seed, show, size=1, title=show), test) for show in data.shows()}
+    rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
+    shutil.rmtree(training)
+    shows = {show: evaluate(testing, args.seed, show, size=1, title=show) for show in testing.shows()}
+    figures = {show: accuracies(scores, test) for show, scores in shows.items()}
     figures |= {name: accuracies([b(r.responses) for r in test], test) for name, b in metrics.BASELINES.items()}
     print(f"\nbest-of-N accuracy of the {args.mode} model on {len(test)} records it was not trained on, 95% intervals")
     for name, values in figures.items():
         print("{:10s} {:.3f} [{:.3f}, {:.3f}]".format(name, metrics.mean(values), *metrics.interval(values)))
-    rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
-    shutil.rmtree(training)
     return {"mode": args.mode, "steps": steps, **{name: metrics.mean(values) for name, values in figures.items()}}
 
 

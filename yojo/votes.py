@@ -18,6 +18,7 @@ See it: `pytest tests/test_votes.py`.
 """
 
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -50,6 +51,8 @@ def read_votes(path: str | Path, known: dict[str, Sequence[str]] | None = None) 
         if not all(isinstance(name, str) and name for name in names):
             raise InputError(f"{where}: item, a, b and winner must be strings, got {names}")
         vote = Vote(*names)
+        if TIE in (vote.a, vote.b):
+            raise InputError(f"{where}: no answer can be called {TIE!r}: as a winner it stands for even votes")
         if vote.a == vote.b:
             raise InputError(f"{where}: {vote.a!r} stands against itself")
         if vote.winner not in (vote.a, vote.b, TIE):
@@ -266,13 +269,20 @@ def sample(
     for item in rng.sample(list(ranks), len(ranks)):
         ranked = ranks[item]
         names = sorted(rng.sample(list(ranked), len(ranked)), key=lambda name: used[name])
-        found = _pick(names, ranked, size, ties, ())
+        found = _pick(names, ranked, size, ties, ()) if fewest_ties(ranked, size) <= ties else None
         if found is None:
             left_out.append(item)
         else:
             chosen[item] = rng.sample(found, size)
             used.update(found)
     return {item: chosen[item] for item in ranks if item in chosen}, left_out
+
+
+def fewest_ties(ranks: dict[str, int], size: int) -> float:
+    """Pairs of equal rank in the set of `size` answers that has fewest: one answer of every rank, then a second, ..."""
+    counts = Counter(ranks.values()).values()
+    extra = sorted(k for count in counts for k in range(count))  # the k-th of its rank makes k pairs
+    return sum(extra[:size]) if len(extra) >= size else float("inf")
 
 
 def _pick(names: list[str], ranks: dict[str, int], size: int, ties: int, chosen: tuple[str, ...]) -> list[str] | None:
@@ -288,6 +298,16 @@ def _pick(names: list[str], ranks: dict[str, int], size: int, ties: int, chosen:
     return None
 
 
+def moved(answer: dict, old: Path, new: Path) -> dict:
+    """An item whose picture paths, relative to one folder, are made relative to another."""
+
+    def path(name: str) -> str:
+        return os.path.relpath((old / name).resolve(), new.resolve())
+
+    paths = {key: path(answer[key]) for key in ("image", "video") if answer.get(key) is not None}
+    return answer | paths | ({"images": list(map(path, answer["images"]))} if answer.get("images") else {})
+
+
 def as_record(answer: dict, names: Sequence[str], ranks: dict[str, int]) -> dict:
     """An ordinary preference record of some of an item's answers; who wrote them stays readable in "models"."""
     return {
@@ -295,7 +315,7 @@ def as_record(answer: dict, names: Sequence[str], ranks: dict[str, int]) -> dict
         "responses": [answer["responses"][name] for name in names],
         "rankings": ranking([-ranks[name] for name in names]),
         "models": list(names),
-        **{key: answer[key] for key in ("image", "images", "video", "item") if key in answer},
+        **{key: answer[key] for key in ("image", "images", "video", "item") if answer.get(key) is not None},
     }
 
 
@@ -319,7 +339,8 @@ def from_file(args) -> dict:
         chosen, left_out = {item: list(ranked) for item, ranked in ranks.items()}, []
     else:
         chosen, left_out = sample(ranks, size, args.ties, random.Random(args.seed))
-    lines = [json.dumps(as_record(answers[item], names, ranks[item])) for item, names in chosen.items()]
+    here = {item: moved(answers[item], args.answers.parent, args.out.parent) for item in chosen}
+    lines = [json.dumps(as_record(here[item], names, ranks[item])) for item, names in chosen.items()]
     with whole_file(args.out) as temporary:
         temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     print(f"{len(lines)} records written to {args.out}")

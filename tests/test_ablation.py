@@ -1,0 +1,48 @@
+"""The tables of `evaluate --tiny`, on a few groups: what they say is what the models score. (Whole: test_tiny.py.)
+
+pytest tests/test_ablation.py
+"""
+
+import pytest
+
+from yojo import ablation, metrics
+from yojo.ablation import World, masks, sizes, under
+from yojo.cli import WEIGHTS
+from yojo.preference import Dataset
+from yojo.reward import RewardModel
+
+MODELS = {"joint": WEIGHTS / "tiny-rm", "isolated": WEIGHTS / "tiny-rm-isolated"}
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(ablation, "GROUPS", 24)
+
+
+def test_a_figure_is_the_accuracy_of_the_models_own_scores(tmp_path):
+    """Isolated scores know no order, so they can be recomputed with `RewardModel.score`."""
+    rm = RewardModel.load(MODELS["isolated"])
+    records = World("absolute").write(tmp_path, 0)
+    figure = under(rm, Dataset(records, rm, keep=True), "isolated", 1, 0)
+    scores = [rm.score(r.prompt, r.responses, image=r.images) for r in records]
+    assert figure == metrics.mean([metrics.best_of_n(s, r.rankings) for s, r in zip(scores, records, strict=True)])
+    assert under(rm, Dataset(records, rm, keep=True), "joint", 2, 0) >= 0 and rm.mode == "isolated"
+
+
+def test_one_row_a_model_and_one_figure_a_mask(tmp_path, capsys):
+    rows = masks(MODELS, World("absolute", noisy=ablation.NOISE), tmp_path, 0)
+    assert [row["trained"] for row in rows] == list(MODELS)
+    assert all(0 <= row[mask] <= 1 for row in rows for mask in ablation.MASKS)
+    assert "absolute, noisy" in capsys.readouterr().out
+
+
+def test_accuracy_against_n_goes_beyond_what_was_trained_on(tmp_path):
+    rows = sizes(MODELS, tmp_path, 0)
+    assert [row["n"] for row in rows] == [2, 4, 8, 16]
+    assert all(row[name] > row["random"] for row in rows for name in MODELS)
+    assert rows[0]["random"] > rows[-1]["random"]
+
+
+def test_noise_makes_pictures_differ_and_nothing_else(tmp_path):
+    clear, noisy = (World("absolute", noisy=n).write(tmp_path / str(n), 0) for n in (0.06, 0.45))
+    assert clear[0].images[0].read_bytes() != noisy[0].images[0].read_bytes()
