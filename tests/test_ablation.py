@@ -26,7 +26,7 @@ def test_a_figure_is_the_accuracy_of_the_models_own_scores(tmp_path):
     figure = under(rm, Dataset(records, rm, keep=True), "isolated", 1, 0)
     scores = [rm.score(r.prompt, r.responses, image=r.images) for r in records]
     assert figure == metrics.mean([metrics.best_of_n(s, r.rankings) for s, r in zip(scores, records, strict=True)])
-    assert under(rm, Dataset(records, rm, keep=True), "joint", 2, 0) >= 0 and rm.mode == "isolated"
+    assert under(rm, Dataset(records, rm, keep=True), "joint", 2, 0) <= 1 and rm.mode == "isolated"
 
 
 def test_one_row_a_model_and_one_figure_a_mask(tmp_path, capsys):
@@ -41,6 +41,21 @@ def test_accuracy_against_n_goes_beyond_what_was_trained_on(tmp_path):
     assert [row["n"] for row in rows] == [2, 4, 8, 16]
     assert all(row[name] > row["random"] for row in rows for name in MODELS)
     assert rows[0]["random"] > rows[-1]["random"]
+
+
+def test_the_tables_are_printed_one_after_the_other(monkeypatch, capsys):
+    """Whole, but for the training of the two models on corroborated: shipped ones stand in."""
+    import shutil
+
+    def shipped(task, recipe, n, modes, seeds, out, overwrite, paraphrase):
+        for path in MODELS.values():
+            shutil.copytree(path, out / path.name)
+            base = out / path.name / "reward_model_config.json"
+            base.write_text(base.read_text().replace("../tiny", str(WEIGHTS / "tiny")))
+
+    monkeypatch.setattr(ablation, "tiny", shipped)
+    rows = ablation.tables(0)
+    assert [row.get("task", row.get("n")) for row in rows] == ["absolute"] * 4 + ["corroborated"] * 2 + [2, 4, 8, 16]
 
 
 def test_noise_makes_pictures_differ_and_nothing_else(tmp_path):

@@ -96,6 +96,8 @@ def test_train_and_load_run(monkeypatch, capsys):
         (("score", "--prompt-tokens", "5", "--shape", "tiny"), "the picture alone takes"),
         (("score", "--layers", "99"), "--layers 99: molmo2-4b has 1 to 36"),
         (("score", "--device", "cuda", "--shape", "tiny"), "torch sees no CUDA device"),
+        (("load", "--rounds", "0"), "count from 1"),
+        (("load", "--n", "0"), "count from 1"),
         (("load", "--weights", "nowhere"), "nowhere holds no checkpoint"),
     ],
 )

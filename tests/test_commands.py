@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from yojo import preference, pretrain, score, train
+from yojo import bench, checkpoint, evaluate, flops, grpo, preference, pretrain, score, train, votes
 from yojo.cli import WEIGHTS
 
 
@@ -67,6 +67,8 @@ ONE = ("--prompt", "?", "--response", "x")
         (("--tiny", "--data", "x.jsonl", *ONE), "--data brings its own"),
         (("--tiny", "--mode", "both", *ONE), "invalid choice: 'both'"),
         (("--tiny", "--json", "/proc/none/x.json", *ONE), "cannot write"),
+        (("--tiny", "--seed", "-1", *ONE), "'-1' is no whole number from 0"),
+        (("--tiny", "--video", ".", "--interval", "nan", *ONE), "frames nan seconds apart"),
     ],
 )
 def test_score_refuses(refused, words, why):
@@ -92,7 +94,7 @@ def test_train_refuses(refused, words, why):
     refused(why, train, *words)
 
 
-@pytest.mark.parametrize("module", [pretrain, score, train])
+@pytest.mark.parametrize("module", [bench, checkpoint, evaluate, flops, grpo, pretrain, score, train, votes])
 def test_help_explains_every_option(command, module):
     status, out, _ = command(module, "--help")
     assert status == 0 and "--seed" in out and "--json" in out
@@ -171,6 +173,20 @@ def test_a_record_that_is_too_long_is_refused_before_the_run(refused, run_folder
         file.write("\n" + json.dumps(long))
     refused("prefs.jsonl:7: 18013 tokens, 0 of them pictures, where 4096", train, *words)
     assert not (folder / "rm.training").exists()
+
+
+def test_a_test_record_that_is_too_long_is_refused_before_the_run_too(refused, run_folder):
+    folder, words = run_folder
+    long = {"prompt": "?", "responses": ["x " * 9000, "b"], "rankings": [1, 2]}
+    (folder / "test.jsonl").write_text(json.dumps(long))
+    refused("test.jsonl:1: 18013 tokens", train, *words, "--test", folder / "test.jsonl")
+    assert not (folder / "rm.training").exists()
+
+
+def test_options_before_and_after_a_subcommand_are_the_same(command, tiny_folder, tmp_path):
+    for n, words in enumerate((("--json", tmp_path / "0", "show"), ("show", "--json", tmp_path / "1"))):
+        assert command(checkpoint, *words, tiny_folder)[0] == 0
+        assert json.loads((tmp_path / str(n)).read_text())["model_type"] == "molmo2"
 
 
 def test_pictures_that_would_not_fit_are_cut_into_fewer_crops_and_it_is_said(command, run_folder, monkeypatch):

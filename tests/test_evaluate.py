@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from yojo import evaluate
@@ -197,6 +198,13 @@ GOOD = {"prompt": "?", "responses": ["a", "b"], "rankings": [1, 2]}
             "Better must be one of ('Output1', 'Output2'), got 'a'",
         ),
         ("mm-rlhf", {"id": "1", "prompt": "?", "chosen": "a"}, "rejected must be a str"),
+        ("mm-rlhf", {"prompt": "?", "chosen": "a", "rejected": "b"}, "id must be a str or int"),
+        ("records", GOOD | {"image": ""}, "pictures are paths"),
+        (
+            "multimodal-rewardbench",
+            {"Text": "?", "Output1": "a", "Output2": "b", "Better": "Output1"},
+            "Category must be a str; --map category=FIELD",
+        ),
     ],
 )
 def test_bad_rows_are_named_and_with_keep_going_listed(folder, form, row, why):
@@ -263,9 +271,8 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_identical_report(folder, 
     )
     assert status == 0, err
     arguments = words(benchmark, "--json", folder / "b.json", "--out", folder / "b.jsonl")
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments], env=dict(os.environ), check=False, capture_output=True
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # other sums round otherwise
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL and len((folder / "b.jsonl").read_text().splitlines()) == 7
     calls, real = [], Run.score
     monkeypatch.setattr(Run, "score", lambda self, item: calls.append(1) or real(self, item))
@@ -275,6 +282,40 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_identical_report(folder, 
         assert (folder / f"a.{name}").read_bytes() == (folder / f"b.{name}").read_bytes()
     status, _, err = run_command(monkeypatch, capsys, *arguments, "--seed", "1")
     assert status == 2 and "holds another evaluation" in err
+
+
+def test_an_evaluation_whose_items_changed_is_another_one(folder, benchmark, monkeypatch, capsys):
+    """A picture that was missing and has come back would shift every score by one row."""
+    (folder / "bench/2.png").rename(folder / "away.png")
+    arguments = words(benchmark, "--out", folder / "c.jsonl", "--keep-going")
+    status, out, err = run_command(monkeypatch, capsys, *arguments)
+    assert status == 0 and "left out, 1 rows" in out, err
+    (folder / "away.png").rename(folder / "bench/2.png")
+    status, _, err = run_command(monkeypatch, capsys, *arguments)
+    assert status == 2 and "holds another evaluation" in err
+
+
+def test_keep_going_keeps_going(folder, benchmark, monkeypatch, capsys):
+    """A line that is no JSON, and a picture that can't be read."""
+    (folder / "bench/3.png").write_bytes(b"no picture")
+    benchmark.write_text("{\n" + benchmark.read_text())
+    status, _, err = run_command(monkeypatch, capsys, *words(benchmark))
+    assert status == 2 and "bench.jsonl:1 is not JSON" in err
+    status, out, err = run_command(monkeypatch, capsys, *words(benchmark, "--keep-going", "--json", folder / "k.json"))
+    assert status == 0, err
+    result = json.loads((folder / "k.json").read_text())
+    assert result["items"] == 11 and len(result["left_out"]) == 2 and "bench.jsonl:5" in result["left_out"][1]
+
+
+def test_a_damaged_file_of_scores_is_named(folder, benchmark, monkeypatch, capsys):
+    arguments = words(benchmark, "--out", folder / "e.jsonl")
+    assert run_command(monkeypatch, capsys, *arguments)[0] == 0
+    lines = (folder / "e.jsonl").read_text().splitlines()
+    (folder / "e.jsonl").write_text("\n".join([*lines[:3], "garbage", *lines[3:], ""]))
+    status, _, err = run_command(monkeypatch, capsys, *arguments)
+    assert status == 2 and "cannot be read as an evaluation" in err
+    status, _, err = run_command(monkeypatch, capsys, *words(benchmark, "--out", folder))
+    assert status == 2 and "cannot be read as an evaluation" in err
 
 
 def test_scores_do_not_depend_on_how_they_are_asked_for(benchmark):

@@ -125,6 +125,27 @@ def test_the_row_of_a_group_written_out(policy):
     assert predicts.tolist() == [P - 1, P, P - 1, P + 2, P + 3]
 
 
+def test_the_policy_is_asked_in_its_own_layout_however_its_judge_reads(policy):
+    expected = policy.processor.lay_out(ASKED[1].prompt, [], ([], None)).ids
+    policy.processor.layout = "released"
+    assert torch.equal(rolled(policy)[1].encoded.ids, expected)
+
+
+def test_activation_checkpointing_is_used_and_changes_no_gradient(policy, monkeypatch):
+    from yojo import molmo2
+
+    rollouts, calls, real = rolled(policy), [], molmo2.checkpoint
+    monkeypatch.setattr(molmo2, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k))
+    parameters, grads = lora.parameters(policy.backbone, grpo.POLICY), []
+    for policy.backbone.checkpointing in (False, True):
+        for p in parameters:
+            p.requires_grad_(True).grad = None
+        groups = [(r.encoded, r.features, r.answers) for r in rollouts]
+        log_probs(policy.backbone, groups, grpo.POLICY, 1.0).sum().backward()
+        grads.append([p.grad.clone() for p in parameters])
+    assert calls and all((a - b).abs().max() < 1e-10 for a, b in zip(*grads, strict=True))
+
+
 def test_the_gradient_of_an_update_is_that_of_the_formula(policy):
     """Against the formula written once more, answer by answer, from causal rows."""
     model, c = policy.backbone, GrpoConfig(group=3, inner=1, max_norm=1e9, max_new_tokens=8, beta=0.3)
@@ -219,6 +240,13 @@ def test_a_noisy_caption_is_wrong_as_often_as_asked_and_never_about_what_was_ask
     assert grpo.quality(q, "nonsense") == 0.0
 
 
+def test_quality_by_hand():
+    q = grpo.question(random.Random(0))  # "Describe the cyan thing.": a large cyan cross, bottom centre, one of three
+    assert grpo.quality(q, "a large cyan cross, bottom centre, one of three") == 1.0
+    assert grpo.quality(q, "a large red cross, bottom centre, one of three") == 1.0  # the colour was given away
+    assert grpo.quality(q, "a small cyan cross, top centre, one of three") == pytest.approx(3 / 5)
+
+
 # ------------------------------------------------------------------------------------------------------ the command
 
 
@@ -277,9 +305,32 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_policy_bit_for_bit(files, m
     ].keys()
 
 
+def test_a_run_is_not_resumed_with_another_judge(files, monkeypatch, capsys):
+    folder, words = files
+    real = grpo.update_policy
+
+    def stops(*args):
+        if (folder / "d.training/state.pt").exists():
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(grpo, "update_policy", stops)
+    assert command(monkeypatch, capsys, *words, "--out", folder / "d")[0] == 130
+    monkeypatch.setattr(grpo, "update_policy", real)
+    rm = RewardModel.load(folder / "rm")
+    with torch.no_grad():
+        rm.head[2].weight.neg_()
+    rm.save(folder / "rm", overwrite=True)
+    status, _, err = command(monkeypatch, capsys, *words, "--out", folder / "d", "--resume")
+    assert status == 2 and "holds another run: its reward is" in err
+
+
 @pytest.mark.parametrize(
     "words, why",
     [
+        (("--tiny", "--lr", "-1"), "lr are above 0"),
+        (("--controls",), "go with --tiny only"),
+        (("--tiny", "--resume"), "is not resumed"),
         ((), "give --tiny, or all of"),
         (("--tiny", "--group", "1"), "--group 1: advantages compare"),
         (("--tiny", "--data", "x"), "--tiny brings its own"),

@@ -223,6 +223,12 @@ def test_an_unmerged_run_says_which_base_it_needs(released):
         RewardModel.load(released[0])
 
 
+def test_a_merged_model_takes_no_other_base(released, tiny_folder):
+    """Its head on another backbone would give plausible scores."""
+    with pytest.raises(InputError, match="is a merged model and its own base: leave .* out"):
+        RewardModel.load(released[1], base=tiny_folder)
+
+
 def test_a_run_saved_by_us_keeps_its_layout(released, tiny_folder, tmp_path):
     rm = RewardModel.load(released[0], base=tiny_folder)
     rm.save(tmp_path / "ours")

@@ -192,12 +192,32 @@ def test_the_command_ranks_and_writes_records(monkeypatch, capsys, files):
     assert command(monkeypatch, capsys, *words)[0] == 2
 
 
+def test_picture_paths_follow_the_records(monkeypatch, capsys, files):
+    path = files / "answers.jsonl"
+    path.write_text(
+        "\n".join(json.dumps(json.loads(line) | {"image": "p.png"}) for line in path.read_text().splitlines())
+    )
+    (files / "p.png").write_bytes(b"")
+    (files / "elsewhere").mkdir()
+    words = ("--votes", files / "votes.jsonl", "--answers", path, "--out", files / "elsewhere/b.jsonl")
+    assert command(monkeypatch, capsys, *words)[0] == 0
+    assert read_records(files / "elsewhere/b.jsonl")[0].images[0].samefile(files / "p.png")
+
+
+def test_where_no_set_exists_it_is_known_at_once():
+    ranks = {f"m{i}": i % 13 for i in range(40)}
+    assert votes.fewest_ties(ranks, 13) == 0 and votes.fewest_ties(ranks, 14) == 1
+    assert votes.fewest_ties(ranks, 41) == float("inf")
+    assert votes.fewest_ties({"a": 1, "b": 1, "c": 1}, 3) == 3
+
+
 @pytest.mark.parametrize(
     "change, why",
     [
         ({"a": "b"}, "'b' stands against itself"),
         ({"winner": "c"}, "the winner 'c' is neither 'a' nor 'b' nor 'tie'"),
         ({"item": 3}, "must be strings"),
+        ({"a": "tie"}, "no answer can be called 'tie'"),
         ({"a": "stranger", "winner": "b"}, "item 'q' has no answer 'stranger'"),
     ],
 )
