@@ -1,6 +1,7 @@
 """What several test files share: small random networks, made the same way every time."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracles must not look for a network
 
@@ -50,3 +51,20 @@ def tiny_folder(tmp_path_factory):
         random_model(replace(TINY, text=text, **ids), dtype=torch.float32), companions.parent / "base", companions
     )
     return companions.parent / "base"
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command in this process -> (exit status, stdout, stderr)."""
+
+    def call(module, *words):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        status = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call

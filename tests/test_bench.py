@@ -4,7 +4,6 @@ pytest tests/test_bench.py
 """
 
 import json
-import sys
 from argparse import Namespace
 
 import pytest
@@ -52,23 +51,11 @@ def test_the_plain_product_is_torchs_attention():
     assert (product(*half, closed, 0) - attend(q, k, v, None)).abs().max() < 0.03
 
 
-def command(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["bench", *map(str, words)])
-    status = 0
-    try:
-        bench.main()
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
-
-
 SMALL = ("--shape", "tiny", "--rounds", 1, "--prompt-tokens", 60, "--response-tokens", 10, "--n", 2)
 
 
-def test_score_prints_a_row_for_every_alternative(monkeypatch, capsys, tmp_path):
-    status, out, err = command(
-        monkeypatch, capsys, "score", *SMALL, "--dtypes", "float32", "--json", tmp_path / "r.json"
-    )
+def test_score_prints_a_row_for_every_alternative(command, tmp_path):
+    status, out, err = command(bench, "score", *SMALL, "--dtypes", "float32", "--json", tmp_path / "r.json")
     assert status == 0, err
     rows = json.loads((tmp_path / "r.json").read_text())
     assert [row["arm"] for row in rows][-2:] == ["one pass, isolated", "one pass, joint"] and len(rows) == 5
@@ -78,12 +65,10 @@ def test_score_prints_a_row_for_every_alternative(monkeypatch, capsys, tmp_path)
     assert rows[0]["counted"] == pytest.approx(flops.separate(shape_config("tiny"), ask) / joint, rel=0.01)
 
 
-def test_train_and_load_run(monkeypatch, capsys):
-    status, out, err = command(monkeypatch, capsys, "train", *SMALL, "--dtypes", "float32", "--peer")
+def test_train_and_load_run(command):
+    status, out, err = command(bench, "train", *SMALL, "--dtypes", "float32", "--peer")
     assert status == 0 and "our trunk in peft" in out, err
-    status, out, err = command(
-        monkeypatch, capsys, "load", "--shape", "tiny", "--rounds", 1, "--dtype", "float32", "--peer"
-    )
+    status, out, err = command(bench, "load", "--shape", "tiny", "--rounds", 1, "--dtype", "float32", "--peer")
     assert status == 0 and "transformers" in out, err
     difference = float(out.splitlines()[-1].split()[0])
     assert difference < 2e-5
@@ -101,14 +86,14 @@ def test_train_and_load_run(monkeypatch, capsys):
         (("load", "--weights", "nowhere"), "nowhere holds no checkpoint"),
     ],
 )
-def test_bad_input_gets_one_line(monkeypatch, capsys, words, why):
+def test_bad_input_gets_one_line(command, words, why):
     if "cuda" in words and torch.cuda.is_available():
         pytest.skip("there is one")
-    status, _, err = command(monkeypatch, capsys, *words)
+    status, _, err = command(bench, *words)
     assert status == 2 and why in err.splitlines()[-1] and "Traceback" not in err
 
 
-def test_a_missing_peer_package_gets_one_line(monkeypatch, capsys):
+def test_a_missing_peer_package_gets_one_line(command, monkeypatch):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    status, _, err = command(monkeypatch, capsys, "load", "--shape", "tiny", "--peer")
+    status, _, err = command(bench, "load", "--shape", "tiny", "--peer")
     assert status == 2 and "--peer needs the package transformers: pip install -r requirements-dev.txt" in err

@@ -6,7 +6,6 @@ pytest tests/test_commands.py
 import json
 import re
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,23 +13,6 @@ from PIL import Image
 
 from yojo import bench, checkpoint, evaluate, flops, grpo, preference, pretrain, score, train, votes
 from yojo.cli import WEIGHTS
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run a command in this process -> (exit status, stdout, stderr)."""
-
-    def call(module, *words):
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
-        status = 0
-        try:
-            module.main()
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 @pytest.fixture

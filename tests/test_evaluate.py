@@ -239,16 +239,6 @@ def words(path, *more):
     return ["--model", str(WEIGHTS / "tiny-rm"), "--data", str(path), "--permutations", "3", *map(str, more)]
 
 
-def run_command(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
-    status = 0
-    try:
-        evaluate.main()
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
-
-
 KILLED = """
 import os, signal, sys
 from yojo import evaluate
@@ -265,10 +255,8 @@ evaluate.main()
 """
 
 
-def test_a_killed_evaluation_goes_on_and_ends_with_the_identical_report(folder, benchmark, monkeypatch, capsys):
-    status, _, err = run_command(
-        monkeypatch, capsys, *words(benchmark, "--json", folder / "a.json", "--out", folder / "a.jsonl")
-    )
+def test_a_killed_evaluation_goes_on_and_ends_with_the_identical_report(command, folder, benchmark, monkeypatch):
+    status, _, err = command(evaluate, *words(benchmark, "--json", folder / "a.json", "--out", folder / "a.jsonl"))
     assert status == 0, err
     arguments = words(benchmark, "--json", folder / "b.json", "--out", folder / "b.jsonl")
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # other sums round otherwise
@@ -276,45 +264,45 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_identical_report(folder, 
     assert done.returncode == -signal.SIGKILL and len((folder / "b.jsonl").read_text().splitlines()) == 7
     calls, real = [], Run.score
     monkeypatch.setattr(Run, "score", lambda self, item: calls.append(1) or real(self, item))
-    assert run_command(monkeypatch, capsys, *arguments)[0] == 0
+    assert command(evaluate, *arguments)[0] == 0
     assert len(calls) == 12 - 5, "what was scored before the kill is scored no second time"
     for name in ("json", "jsonl"):
         assert (folder / f"a.{name}").read_bytes() == (folder / f"b.{name}").read_bytes()
-    status, _, err = run_command(monkeypatch, capsys, *arguments, "--seed", "1")
+    status, _, err = command(evaluate, *arguments, "--seed", "1")
     assert status == 2 and "holds another evaluation" in err
 
 
-def test_an_evaluation_whose_items_changed_is_another_one(folder, benchmark, monkeypatch, capsys):
+def test_an_evaluation_whose_items_changed_is_another_one(command, folder, benchmark):
     """A picture that was missing and has come back would shift every score by one row."""
     (folder / "bench/2.png").rename(folder / "away.png")
     arguments = words(benchmark, "--out", folder / "c.jsonl", "--keep-going")
-    status, out, err = run_command(monkeypatch, capsys, *arguments)
+    status, out, err = command(evaluate, *arguments)
     assert status == 0 and "left out, 1 rows" in out, err
     (folder / "away.png").rename(folder / "bench/2.png")
-    status, _, err = run_command(monkeypatch, capsys, *arguments)
+    status, _, err = command(evaluate, *arguments)
     assert status == 2 and "holds another evaluation" in err
 
 
-def test_keep_going_keeps_going(folder, benchmark, monkeypatch, capsys):
+def test_keep_going_keeps_going(command, folder, benchmark):
     """A line that is no JSON, and a picture that can't be read."""
     (folder / "bench/3.png").write_bytes(b"no picture")
     benchmark.write_text("{\n" + benchmark.read_text())
-    status, _, err = run_command(monkeypatch, capsys, *words(benchmark))
+    status, _, err = command(evaluate, *words(benchmark))
     assert status == 2 and "bench.jsonl:1 is not JSON" in err
-    status, out, err = run_command(monkeypatch, capsys, *words(benchmark, "--keep-going", "--json", folder / "k.json"))
+    status, out, err = command(evaluate, *words(benchmark, "--keep-going", "--json", folder / "k.json"))
     assert status == 0, err
     result = json.loads((folder / "k.json").read_text())
     assert result["items"] == 11 and len(result["left_out"]) == 2 and "bench.jsonl:5" in result["left_out"][1]
 
 
-def test_a_damaged_file_of_scores_is_named(folder, benchmark, monkeypatch, capsys):
+def test_a_damaged_file_of_scores_is_named(command, folder, benchmark):
     arguments = words(benchmark, "--out", folder / "e.jsonl")
-    assert run_command(monkeypatch, capsys, *arguments)[0] == 0
+    assert command(evaluate, *arguments)[0] == 0
     lines = (folder / "e.jsonl").read_text().splitlines()
     (folder / "e.jsonl").write_text("\n".join([*lines[:3], "garbage", *lines[3:], ""]))
-    status, _, err = run_command(monkeypatch, capsys, *arguments)
+    status, _, err = command(evaluate, *arguments)
     assert status == 2 and "cannot be read as an evaluation" in err
-    status, _, err = run_command(monkeypatch, capsys, *words(benchmark, "--out", folder))
+    status, _, err = command(evaluate, *words(benchmark, "--out", folder))
     assert status == 2 and "cannot be read as an evaluation" in err
 
 
@@ -329,9 +317,9 @@ def test_scores_do_not_depend_on_how_they_are_asked_for(benchmark):
         assert r.score(item)[0] == pytest.approx([shown[order.index(i)] for i in range(len(order))], abs=1e-6)
 
 
-def test_a_score_that_is_not_finite_raises(benchmark, monkeypatch, capsys):
+def test_a_score_that_is_not_finite_raises(command, benchmark, monkeypatch):
     monkeypatch.setattr(RewardModel, "score_encoded", lambda *_: [[float("nan"), 1.0]])
-    status, _, err = run_command(monkeypatch, capsys, *words(benchmark))
+    status, _, err = command(evaluate, *words(benchmark))
     assert status == 2 and "bench.jsonl:1: scores are not finite" in err
 
 
@@ -346,6 +334,6 @@ def test_a_score_that_is_not_finite_raises(benchmark, monkeypatch, capsys):
         (("--model", "x", "--data", "y", "--format", "z"), "invalid choice: 'z'"),
     ],
 )
-def test_bad_input_gets_one_line(monkeypatch, capsys, arguments, why):
-    status, _, err = run_command(monkeypatch, capsys, *arguments)
+def test_bad_input_gets_one_line(command, arguments, why):
+    status, _, err = command(evaluate, *arguments)
     assert status == 2 and why in err and "Traceback" not in err

@@ -260,16 +260,6 @@ def files(tiny_folder, tmp_path):
     return tmp_path, [str(w) for w in [*words, "--prompts", 2, "--group", 3, "--max-new-tokens", 6, "--lr", 0.01]]
 
 
-def command(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["grpo", *map(str, words)])
-    status = 0
-    try:
-        grpo.main()
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
-
-
 KILLED = """
 import os, signal, sys
 from yojo import grpo
@@ -284,17 +274,17 @@ grpo.main()
 """
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_policy_bit_for_bit(files, monkeypatch, capsys):
+def test_a_killed_run_goes_on_and_ends_with_the_same_policy_bit_for_bit(command, files):
     folder, words = files
-    status, out, err = command(monkeypatch, capsys, *words, "--out", folder / "a")
+    status, out, err = command(grpo, *words, "--out", folder / "a")
     assert status == 0 and "memory, computed" in out, err
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
         [sys.executable, "-c", KILLED, *words, "--out", folder / "b"], env=environment, check=False, capture_output=True
     )
     assert done.returncode == -signal.SIGKILL and (folder / "b.training/state.pt").exists()
-    assert command(monkeypatch, capsys, *words, "--out", folder / "b")[0] == 2, "an unfinished run is not started over"
-    status, _, err = command(monkeypatch, capsys, *words, "--out", folder / "b", "--resume")
+    assert command(grpo, *words, "--out", folder / "b")[0] == 2, "an unfinished run is not started over"
+    status, _, err = command(grpo, *words, "--out", folder / "b", "--resume")
     assert status == 0, err
     assert (folder / "a/adapter_model.safetensors").read_bytes() == (
         folder / "b/adapter_model.safetensors"
@@ -305,7 +295,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_policy_bit_for_bit(files, m
     ].keys()
 
 
-def test_a_run_is_not_resumed_with_another_judge(files, monkeypatch, capsys):
+def test_a_run_is_not_resumed_with_another_judge(command, files, monkeypatch):
     folder, words = files
     real = grpo.update_policy
 
@@ -315,13 +305,13 @@ def test_a_run_is_not_resumed_with_another_judge(files, monkeypatch, capsys):
         return real(*args)
 
     monkeypatch.setattr(grpo, "update_policy", stops)
-    assert command(monkeypatch, capsys, *words, "--out", folder / "d")[0] == 130
+    assert command(grpo, *words, "--out", folder / "d")[0] == 130
     monkeypatch.setattr(grpo, "update_policy", real)
     rm = RewardModel.load(folder / "rm")
     with torch.no_grad():
         rm.head[2].weight.neg_()
     rm.save(folder / "rm", overwrite=True)
-    status, _, err = command(monkeypatch, capsys, *words, "--out", folder / "d", "--resume")
+    status, _, err = command(grpo, *words, "--out", folder / "d", "--resume")
     assert status == 2 and "holds another run: its reward is" in err
 
 
@@ -337,17 +327,17 @@ def test_a_run_is_not_resumed_with_another_judge(files, monkeypatch, capsys):
         (("--tiny", "--seeds", "0"), "--seeds 0"),
     ],
 )
-def test_bad_input_gets_one_line(monkeypatch, capsys, words, why):
-    status, _, err = command(monkeypatch, capsys, *words)
+def test_bad_input_gets_one_line(command, words, why):
+    status, _, err = command(grpo, *words)
     assert status == 2 and why in err and "Traceback" not in err
 
 
-def test_bad_prompts_are_named(files, monkeypatch, capsys):
+def test_bad_prompts_are_named(command, files):
     folder, words = files
     for line, why in (
         ({"prompt": 3}, "prompt must be a string"),
         ({"prompt": "?", "image": "none.png"}, "no picture at"),
     ):
         (folder / "prompts.jsonl").write_text(json.dumps(line))
-        status, _, err = command(monkeypatch, capsys, *words, "--out", folder / "c")
+        status, _, err = command(grpo, *words, "--out", folder / "c")
         assert status == 2 and "prompts.jsonl:1" in err and why in err

@@ -5,7 +5,6 @@ pytest tests/test_votes.py
 
 import itertools
 import json
-import sys
 from collections import Counter
 
 import numpy as np
@@ -159,18 +158,8 @@ def files(tmp_path):
     return tmp_path
 
 
-def command(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["votes", *map(str, words)])
-    status = 0
-    try:
-        votes.main()
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
-
-
-def test_the_command_ranks_and_writes_records(monkeypatch, capsys, files):
-    status, out, _ = command(monkeypatch, capsys, "--votes", files / "votes.jsonl")
+def test_the_command_ranks_and_writes_records(command, files):
+    status, out, _ = command(votes, "--votes", files / "votes.jsonl")
     assert status == 0 and "q1  1. v  2. w  3. x  4. y  5. z" in out
     words = (
         "--votes",
@@ -182,17 +171,17 @@ def test_the_command_ranks_and_writes_records(monkeypatch, capsys, files):
         "--out",
         files / "b.jsonl",
     )
-    status, out, err = command(monkeypatch, capsys, *words)
+    status, out, err = command(votes, *words)
     assert status == 0 and "1 records written" in out and "left out" in out, err
     (record,) = read_records(files / "b.jsonl")
     models = json.loads((files / "b.jsonl").read_text())["models"]
     assert sorted(record.rankings) == [1, 2, 3, 4]
     assert [m for _, m in sorted(zip(record.rankings, models, strict=True))] == sorted(models)
     assert record.responses == [f"text {m}" for m in models]
-    assert command(monkeypatch, capsys, *words)[0] == 2
+    assert command(votes, *words)[0] == 2
 
 
-def test_picture_paths_follow_the_records(monkeypatch, capsys, files):
+def test_picture_paths_follow_the_records(command, files):
     path = files / "answers.jsonl"
     path.write_text(
         "\n".join(json.dumps(json.loads(line) | {"image": "p.png"}) for line in path.read_text().splitlines())
@@ -200,7 +189,7 @@ def test_picture_paths_follow_the_records(monkeypatch, capsys, files):
     (files / "p.png").write_bytes(b"")
     (files / "elsewhere").mkdir()
     words = ("--votes", files / "votes.jsonl", "--answers", path, "--out", files / "elsewhere/b.jsonl")
-    assert command(monkeypatch, capsys, *words)[0] == 0
+    assert command(votes, *words)[0] == 0
     assert read_records(files / "elsewhere/b.jsonl")[0].images[0].samefile(files / "p.png")
 
 
@@ -237,7 +226,7 @@ def test_an_item_that_stands_twice_is_named(files):
         votes.read_answers(path)
 
 
-def test_the_study_prints_every_method(monkeypatch, capsys):
-    status, out, _ = command(monkeypatch, capsys, "--items", "2")
+def test_the_study_prints_every_method(command):
+    status, out, _ = command(votes, "--items", "2")
     assert status == 0 and all(name in out for name in METHODS)
     assert len([line for line in out.splitlines() if line[:2].strip().isdigit()]) == 24
