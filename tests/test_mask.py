@@ -187,6 +187,18 @@ def test_wrong_shapes_and_modes_are_named():
         AttentionMask(torch.zeros(1, 2), torch.zeros(1, 3), torch.zeros(1, 2), "joint")
 
 
+def test_what_does_not_stand_side_by_side_is_refused_by_the_structured_form():
+    """It would lose the keys that stand elsewhere; the dense form knows no such limit."""
+    torn = make("P121", "isolated")
+    assert torn.dense[0, 3].tolist() == [True, True, False, True]
+    with pytest.raises(ValueError, match=r"side by side, got responses \[-1, 0, 1, 0\]"):
+        _ = torn.structured
+    record = torch.tensor([[0, 1, 0]])
+    torn = AttentionMask(record, torch.full_like(record, -1), torch.zeros_like(record, dtype=torch.bool), "joint")
+    with pytest.raises(ValueError, match=r"side by side, got records \[0, 1, 0\]"):
+        _ = torn.structured
+
+
 def test_the_picture_shows_the_matrix():
     """Every cell of the drawing, read back from its pixels."""
     mask, typed = CASES["isolated with an image"]

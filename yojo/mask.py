@@ -105,7 +105,11 @@ class AttentionMask:
 
     def _runs(self, b: int) -> list[tuple[int, int]]:
         """[start, stop) of every record of one row, and of its padding."""
-        return _cut(self.record[b])
+        runs = _cut(self.record[b])
+        whose = [int(self.record[b, start]) for start, _ in runs]
+        if len(set(whose)) < len(whose):
+            raise ValueError(f"row {b}: the tokens of a record must stand side by side, got records {whose}")
+        return runs
 
     def _segments(self, b: int, first: int, last: int) -> "Iterator[Segment]":
         """Those of one record. Joint: the whole record is one causal run. Isolated: the prompt is one run, and so is
@@ -118,6 +122,9 @@ class AttentionMask:
         runs = [(first, last)]
         if self.mode == "isolated":
             runs = [(first + start, first + stop) for start, stop in _cut(self.response[b, first:last])]
+        whose = [int(self.response[b, start]) for start, _ in runs]
+        if len(set(whose)) < len(whose):
+            raise ValueError(f"row {b}: the tokens of a response must stand side by side, got responses {whose}")
         prompt = runs[0][1]
         for start, stop in runs:
             for a in range(start, stop, CHUNK):
