@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from yojo import parallel
 from yojo.files import InputError, whole_file
 
 
@@ -72,7 +73,8 @@ def fit(
     optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)
     first, log = resume(folder, about, parameters, optimizer)
     start = time.monotonic() - (log[-1]["seconds"] if log else 0)
-    bar = tqdm(range(first, c.steps), title, initial=first, total=c.steps, disable=title is None, mininterval=1)
+    silent = title is None or not parallel.first()
+    bar = tqdm(range(first, c.steps), title, initial=first, total=c.steps, disable=silent, mininterval=1)
     for step in bar:
         entry = {
             "step": step,
@@ -81,7 +83,7 @@ def fit(
         }
         log.append(entry)
         bar.set_postfix({k: f"{v:.3f}" for k, v in entry.items() if k in ("loss", "accuracy")}, refresh=False)
-        if folder is not None:
+        if folder is not None and parallel.first():
             with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
             if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
@@ -94,11 +96,12 @@ def train_step(loss, step: int, parameters: list[nn.Parameter], optimizer: torch
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, c) * group["pace"]
     seen: dict[str, float] = {}
-    for part in range(c.accumulate):
+    for part in parallel.share(c.accumulate):
         value, about = loss(step, part)
         (value / c.accumulate).backward()
         for key, number in {"loss": value.item(), **about}.items():
             seen[key] = seen.get(key, 0.0) + number / c.accumulate
+    seen = parallel.add_up(parameters, seen)
     norm = nn.utils.clip_grad_norm_(parameters, c.clip).item()
     if not math.isfinite(seen["loss"]) or not math.isfinite(norm):
         raise FloatingPointError(
@@ -152,6 +155,8 @@ def resume(
         if state["random_cuda"]:
             torch.cuda.set_rng_state_all(state["random_cuda"])
         log = state["log"]
-    with whole_file(folder / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+    parallel.wait()  # all have read the state before the first writes again
+    if parallel.first():
+        with whole_file(folder / "metrics.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
     return len(log), log

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from yojo import loss as losses
+from yojo import parallel
 from yojo.data import Record, collate, join
 from yojo.files import InputError
 from yojo.fit import FitConfig
@@ -147,7 +148,7 @@ class Dataset:
             if crops < most:
                 self.crops[i] = crops
             asks.append(ask)
-        if self.crops:
+        if self.crops and parallel.first():
             i = min(self.crops)
             print(
                 f"to fit into {limit} tokens, pictures of {len(self.crops)} record(s) are cut into fewer than {most} "

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from yojo import flops, memory, metrics, shapes
+from yojo import flops, memory, metrics, parallel, shapes
 from yojo.cli import WEIGHTS, Parser, run
 from yojo.data import Record, read_records
 from yojo.files import InputError
@@ -215,23 +215,29 @@ def table(r: dict) -> str:
 
 
 def full(args: argparse.Namespace) -> dict:
-    """Train on a checkpoint and a JSONL file, evaluate on records held back, save."""
+    """Train on a checkpoint and a JSONL file, save, evaluate on records held back."""
+    device = parallel.start()
     training = place(args.out, args.overwrite, args.resume)
     records, test = split(read_records(args.data), args.test, args.seed)
     recipe = Recipe()
     steps = args.steps or max(1, recipe.epochs * len(records) // (recipe.records * recipe.fit.accumulate))
     recipe = replace(recipe, fit=replace(recipe.fit, steps=steps))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parallel.share(recipe.fit.accumulate)
     rm = RewardModel.new(args.weights, args.mode, recipe.lora, recipe.inner, device=device, seed=args.seed)
     rm.backbone.checkpointing = True
     data, testing = Dataset(records, rm, keep=False), Dataset(test, rm, keep=False)
-    announce(data.measure(recipe), rm, recipe)
+    asks = data.measure(recipe)
     testing.measure(recipe)
-    start_over(training, args.resume)
+    if parallel.first():
+        announce(asks, rm, recipe)
+        start_over(training, args.resume)
+    parallel.wait()
     digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
     about = {"mode": args.mode, "seed": args.seed, "data": digest, "records": len(records)}
     about["base"] = rm.fingerprint["weights"]
     train(data, recipe, args.seed, "train", training, run=about)
+    if not parallel.first():
+        raise SystemExit(0)  # the rest is for one
     rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
     shutil.rmtree(training)
     shows = {show: evaluate(testing, args.seed, show, size=1, title=show) for show in testing.shows()}
@@ -295,7 +301,8 @@ def split(records: list[Record], test: Path | None, seed: int) -> tuple[list[Rec
     if len(records) < 2:
         raise InputError("one record can't both be trained on and held back: add records, or give --test FILE")
     held_back = set(random.Random(f"{seed} hold back").sample(range(len(records)), max(1, len(records) // 20)))
-    print(f"held back for the evaluation: {len(held_back)} of {len(records)} records")
+    if parallel.first():
+        print(f"held back for the evaluation: {len(held_back)} of {len(records)} records")
     return [r for i, r in enumerate(records) if i not in held_back], [records[i] for i in sorted(held_back)]
 
 

@@ -1,0 +1,93 @@
+"""Two processes train the reward model to the adapter that one trains it to.
+
+pytest tests/test_parallel.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_single_pass import noise
+
+from yojo import parallel
+from yojo.files import InputError
+
+# The command itself, with the paper's recipe made small; float64 where the last argument says so.
+SCRIPT = """
+import sys
+from dataclasses import replace
+import torch
+from yojo import reward, train
+from yojo.fit import FitConfig
+from yojo.lora import LoraConfig
+from yojo.preference import Recipe
+fit = FitConfig(steps=0, lr=1e-2, accumulate=4, save_every=2)
+small = Recipe(LoraConfig(r=2, dropout=0.0), inner=8, records=1, fit=fit)
+train.Recipe = lambda: replace(small)
+dtype, new = getattr(torch, sys.argv.pop()), reward.RewardModel.new
+train.RewardModel.new = lambda *args, **kwargs: new(*args, dtype=dtype, **kwargs)
+torch.set_num_threads(1)
+train.main()
+"""
+
+
+@pytest.fixture
+def run(tiny_folder, tmp_path):
+    noise(1).save(tmp_path / "p.png")
+    lines = [
+        {"prompt": f"{i}?", "responses": ["good", f"bad {i}", "worse"], "rankings": [1, 2, 3], "image": "p.png"}
+        for i in range(12)
+    ]
+    (tmp_path / "prefs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    def go(processes, dtype, out, *more):
+        words = [
+            "--weights",
+            tiny_folder,
+            "--data",
+            tmp_path / "prefs.jsonl",
+            "--out",
+            tmp_path / out,
+            "--mode",
+            "joint",
+        ]
+        words = [tmp_path / "script.py", *words, "--steps", "5", *more, dtype]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *(torchrun if processes > 1 else []), *map(str, words)]
+        environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+
+    return go, tmp_path
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-4)])
+def test_two_processes_train_what_one_trains(run, dtype, tolerance):
+    go, folder = run
+    for processes, out in ((1, "one"), (2, "two")):
+        done = go(processes, dtype, out)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("memory, computed") == done.stdout.count("held back") == 1, "process 0 alone prints"
+    for file in ("adapter_model.safetensors", "value_head.safetensors"):
+        one, two = (load_file(folder / out / file) for out in ("one", "two"))
+        assert one.keys() == two.keys() and all(str(t.dtype) == f"torch.{dtype}" for t in one.values())
+        assert max((one[name] - two[name]).abs().max().item() for name in one) < tolerance
+    logs = [(folder / out / "metrics.jsonl").read_text().splitlines() for out in ("one", "two")]
+    assert [json.loads(line)["step"] for line in logs[1]] == [0, 1, 2, 3, 4]
+    assert json.loads(logs[0][-1])["loss"] == pytest.approx(json.loads(logs[1][-1])["loss"], abs=tolerance)
+
+
+def test_a_step_that_cannot_be_shared_evenly_is_named(monkeypatch):
+    assert list(parallel.share(4)) == [0, 1, 2, 3]
+    monkeypatch.setattr(parallel, "place", lambda: (1, 3))
+    with pytest.raises(InputError, match="4 micro-batches a step can't be shared by 3 processes"):
+        parallel.share(4)
+    assert list(parallel.share(6)) == [1, 4]
+
+
+def test_one_process_adds_up_nothing():
+    assert parallel.add_up([torch.nn.Parameter(torch.zeros(1))], {"loss": 1.0}) == {"loss": 1.0}

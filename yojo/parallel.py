@@ -1,0 +1,70 @@
+"""More than one device: a process for each, every one with its share of a step's micro-batches.
+
+    torchrun --nproc-per-node 8 -m yojo.train --weights ... --data ... --out ... --mode joint
+
+Every process holds the whole model and sees the same records; of the micro-batches of a step, process r of w takes
+r, r + w, r + 2 w, ... Their gradients are added up before the clip, so that a step is the same whatever w is, but for
+the order of sums and for dropout. Process 0 alone prints and writes.
+
+See it: `pytest tests/test_parallel.py`.
+"""
+
+import atexit
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import distributed, nn
+
+from yojo.files import InputError
+
+
+def start() -> torch.device:
+    """Join the processes that `torchrun` started, if it did -> the device of this one."""
+    if "WORLD_SIZE" not in os.environ:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(distributed.destroy_process_group)
+    return device
+
+
+def place() -> tuple[int, int]:
+    """(rank, number of processes)"""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def first() -> bool:
+    return place()[0] == 0
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def share(parts: int) -> range:
+    """The micro-batches of a step that are this process's."""
+    rank, world = place()
+    if parts % world:
+        raise InputError(
+            f"{parts} micro-batches a step can't be shared by {world} processes: take a divisor of {parts}"
+        )
+    return range(rank, parts, world)
+
+
+def add_up(parameters: Sequence[nn.Parameter], seen: dict[str, float]) -> dict[str, float]:
+    """Gradients in place and logged numbers, summed over processes."""
+    if place()[1] == 1:
+        return seen
+    for p in parameters:
+        distributed.all_reduce(p.grad)
+    names = sorted(seen)
+    numbers = torch.tensor([seen[name] for name in names], dtype=torch.float64, device=parameters[0].device)
+    distributed.all_reduce(numbers)
+    return dict(zip(names, numbers.tolist(), strict=True))
