@@ -141,8 +141,9 @@ class VisionAttention(nn.Module):
             w(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for w, y in ((self.wq, x), (self.wk, keys), (self.wv, keys))
         )
-        if mask is None and not x.is_cuda:  # one view at a time: scores of all would not stay in the cache
-            out = torch.cat([product(*(y[i : i + 1] for y in (q, k, v))) for i in range(len(q))])
+        if mask is None and not x.is_cuda:  # a few views at a time: the scores of all would not stay in the cache
+            few = max(1, 2**22 // (self.heads * q.shape[2] * k.shape[2]))
+            out = torch.cat([product(*views) for views in zip(q.split(few), k.split(few), v.split(few), strict=True)])
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.wo(out.transpose(1, 2).flatten(2))
