@@ -124,6 +124,21 @@ def test_without_the_picture_the_true_and_the_false_pair_are_alike(held_out):
         assert true / (true + false) == pytest.approx(0.5, abs=0.07), word
 
 
+@pytest.mark.parametrize("paraphrase", [False, True])
+def test_what_an_isolated_judge_can_reach(paraphrase):
+    """It knows which answers are true, and may like one wording better; among alike answers it guesses."""
+    rng, found = random.Random(0), []
+    for _, scene, record in shapes.records(rng, "corroborated", 4000, 400, paraphrase=paraphrase):
+        liked = {
+            text: (shapes.oracle(scene, record["prompt"], text), " in " not in text, rng.random())
+            for text in record["responses"]
+        }
+        best = max(record["responses"], key=liked.get)
+        found.append(record["rankings"][record["responses"].index(best)] == 1)
+    ceilings = shapes.PARAPHRASED if paraphrase else shapes.CEILINGS
+    assert sum(found) / len(found) == pytest.approx(ceilings["isolated"], abs=0.025)
+
+
 def test_held_out_pairs_never_occur_in_training():
     for task in ("absolute", "corroborated"):
         for scene, record in made(task, count=1000, n=(4, 8)):

@@ -53,6 +53,9 @@ PAIRS = tuple(itertools.product(COLOURS, SHAPES))
 # 4). Without the picture T and F are alike: one of two. With both, causal attention is enough: the second copy sees
 # the first. They hold for pairs seen in training: in held-out records T alone is a held-out pair among the true ones.
 CEILINGS = {"isolated": 1 / 3, "any_true": 1 / 2, "joint_blank": 1 / 2, "joint": 1.0}
+# With copies worded in both of two ways, T always has an answer in the first wording, U and V with probability 1/2
+# each: an isolated model that prefers a wording finds T among 1 + Bin(2, 1/2) true answers, 1/4 + 1/4 + 1/12.
+PARAPHRASED = CEILINGS | {"isolated": 7 / 12}
 
 
 @dataclass(frozen=True)
