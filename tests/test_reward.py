@@ -77,6 +77,15 @@ def test_mode_none_is_the_one_it_was_trained_in(tiny_folder):
         rm.score(*ASK, mode="both")
 
 
+def test_a_merged_model_scores_the_same_and_carries_no_adapter(tiny_folder):
+    rm = make_model(tiny_folder)
+    before = rm.score(*ASK)
+    rm.merge()
+    assert rm.score(*ASK) == pytest.approx(before, abs=1e-10) and rm.adapter is None
+    with pytest.raises(InputError, match="no adapter 'reward'"):
+        rm.trainable()
+
+
 def test_no_response_is_refused(tiny_folder):
     with pytest.raises(InputError, match="no responses"):
         make_model(tiny_folder).score("prompt", [])

@@ -102,6 +102,11 @@ class RewardModel(nn.Module):
         """The adapter's parameters and the head's; everything else is frozen."""
         return lora.parameters(self.backbone, ADAPTER), list(self.head.parameters())
 
+    def merge(self) -> None:
+        """Fold the adapter into the backbone: scores the same but for rounding, faster, and learns no more."""
+        lora.merge(self.backbone, ADAPTER)
+        self.adapter = None
+
     def forward(self, batch: Batch, features: Tensor | None = None) -> Tensor:
         """Scores [R] in at least float32, one a response, in the order of the batch's records.
 

@@ -94,9 +94,16 @@ def tiny_run(
     rm = RewardModel.new(WEIGHTS / "tiny", mode, recipe.lora, recipe.inner, seed=seed)
     data = Dataset(read_records(folder / "train.jsonl"), rm, keep=True)
     log = train(data, recipe, seed, f"{mode} seed {seed}")
+    if out is not None:
+        (folder / mode).mkdir()
+        curve = folder / mode / "metrics.jsonl"
+        curve.write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+        rm.save(out / NAMES[mode], overwrite, also=[curve])
+    rm.merge()  # faster, and nothing more is learned
     test, heldout = read_records(folder / "test.jsonl"), read_records(folder / "heldout.jsonl")
-    own = evaluate(Dataset(test, rm, keep=True), seed)
-    controls = Dataset(test[:CONTROLS], rm, keep=True, shows=("own", "blank"))
+    data = Dataset(test, rm, keep=True, shows=("own", "blank"))
+    own, controls = evaluate(data, seed), Dataset(test[:CONTROLS], rm, keep=False)
+    controls.kept = data.kept
     rng = random.Random(f"{seed} noise")
     figures = {
         mode: accuracies(own, test),
@@ -106,11 +113,6 @@ def tiny_run(
         f"{mode}_vote": accuracies([metrics.vote(s, r.responses) for s, r in zip(own, test, strict=True)], test),
         f"{mode}_noise": accuracies([metrics.with_noise(s, rng) for s in own], test),
     }
-    if out is not None:
-        (folder / mode).mkdir()
-        curve = folder / mode / "metrics.jsonl"
-        curve.write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
-        rm.save(out / NAMES[mode], overwrite, also=[curve])
     return {"seed": seed, "mode": mode, "figures": figures}
 
 
