@@ -138,9 +138,12 @@ def kept(arcs: ndarray, order: Sequence[int]) -> float:
 
 
 def denoise(arcs: ndarray) -> ndarray:
-    """The graph without the arcs that point backwards inside a component. It has no cycle left."""
+    """The graph without the arcs that point backwards inside a component. A component in which nobody is ahead, all
+    arcs in weighing as much as all arcs out, says nothing about its answers: its cycles stay, so they tie."""
     clean = arcs.copy()
     for vertices in components(arcs):
+        if not borda(arcs[np.ix_(vertices, vertices)]).any():
+            continue
         order = [vertices[i] for i in eades(arcs[np.ix_(vertices, vertices)])]
         place = {v: i for i, v in enumerate(order)}
         for u in vertices:
