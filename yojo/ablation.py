@@ -31,7 +31,7 @@ class World:
 
     task: str
     n: int = 4
-    noisy: float = 0.06
+    noisy: float = shapes.NOISE
 
     def write(self, folder: Path, seed: int) -> list:
         rng = random.Random(f"{seed} ablation {self}")
@@ -43,7 +43,7 @@ class World:
 def under(rm: RewardModel, data: Dataset, mode: str, orders: int, seed: int) -> float:
     """Accuracy under a mask, scores averaged over `orders` orders of the responses."""
     before, rm.mode = rm.mode, mode
-    rows = [evaluate(data, seed + k, title=None) for k in range(orders)]
+    rows = [evaluate(data, seed + k) for k in range(orders)]
     rm.mode = before
     scores = [np.mean(many, axis=0).tolist() for many in zip(*rows, strict=True)]
     return metrics.mean(accuracies(scores, data.records))
@@ -61,7 +61,7 @@ def masks(models: dict[str, Path], world: World, folder: Path, seed: int) -> lis
         figures = {name: under(rm, data, mode, orders, seed) for name, (mode, orders) in MASKS.items()}
         rows.append({"task": world.task, "noise": world.noisy, "trained": trained, **figures})
         cells = "".join(f"{value:24.3f}" for value in figures.values())
-        print(f"{world.task + (', noisy' if world.noisy > 0.1 else ''):22s}{trained:10s}{cells}")
+        print(f"{world.task + (', noisy' if world.noisy > shapes.NOISE else ''):22s}{trained:10s}{cells}")
     return rows
 
 

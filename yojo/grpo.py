@@ -53,7 +53,7 @@ from yojo.reward import RewardModel, digest
 from yojo.train import NAMES, place, start_over
 
 POLICY, START = "policy", "start"
-FULL_LR = 1e-5
+FULL_LR, FULL_LORA = 1e-5, LoraConfig(r=64, alpha=64, dropout=0.0)  # without --tiny; chosen, never tried
 STARTS_FROM = WEIGHTS / "tiny-policy"
 
 
@@ -522,10 +522,11 @@ def full(args: argparse.Namespace, c: GrpoConfig) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rm = RewardModel.load(args.reward, args.weights, device=device, lm_head=True)
     generator = torch.Generator().manual_seed(args.seed)
-    lora.add(rm.backbone, POLICY, LoraConfig(r=64, alpha=64, dropout=0.0), generator)
+    judge = sum(p.nbytes for p in lora.parameters(rm.backbone, rm.adapter)) if rm.adapter else 0
+    lora.add(rm.backbone, POLICY, FULL_LORA, generator)
     rm.backbone.checkpointing = True
-    held = memory.training(rm.backbone.config, rm.backbone.dtype, LoraConfig(r=64, alpha=64))
-    held += rm.backbone.lm_head.weight.nbytes + 4 * memory.adapter(rm.backbone.config, LoraConfig())
+    held = memory.training(rm.backbone.config, rm.backbone.dtype, FULL_LORA)
+    held += rm.backbone.lm_head.weight.nbytes + judge
     print(f"memory, computed, without activations: {held / 1e9:.1f} GB")
     start_over(training, args.resume)
 

@@ -17,9 +17,9 @@ In `isolated` mode the positions of every response start right after the prompt,
 Layout "released" is for the released reward model, which was trained on other rows (facts: its training code,
 yinuoyang01/multi-response-rm). Every oddity is meant:
 
-    <|im_end|> PICTURES <|im_start|>user\n PROMPT <|im_end|>\n␣<|im_start|>assistant
-                 \n RESPONSE 1 \n\n <|resp_sep|> \n\n RESPONSE 2 \n\n <|resp_sep|> ... <|resp_sep|> \n\n RESPONSE N
-                                 ^                             ^                                               ^
+    <|im_end|> PICTURES <|im_start|>user\\n PROMPT <|im_end|>\\n␣<|im_start|>assistant
+           \\n RESPONSE 1 \\n\\n <|resp_sep|> \\n\\n RESPONSE 2 \\n\\n <|resp_sep|> ... <|resp_sep|> \\n\\n RESPONSE N
+                           ^ read here                   ^                                                  ^
 the blank before the assistant's turn; BOS only with pictures; blank lines round separators, so that a response is
 encoded differently first, in the middle and last; no separator after the last one, which is read at its last token.
 The prompt ends after the word "assistant": its line break can melt into the first response's own.

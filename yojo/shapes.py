@@ -27,6 +27,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 CELL, GRID = 28, 3
+NOISE = 0.06  # share of noise in every pixel
 COLOURS = {
     "red": (214, 39, 40),
     "orange": (255, 140, 0),
@@ -100,7 +101,7 @@ def make_scene(rng: random.Random, held_out: bool = False, fewest: int = 2) -> S
 # --------------------------------------------------------------------------------------------------------- pictures
 
 
-def render(scene: Scene, noisy: float = 0.06) -> Image.Image:
+def render(scene: Scene, noisy: float = NOISE) -> Image.Image:
     """84 x 84 pixels, drawn at three times the size and reduced; `noisy` is the share of noise in every pixel."""
     rng, zoom = random.Random(scene.seed), 3
     shade = rng.randint(20, 90)
@@ -276,7 +277,7 @@ def records(
             yield i % scenes, scene, corroborated(scene, rng, paraphrase, held_out)
 
 
-def write_records(folder: str | Path, name: str, made: Iterator[tuple[int, Scene, dict]], noisy: float = 0.06) -> Path:
+def write_records(folder: str | Path, name: str, made: Iterator[tuple[int, Scene, dict]], noisy: float = NOISE) -> Path:
     """`<name>.jsonl` and `<name>/<scene>.png` in `folder`, in the record format of `data.py` -> the JSONL's path."""
     pictures, path = Path(folder) / name, Path(folder) / f"{name}.jsonl"
     pictures.mkdir(parents=True)
