@@ -17,8 +17,11 @@ from yojo import parallel
 from yojo.files import InputError
 
 # The command itself, with the paper's recipe made small; float64 where the last argument says so.
+# A first exit handler runs last: after it the group's threads must be gone, or leaving can abort.
 SCRIPT = """
-import sys
+import atexit, sys
+from pathlib import Path
+atexit.register(lambda: print("gloo" in "".join(p.read_text() for p in Path("/proc/self/task").glob("*/comm"))))
 from dataclasses import replace
 import torch
 from yojo import reward, train
@@ -72,6 +75,7 @@ def test_two_processes_train_what_one_trains(run, dtype, tolerance):
         done = go(processes, dtype, out)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("memory, computed") == done.stdout.count("held back") == 1, "process 0 alone prints"
+        assert "True" not in done.stdout and done.stdout.count("False") == processes, "threads are left at the exit"
     for file in ("adapter_model.safetensors", "value_head.safetensors"):
         one, two = (load_file(folder / out / file) for out in ("one", "two"))
         assert one.keys() == two.keys() and all(str(t.dtype) == f"torch.{dtype}" for t in one.values())

@@ -26,6 +26,10 @@ def start() -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # This module keeps the group of its time of import as a default argument, and the optimisers import it: a group
+    # that exists by then is never freed, and its threads, alive at the exit, now and then abort the process.
+    from torch.distributed.nn import functional  # noqa: F401
+
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     atexit.register(distributed.destroy_process_group)
     return device
