@@ -3,6 +3,7 @@
 pytest tests/test_bench.py
 """
 
+import copy
 import json
 from argparse import Namespace
 
@@ -18,8 +19,8 @@ from yojo.molmo2 import attend, product
 def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "weights"
     write_random(folder, "tiny", shape_config("tiny"), torch.float32, 1, 0)
-    args = Namespace(device="cpu", prompt_tokens=60, seed=0, peer=True)
-    return bench.Setting(folder, args, torch.float32), bench.load_peer(folder, args, torch.float32)
+    args = Namespace(device="cpu", seed=0, peer=True)
+    return bench.Setting(folder, args, torch.float32).ask(60), bench.load_peer(folder, args, torch.float32)
 
 
 @pytest.mark.parametrize("n, R", [(1, 10), (3, 10), (4, 200)])
@@ -65,9 +66,35 @@ def test_score_prints_a_row_for_every_alternative(command, tmp_path):
     assert rows[0]["counted"] == pytest.approx(flops.separate(shape_config("tiny"), ask) / joint, rel=0.01)
 
 
+def test_several_prompts_are_measured_on_one_model(command, tmp_path):
+    words = [*SMALL[:4], "--prompt-tokens", 60, 90, "--response-tokens", 10, "--n", 2, "--dtypes", "float32"]
+    status, _, err = command(bench, "score", *words, "--json", tmp_path / "r.json")
+    assert status == 0, err
+    rows = json.loads((tmp_path / "r.json").read_text())
+    assert [row["prompt_tokens"] for row in rows] == 5 * [60] + 5 * [90]
+
+
+def test_sorted_batches_give_the_scores_of_one_by_one(command, tmp_path):
+    status, out, err = command(bench, "batch", "--n", 20, "--rounds", 1, "--json", tmp_path / "r.json")
+    assert status == 0 and "20 records" in out, err
+    assert all(row["difference"] < 1e-5 for row in json.loads((tmp_path / "r.json").read_text()))
+
+
+def test_a_step_of_their_trunk_reaches_every_one_of_its_pairs(setting):
+    s, peer = setting[0], copy.deepcopy(setting[1].model)
+    batch, config = s.batch([s.record([s.draw(5), s.draw(6)])], "joint"), bench.LoraConfig(r=2, dropout=0.0)
+    step, reached = bench.their_step(s, Namespace(model=peer), batch, torch.tensor([[1, 2]]), config), set()
+    pairs = {name: p for name, p in peer.named_parameters() if p.requires_grad}
+    assert len(pairs) == 2 * 7 * s.config.text.num_hidden_layers and all("lora" in name for name in pairs)
+    for name, p in pairs.items():
+        p.register_hook(lambda grad, name=name: reached.add(name))
+    step()
+    assert reached == set(pairs)
+
+
 def test_train_and_load_run(command):
     status, out, err = command(bench, "train", *SMALL, "--dtypes", "float32", "--peer")
-    assert status == 0 and "our trunk in peft" in out, err
+    assert status == 0 and "our trunk in peft" in out and "their trunk in peft" in out, err
     status, out, err = command(bench, "load", "--shape", "tiny", "--rounds", 1, "--dtype", "float32", "--peer")
     assert status == 0 and "transformers" in out, err
     difference = float(out.splitlines()[-1].split()[0])

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from yojo import bench, checkpoint, evaluate, flops, grpo, preference, pretrain, score, train, votes
+from yojo import bench, checkpoint, evaluate, flops, grpo, hacking, preference, pretrain, score, train, votes
 from yojo.cli import WEIGHTS
 
 
@@ -76,7 +76,7 @@ def test_train_refuses(refused, words, why):
     refused(why, train, *words)
 
 
-@pytest.mark.parametrize("module", [bench, checkpoint, evaluate, flops, grpo, pretrain, score, train, votes])
+@pytest.mark.parametrize("module", [bench, checkpoint, evaluate, flops, grpo, hacking, pretrain, score, train, votes])
 def test_help_explains_every_option(command, module):
     status, out, _ = command(module, "--help")
     assert status == 0 and "--seed" in out and "--json" in out
@@ -96,6 +96,14 @@ def test_score_tiny_prints_a_ranked_table(command, tmp_path):
 def test_score_names_the_mode_that_was_asked_for(command):
     _, out, _ = command(score, "--model", WEIGHTS / "tiny-rm", "--mode", "isolated", *ONE)
     assert "mode: isolated (trained in joint)" in out
+
+
+def test_score_says_how_it_computes(command):
+    _, out, _ = command(score, "--tiny", "--verbose")
+    assert "one call under a mask of all pairs; 4 positions leave the last block" in out
+    long = ("--tiny", "--prompt", "word " * 600, "--response", "a", "--response", "b")
+    _, out, _ = command(score, *long, "--verbose", "--mode", "isolated")
+    assert "segments, plain products each; 2 positions" in out and "0 pictures; float32 on cpu" in out
 
 
 def test_score_reads_records(command, tmp_path):

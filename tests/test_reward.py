@@ -10,15 +10,17 @@ import shutil
 import pytest
 import torch
 from conftest import random_model
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_single_pass import make_model
+from test_single_pass import make_model, noise
 
 from yojo import lora
 from yojo.checkpoint import load_backbone
 from yojo.data import collate
 from yojo.files import InputError
 from yojo.loss import best_of_n
-from yojo.reward import RewardModel, ValueHead, place_separator
+from yojo.reward import RewardModel, ValueHead, batches, place_separator
 
 ASK = ("Describe the star.", ["a small red star", "a large red star", "nothing"])
 
@@ -226,3 +228,26 @@ def test_an_existing_folder_is_kept_unless_told(saved):
         rm.save(folder / "rm")
     rm.save(folder / "rm", overwrite=True)
     assert RewardModel.load(folder / "rm").score(*ASK) == rm.score(*ASK)
+
+
+@given(st.lists(st.integers(1, 500), max_size=60), st.integers(1, 2000))
+def test_batches_cover_every_row_once_within_the_budget(lengths, tokens):
+    made = batches(lengths, tokens)
+    assert sorted(i for batch in made for i in batch) == list(range(len(lengths)))
+    for batch in made:
+        longest = max(lengths[i] for i in batch)
+        assert len(batch) == 1 or len(batch) * longest <= tokens, "padding counts"
+
+
+@pytest.mark.parametrize("mode", ["joint", "isolated"])
+def test_many_records_of_unequal_length_score_as_each_alone_and_in_their_order(tiny_folder, mode, monkeypatch):
+    monkeypatch.setattr("yojo.reward.WINDOW", 4)
+    rm = RewardModel.new(tiny_folder, mode, lora.LoraConfig(r=2))
+    picture = noise(3)
+    records = [
+        rm.processor.encode("x " * (1 + 7 * i % 11), ["a " * (1 + i), "b"], picture if i % 3 else None)
+        for i in range(11)
+    ]
+    many = list(rm.score_all(iter(records), mode, tokens=150))
+    for record, row in zip(records, many, strict=True):
+        assert row == pytest.approx(rm.score_encoded([record], mode)[0], abs=1e-5)

@@ -3,6 +3,7 @@
     python -m yojo.bench load --peer                 load a checkpoint and score one picture with four answers
     python -m yojo.bench score --layers 2 --peer     one pass against N passes, a batch, a cached prompt, transformers
     python -m yojo.bench train --layers 2 --peer     one training step, against the same trunk in `peft`
+    python -m yojo.bench batch                       many records of unequal length: sorted batches, or one by one
 
 Machines are noisy: the alternatives of one table take turns in the same run, ratios are taken round by round, and
 medians are printed. `load` gives every alternative a process of its own and empties the page cache of the files first.
@@ -32,9 +33,9 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from yojo import flops, lora
+from yojo import flops, lora, shapes
 from yojo.checkpoint import SHAPES, load_backbone, read_config, shape_config, shards, write_random
-from yojo.cli import Parser, run
+from yojo.cli import WEIGHTS, Parser, run
 from yojo.data import Batch, collate
 from yojo.files import InputError
 from yojo.lora import LoraConfig
@@ -42,7 +43,7 @@ from yojo.loss import best_of_n
 from yojo.mask import MODES, PROMPT
 from yojo.molmo2 import Cache, Molmo2
 from yojo.prompt import Ask, Encoded, Processor
-from yojo.reward import ADAPTER, ValueHead
+from yojo.reward import ADAPTER, RewardModel, ValueHead
 
 QUESTION = "Which of these answers describes the picture best?"
 PICTURE = (1024, 768)
@@ -334,21 +335,23 @@ class Setting:
     """A model, and one record of random tokens: a prompt of P with a picture in it, N responses of R."""
 
     def __init__(self, folder: Path, args: argparse.Namespace, dtype: torch.dtype):
-        self.device = torch.device(args.device)
+        self.seed, self.device = args.seed, torch.device(args.device)
         self.backbone = load_backbone(folder, dtype, self.device)
         self.config = self.backbone.config
         self.head = ValueHead(self.config.text.hidden_size, 1024).to(self.device, torch.float32)
-        processor, encoded = question(folder, 1)
-        self.generator = torch.Generator().manual_seed(args.seed)
-        marks = int(encoded.image.sum())
-        P = args.prompt_tokens
+        self.processor, self.encoded = question(folder, 1)
+        self.pictures, self.separator = self.encoded.pictures, self.processor.tokenizer.separator_id
+        self.features = self.see()
+
+    def ask(self, P: int) -> "Setting":
+        """A prompt of P tokens."""
+        marks = int(self.encoded.image.sum())
         if P < marks + 2:
             raise InputError(f"--prompt-tokens {P}: the picture alone takes {marks}, give {marks + 2} or more")
-        self.prompt = torch.cat([encoded.ids[: marks + 1], self.draw(P - marks - 1)])
-        self.image = torch.isin(self.prompt, processor.image_ids)
-        self.pictures = encoded.pictures
-        self.features = self.see()
-        self.separator = processor.tokenizer.separator_id
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.prompt = torch.cat([self.encoded.ids[: marks + 1], self.draw(P - marks - 1)])
+        self.image = torch.isin(self.prompt, self.processor.image_ids)
+        return self
 
     def draw(self, count: int) -> Tensor:
         return torch.randint(300, (count,), generator=self.generator)
@@ -429,10 +432,11 @@ def score(args: argparse.Namespace) -> list[dict]:
             s, peer = Setting(folder, args, dtype), load_peer(folder, args, dtype)
             c, looking = s.config.text, median(clock(s.see, s.device) for _ in range(3))
             print(f"\n{hardware(s.device)}; {name}; {c.num_hidden_layers} blocks of width {c.hidden_size}, ", end="")
-            print(f"P = {args.prompt_tokens}, R = {args.response_tokens}; medians of {args.rounds} rounds")
+            print(f"R = {args.response_tokens}; medians of {args.rounds} rounds")
             print(f"looking at the picture, once for either side: {looking:.2f} s")
-            for n in args.n:
-                table += score_n(s, n, args, peer, name)
+            for P in args.prompt_tokens:
+                for n in args.n:
+                    table += score_n(s.ask(P), n, args, peer, name)
             del s, peer
             gc.collect()
     return table
@@ -458,13 +462,20 @@ def score_n(s: Setting, n: int, args: argparse.Namespace, peer, dtype: str) -> l
     counted["one pass, joint"] = count["joint"]
     bare = sum(2 * ask.tokens * a * b for a, b in flops.shapes(s.config.text).values())
     rows = []
-    print(
-        f"\nN = {n:<3d}{'':28s}{'s':>8s}{'tokens/s':>10s}{'GB above':>10s}{'x joint':>9s}{'counted':>9s}{'of peak':>9s}"
-    )
+    title = f"P = {P}, N = {n}"
+    columns = {"s": 8, "tokens/s": 10, "GB above": 10, "x joint": 9, "counted": 9, "of peak": 9}
+    print(f"\n{title:34s}" + "".join(f"{name:>{width}s}" for name, width in columns.items()))
     for name in arms:
         if name == "bare products":
             continue
-        row = {"dtype": dtype, "n": n, "arm": name, "seconds": median(seconds[name]), "above": above[name]}
+        row = {
+            "dtype": dtype,
+            "prompt_tokens": P,
+            "n": n,
+            "arm": name,
+            "seconds": median(seconds[name]),
+            "above": above[name],
+        }
         row["tokens_per_s"] = n * R / row["seconds"]
         row["times_joint"] = ratio(seconds, name, "one pass, joint")
         if name in counted:
@@ -498,7 +509,7 @@ def train(args: argparse.Namespace) -> list[dict]:
 
 def train_n(folder: Path, args: argparse.Namespace, name: str, n: int) -> list[dict]:
     config = LoraConfig(dropout=0.0)
-    s = Setting(folder, args, getattr(torch, name))
+    s = Setting(folder, args, getattr(torch, name)).ask(args.prompt_tokens)
     R = args.response_tokens
     ask = Ask(len(s.prompt), int(s.image.sum()), (R + 1,) * n)
     batch = s.batch([s.record([s.draw(R) for _ in range(n)])], "joint")
@@ -528,6 +539,7 @@ def train_n(folder: Path, args: argparse.Namespace, name: str, n: int) -> list[d
         wrapped = get_peft_model(other, PeftConfig(r=config.r, lora_alpha=int(config.alpha), target_modules=targets))
         parameters = [p for p in wrapped.parameters() if p.requires_grad]
         arms["our trunk in peft"] = lambda: step(wrapped, parameters)
+        arms["their trunk in peft"] = their_step(s, load_peer(folder, args, s.backbone.dtype), batch, ranks, config)
     arms["bare products"] = peak_rate(s, ask.tokens)
     seconds, above = take_turns(arms, args.rounds, s.device)
     tokens, count = ask.tokens, flops.training_step(s.config, ask, "joint", config, 1024)
@@ -537,17 +549,79 @@ def train_n(folder: Path, args: argparse.Namespace, name: str, n: int) -> list[d
     for arm in arms:
         if arm != "bare products":
             row = {"dtype": name, "n": n, "arm": arm, "seconds": median(seconds[arm]), "above": above[arm]}
-            row |= {
-                "times_ours": ratio(seconds, arm, "ours"),
-                "of_peak": count / bare * ratio(seconds, "bare products", arm),
-            }
+            row["times_ours"] = ratio(seconds, arm, "ours")
+            if arm != "their trunk in peft":  # another adapter, another count
+                row["of_peak"] = count / bare * ratio(seconds, "bare products", arm)
             rows.append(row)
             print(
                 f"{arm:24s}{row['seconds']:8.3f} s{row['above'] / 1e9:9.3f} GB above{row['times_ours']:8.3f} x ours",
                 end="",
             )
-            print(f"{row['of_peak']:8.2f} of peak")
+            print(f"{row['of_peak']:8.2f} of peak" if "of_peak" in row else "")
     return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- batch
+
+
+@torch.no_grad()
+def batch(args: argparse.Namespace) -> list[dict]:
+    """Records of the tiny world, of 2 to 8 answers and without or with a picture, scored by the shipped model."""
+    rm, rng = RewardModel.load(WEIGHTS / "tiny-rm", device=args.device), random.Random(args.seed)
+    records = []
+    for _ in range(args.n):
+        scene = shapes.make_scene(rng)
+        asked = shapes.absolute(scene, rng, rng.randint(2, 8))
+        picture = shapes.render(scene) if rng.random() < 0.5 else None
+        records.append(rm.processor.encode(asked["prompt"], asked["responses"], picture))
+    scores = {}
+
+    def single():
+        scores["single"] = [rm.score_encoded([record])[0] for record in records]
+
+    def sorted_():
+        scores["sorted"] = list(rm.score_all(records))
+
+    arms = {"one by one": single, "sorted batches": sorted_}
+    seconds, above = take_turns(arms, args.rounds, torch.device(args.device))
+    apart = max(abs(a - b) for x, y in zip(*scores.values(), strict=True) for a, b in zip(x, y, strict=True))
+    lengths = sorted(len(record.ids) for record in records)
+    print(f"{hardware(torch.device(args.device))}; {args.n} records of {lengths[0]} to {lengths[-1]} tokens")
+    rows = []
+    for arm in arms:
+        row = {"arm": arm, "seconds": median(seconds[arm]), "above": above[arm]}
+        rows.append(row | {"times_sorted": ratio(seconds, arm, "sorted batches"), "difference": apart})
+        print(
+            f"{arm:16s}{row['seconds']:8.3f} s{row['above'] / 1e9:9.3f} GB above"
+            f"{rows[-1]['times_sorted']:8.2f} x sorted"
+        )
+    print(f"scores differ by at most {apart:.1e}")
+    return rows
+
+
+def their_step(s: Setting, peer, batch: Batch, ranks: Tensor, config: LoraConfig) -> Callable[[], None]:
+    """The same step on `transformers`' trunk. There queries, keys, values, gate and up are matrices of their own, so
+    this is seven pairs a block where ours are four: another adapter, with more numbers."""
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    trunk = peer.model.requires_grad_(False)
+    trunk.language_model = get_peft_model(
+        trunk.language_model, PeftConfig(r=config.r, lora_alpha=int(config.alpha), target_modules=targets)
+    ).base_model.model
+    trunk.train().activation_checkpointing_enable({"use_reentrant": False})
+    parameters = [p for p in trunk.parameters() if p.requires_grad]
+    inputs = dict(inputs_embeds=s.backbone.embed(batch.input_ids, s.features).detach(), use_cache=False)
+    inputs["mm_token_type_ids"] = batch.mask.image.long()
+
+    def step():
+        hidden = trunk(**inputs).last_hidden_state[batch.read[:, 0], batch.read[:, 1]]
+        best_of_n(s.head(hidden)[None], ranks).backward()
+        for p in parameters:
+            p.grad = None
+
+    return step
 
 
 def check(args: argparse.Namespace) -> None:
@@ -568,22 +642,27 @@ def main() -> None:
         ("load", "load a checkpoint, score a picture"),
         ("score", "N scores, every way"),
         ("train", "one step"),
+        ("batch", "many records of the tiny world"),
     ):
         sub = commands.add_parser(name, help=what)
+        sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+        sub.add_argument("--rounds", type=int, default=2 if name == "load" else 5, help="turns of every alternative")
+        if name == "batch":
+            sub.add_argument("--n", type=int, default=256, metavar="N", help="records (default: 256)")
+            continue
         sub.add_argument("--weights", type=Path, metavar="DIR", help="a checkpoint; else a random one is written")
         sub.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="of the random one (default: molmo2-4b)")
         sub.add_argument("--layers", type=int, metavar="K", help="its decoder blocks, where not all")
         sub.add_argument("--vision-layers", type=int, metavar="K", help="its vision layers, where not all")
-        sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
         sub.add_argument("--peer", action="store_true", help="measure transformers or peft beside it")
-        sub.add_argument("--rounds", type=int, default=2 if name == "load" else 5, help="turns of every alternative")
         if name == "load":
             sub.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
             sub.add_argument("--n", type=int, default=4, metavar="N", help="answers (default: 4)")
         else:
             sub.add_argument("--dtypes", choices=("bfloat16", "float32"), nargs="+", default=["float32", "bfloat16"])
             sub.add_argument("--n", type=int, nargs="+", default=[2, 4, 8] if name == "score" else [4], metavar="N")
-            sub.add_argument("--prompt-tokens", type=int, default=1040, metavar="P")
+            several = {"nargs": "+", "default": [1040]} if name == "score" else {"default": 1040}
+            sub.add_argument("--prompt-tokens", type=int, metavar="P", **several)
             sub.add_argument("--response-tokens", type=int, default=100, metavar="R")
     args = parser.parse_args()
     run(lambda: begin(args), parser, args)
@@ -593,7 +672,7 @@ def begin(args: argparse.Namespace) -> list[dict]:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device")
     check(args)
-    return {"load": load, "score": score, "train": train}[args.command](args)
+    return {"load": load, "score": score, "train": train, "batch": batch}[args.command](args)
 
 
 if __name__ == "__main__":

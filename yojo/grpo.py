@@ -352,7 +352,7 @@ def question(rng: random.Random) -> Question:
 WRONG = {slot: 0.6 if slot == "size" else 0.3 for slot in shapes.SLOTS}  # greedy answers lie about the size
 
 
-def noisy_caption(q: Question, rng: random.Random, wrong: dict[str, float]) -> str:
+def noisy_caption(q: Question, rng: random.Random, wrong: dict[str, float] = WRONG) -> str:
     """A description in which each fact is wrong with some probability, but never the one that the question names."""
     word = asked_about(q)
     facts = dict(q.scene.facts(q.scene.find(word)))
@@ -365,8 +365,8 @@ def noisy_caption(q: Question, rng: random.Random, wrong: dict[str, float]) -> s
 class Captions:
     """`loss(step, part)` for `fit`: minus the log-probability of noisy captions, four to a picture."""
 
-    def __init__(self, rm: RewardModel, seed: int, pictures: int = 12):
-        self.rm, self.seed, self.pictures = rm, seed, pictures
+    def __init__(self, rm: RewardModel, seed: int, say: Callable[[Question, random.Random], str], pictures: int = 12):
+        self.rm, self.seed, self.say, self.pictures = rm, seed, say, pictures
 
     def __call__(self, step: int, part: int) -> tuple[Tensor, dict[str, float]]:
         rng, groups = random.Random(f"{self.seed} captions {step} {part}"), []
@@ -376,18 +376,24 @@ class Captions:
             encoded = self.rm.processor.encode(q.prompt, [], q.images)
             with torch.no_grad():
                 features = self.rm.backbone.see(encoded.pictures.patches, encoded.pictures.pooling)
-            said = [torch.tensor([*tokenizer.encode(noisy_caption(q, rng, WRONG)), end]) for _ in range(4)]
+            said = [torch.tensor([*tokenizer.encode(self.say(q, rng)), end]) for _ in range(4)]
             groups.append((encoded, features, said))
         return -log_probs(self.rm.backbone, groups, POLICY, 1.0).mean(), {}
 
 
-def make_start(out: Path, steps: int, seed: int, overwrite: bool) -> dict:
-    """Fine-tune an adapter on noisy captions: a policy with room to learn."""
+def make_start(
+    out: Path,
+    steps: int,
+    seed: int,
+    overwrite: bool,
+    say: Callable[[Question, random.Random], str] = noisy_caption,
+) -> dict:
+    """Fine-tune an adapter on what `say` says, noisy captions: a policy with room to learn."""
     rm = RewardModel.load(WEIGHTS / NAMES["joint"], lm_head=True)
     generator = torch.Generator().manual_seed(seed)
     parameters = lora.add(rm.backbone, POLICY, LoraConfig(r=8, alpha=16, dropout=0.0), generator)
     with whole_folder(out, overwrite) as new:
-        log = fit(Captions(rm, seed), parameters, FitConfig(steps=steps, lr=3e-3, warmup=10), title="captions")
+        log = fit(Captions(rm, seed, say), parameters, FitConfig(steps=steps, lr=3e-3, warmup=10), title="captions")
         lora.save(rm.backbone, POLICY, new)
     return {"loss": log[-1]["loss"]}
 

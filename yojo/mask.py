@@ -98,8 +98,13 @@ class AttentionMask:
         return create_block_mask(allow, B=B, H=None, Q_LEN=T, KV_LEN=T, device=str(device))
 
     def view(self) -> "Tensor | list[list[Segment]]":
-        """The form the decoder uses: dense [B, 1, T, T] for short rows, structured for long ones."""
-        return self.dense[:, None] if self.record.shape[1] <= DENSE_UP_TO else self.structured
+        """The form the decoder uses."""
+        return self.dense[:, None] if self.form == "dense" else self.structured
+
+    @property
+    def form(self) -> str:
+        """For short rows "dense", one call with a mask [B, 1, T, T]; for long ones "structured", a call a segment."""
+        return "dense" if self.record.shape[1] <= DENSE_UP_TO else "structured"
 
     # ---------------------------------------------------------------------------------------------------- structure
 

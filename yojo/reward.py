@@ -22,8 +22,9 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ from yojo.molmo2 import Molmo2
 from yojo.prompt import SEPARATOR, Encoded, Processor
 
 ADAPTER = "reward"
+WINDOW, BATCH_TOKENS = 256, 4096  # records among which those of like length are found; tokens of a batch
 CONFIG, HEAD, RELEASED_HEAD = "reward_model_config.json", "value_head.safetensors", "value_head.pt"
 # What the released config may say of its head, with the only value this one computes.
 RELEASED = {"value_head_type": "mlp", "value_head_activation": "silu", "resp_repr_mode": "last"}
@@ -145,6 +147,19 @@ class RewardModel(nn.Module):
         batch = collate(records, mode or self.mode, self.backbone.config.pad_id).to(self.backbone.device)
         return [s.tolist() for s in self(batch, features).split(batch.counts)]
 
+    def score_all(
+        self, records: Iterable[Encoded], mode: str | None = None, tokens: int = BATCH_TOKENS
+    ) -> Iterator[list[float]]:
+        """Scores of any number of records, in their order: records of like length share a batch of at most `tokens`
+        tokens, padding counted. Only WINDOW records are held at a time."""
+        records = iter(records)
+        while window := list(islice(records, WINDOW)):
+            scores: list[list[float]] = [[]] * len(window)
+            for batch in batches([len(e.ids) for e in window], tokens):
+                for i, row in zip(batch, self.score_encoded([window[i] for i in batch], mode), strict=True):
+                    scores[i] = row
+            yield from scores
+
     # -------------------------------------------------------------------------------------------------------- files
 
     def save(self, folder: str | Path, overwrite: bool = False, also: Sequence[Path] = ()) -> None:
@@ -230,6 +245,17 @@ class RewardModel(nn.Module):
         head = _empty_head(backbone, inner)
         head.load_state_dict(read_pickle(folder / RELEASED_HEAD, {k: v.shape for k, v in head.state_dict().items()}))
         return cls(backbone, processor, head, "joint", Path(base), digest).requires_grad_(False).eval()
+
+
+def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices of rows by length, longest first, cut into batches whose padded size is at most `tokens`; a longer row
+    stands alone."""
+    order, out = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    while order:
+        rows = max(1, tokens // lengths[order[0]])
+        out.append(order[:rows])
+        order = order[rows:]
+    return out
 
 
 def digest(folder: str | Path) -> str:

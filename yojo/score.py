@@ -9,10 +9,12 @@ Prints a ranked table per record; with `--draw-mask FILE`, also who may look at 
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from yojo import shapes
 from yojo.cli import WEIGHTS, Parser, run
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--response", action="append", default=[], metavar="TEXT", help="a candidate answer; repeat")
     parser.add_argument("--data", type=Path, metavar="FILE", help="JSONL records to score instead")
     parser.add_argument("--mode", choices=MODES, help="attention, where not the one the model was trained in")
+    parser.add_argument("--verbose", action="store_true", help="say how every record is computed")
     parser.add_argument("--draw-mask", type=Path, metavar="FILE", help="draw the first record's mask as a PNG")
     args = parser.parse_args()
     run(lambda: score(args), parser, args)
@@ -50,20 +53,41 @@ def score(args: argparse.Namespace) -> dict | list[dict]:
     rm = load(args)
     mode = args.mode or rm.mode
     print(f"mode: {mode}" + ("" if mode == rm.mode else f" (trained in {rm.mode})"))
-    results = []
-    for where, prompt, responses, images, video in asked(args):
-        try:
-            encoded = rm.processor.encode(prompt, responses, images or None, video)
-        except InputError as error:
-            raise InputError(f"{where}{error}") from None
-        if args.draw_mask and not results and len(encoded.ids) > DRAWN_UP_TO:
-            raise InputError(f"{where}{len(encoded.ids)} tokens are too many to draw: at most {DRAWN_UP_TO}")
-        scores = rm.score_encoded([encoded], mode)[0]
+    records, results = asked(args), []
+    encoded = encode_all(rm, records)
+    if args.verbose:
+        encoded = (tell(e, mode, rm) for e in encoded)
+    if args.draw_mask:
+        first = next(encoded)
+        save_mask(first, mode, rm, args.draw_mask, records[0][0])
+        encoded = chain([first], encoded)
+    for (_, prompt, responses, _, _), scores in zip(records, rm.score_all(encoded, mode), strict=True):
         print(f"\n{prompt}\n" + table(responses, scores))
-        if args.draw_mask and not results:
-            save_mask(encoded, mode, rm, args.draw_mask)
         results.append({"mode": mode, "scores": scores})
     return results if args.data else results[0]
+
+
+def encode_all(rm: RewardModel, records: Sequence[tuple]) -> Iterator[Encoded]:
+    for where, prompt, responses, images, video in tqdm(records, "scoring", delay=2, leave=False):
+        try:
+            yield rm.processor.encode(prompt, responses, images or None, video)
+        except InputError as error:
+            raise InputError(f"{where}{error}") from None
+
+
+def tell(encoded: Encoded, mode: str, rm: RewardModel) -> Encoded:
+    """Say what a record is and which form of attention serves it where it stands alone in a batch."""
+    mask = collate([encoded], mode).mask
+    form = "one call under a mask of all pairs"
+    if mask.form == "structured":
+        kernel = "torch's kernel" if rm.backbone.device.type == "cuda" else "plain products"
+        form = f"{len(mask.structured[0])} segments, {kernel} each"
+    device, dtype = rm.backbone.device.type, str(rm.backbone.dtype).removeprefix("torch.")
+    print(
+        f"{len(encoded.ids)} tokens, {encoded.prompt_length} of them prompt and {int(encoded.image.sum())} pictures; "
+        f"{dtype} on {device}; attention: {form}; {len(encoded.read)} positions leave the last block"
+    )
+    return encoded
 
 
 def load(args: argparse.Namespace) -> RewardModel:
@@ -105,11 +129,13 @@ def table(responses: Sequence[str], scores: Sequence[float]) -> str:
     )
 
 
-def save_mask(encoded: Encoded, mode: str, rm: RewardModel, path: Path) -> None:
+def save_mask(encoded: Encoded, mode: str, rm: RewardModel, path: Path, where: str) -> None:
+    if len(encoded.ids) > DRAWN_UP_TO:
+        raise InputError(f"{where}{len(encoded.ids)} tokens are too many to draw: at most {DRAWN_UP_TO}")
     labels = [rm.processor.tokenizer.name(t).strip() or "⏎" for t in encoded.ids.tolist()]
     with whole_file(path) as temporary:
         draw(collate([encoded], mode).mask, labels=labels).save(temporary, "PNG")
-    print(f"\nmask drawn in {path}")
+    print(f"mask drawn in {path}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,76 @@
+"""A separator that an answer spells: it moves the scores where they are searched, and nothing where they are laid out.
+
+pytest tests/test_hacking.py
+"""
+
+import random
+
+import pytest
+
+from yojo import grpo, hacking, lora
+from yojo.prompt import SEPARATOR
+
+ANSWERS = ["a red star", "a star", "a small star"]
+CHEAT = ["a red star" + SEPARATOR + "a blue star", "a star", "a small star"]
+
+
+@pytest.fixture(scope="module")
+def rm():
+    return hacking.load(grpo.STARTS_FROM)
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return grpo.question(random.Random(0))
+
+
+def parts(rm, asked):
+    seen = rm.processor.look(asked.images)
+    prompt = rm.processor.lay_out(asked.prompt, [], seen)
+    return prompt, seen, rm.backbone.see(seen[1].patches, seen[1].pooling)
+
+
+def ends(rm, ids, read):
+    """The word at which each score is read, and what stands before it."""
+    return [rm.processor.tokenizer.decode(ids[t - 1 : t + 1]).strip() for t in read]
+
+
+def test_found_separators_hand_every_later_answer_the_score_of_the_one_before(rm, asked):
+    prompt, _, _ = parts(rm, asked)
+    ids, read = hacking.find_separators(rm, prompt, ANSWERS)
+    assert ends(rm, ids, read) == ["red star", "a star", "small star"]
+    ids, read = hacking.find_separators(rm, prompt, CHEAT)
+    assert ends(rm, ids, read) == ["red star", "blue star", "a star"], "the third answer is never read"
+
+
+def test_both_readings_agree_while_nobody_cheats_and_only_one_moves_when_somebody_does(rm, asked):
+    _, seen, features = parts(rm, asked)
+    read = {name: make(rm) for name, make in hacking.READINGS.items()}
+    honest = {name: judge(asked, ANSWERS, seen, features) for name, judge in read.items()}
+    assert honest["searched"] == pytest.approx(honest["constructed"], abs=2e-5)
+    cheated = {name: judge(asked, CHEAT, seen, features) for name, judge in read.items()}
+    assert cheated["searched"][0] == pytest.approx(honest["searched"][0], abs=2e-5), (
+        "what follows is not held against it"
+    )
+    encoded = rm.processor.lay_out(asked.prompt, CHEAT, seen)
+    assert [rm.processor.tokenizer.decode(encoded.ids[a:z].tolist()) for a, z in encoded.spans] == CHEAT
+    assert cheated["constructed"][0] != pytest.approx(honest["constructed"][0], abs=1e-3), "all of it is read"
+
+
+def test_one_caption_in_twenty_cheats(asked):
+    rng = random.Random(0)
+    said = [hacking.cheating_caption(asked, rng) for _ in range(2000)]
+    assert sum(SEPARATOR in text for text in said) == pytest.approx(2000 * hacking.SPELLED, abs=30)
+    cheat = next(text for text in said if SEPARATOR in text)
+    assert grpo.quality(asked, cheat) == 0.0 and len(cheat.split(SEPARATOR)) == 2
+
+
+def test_the_policy_starts_where_the_reference_stands(rm):
+    start, policy = (lora.parameters(rm.backbone, name) for name in (grpo.START, grpo.POLICY))
+    assert all((a == b).all() for a, b in zip(start, policy, strict=True))
+
+
+@pytest.mark.parametrize("words, why", [(["--groups", "0"], "--groups 0"), (["--learn", "-1"], "--learn -1")])
+def test_bad_input_gets_one_line(command, words, why):
+    status, _, err = command(hacking, *words)
+    assert status == 2 and why in err and len(err.splitlines()) == 1
