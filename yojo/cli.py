@@ -40,7 +40,7 @@ def seed(text: str) -> int:
 
 
 def run(main: Callable[[], dict | list], parser: Parser, args: argparse.Namespace) -> None:
-    """Run a command; its return value is what `--json` writes."""
+    """Run a command; its return value is what `--json` writes. Numbers that are not finite end it with status 1."""
     try:
         result = main()
         if args.json:
@@ -48,5 +48,8 @@ def run(main: Callable[[], dict | list], parser: Parser, args: argparse.Namespac
     except InputError as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

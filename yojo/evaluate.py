@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from yojo import metrics
 from yojo.cli import Parser, run
-from yojo.files import InputError, read_lines, whole_file
+from yojo.files import InputError, add_line, read_lines, whole_file
 from yojo.mask import MODES
 from yojo.reward import RewardModel, digest
 
@@ -241,8 +241,7 @@ def score_all(r: Run, out: Path | None, overwrite: bool) -> list[list[list[float
                 raise
             done.append(str(error))
         if out is not None:
-            with open(out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(done[-1]) + "\n")
+            add_line(out, done[-1])
     r.left_out += [scores for scores in done if isinstance(scores, str)]
     r.items = [item for item, scores in zip(r.items, done, strict=True) if not isinstance(scores, str)]
     if not r.items:

@@ -123,8 +123,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
         with _writing(path):
+            yield temporary
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
     finally:
@@ -154,8 +154,8 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield temporary
         with _writing(path):
+            yield temporary
             os.chmod(temporary, 0o777 & ~_umask())
             if path.exists():
                 os.rename(path, old)
@@ -174,12 +174,21 @@ def restore(path: str | Path) -> None:
         os.rename(old, path)
 
 
+def add_line(path: str | Path, value: object) -> None:
+    """One JSON value at the end of a file of such lines."""
+    with _writing(Path(path)), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
+    """A full disk, a missing right, a folder where a file should be: `InputError`."""
     try:
         yield
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise InputError(f"cannot write {path}: {error}") from None
 
 
 def _umask() -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from yojo import parallel
-from yojo.files import InputError, whole_file
+from yojo.files import InputError, add_line, whole_file
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,28 @@ def fit(
     silent = title is None or not parallel.first()
     bar = tqdm(range(first, c.steps), title, initial=first, total=c.steps, disable=silent, mininterval=1)
     for step in bar:
-        entry = {
-            "step": step,
-            **train_step(loss, step, parameters, optimizer, c),
-            "seconds": round(time.monotonic() - start, 3),
-        }
+        try:
+            learned = train_step(loss, step, parameters, optimizer, c)
+        except NotFinite:
+            if folder is not None and parallel.first():
+                save_state(folder, about, parameters, optimizer, log)  # as they were before this step
+            raise
+        entry = {"step": step, **learned, "seconds": round(time.monotonic() - start, 3)}
         log.append(entry)
         bar.set_postfix({k: f"{v:.3f}" for k, v in entry.items() if k in ("loss", "accuracy")}, refresh=False)
         if folder is not None and parallel.first():
-            with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            add_line(folder / "metrics.jsonl", entry)
             if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
                 save_state(folder, about, parameters, optimizer, log)
     return log
+
+
+class NotFinite(FloatingPointError):
+    """A loss or a gradient that is not a number, and the step at which it came."""
+
+    def __init__(self, step: int, why: str):
+        super().__init__(f"step {step}: {why}")
+        self.step = step
 
 
 def train_step(loss, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, c: FitConfig) -> dict:
@@ -104,9 +113,7 @@ def train_step(loss, step: int, parameters: list[nn.Parameter], optimizer: torch
     seen = parallel.add_up(parameters, seen)
     norm = nn.utils.clip_grad_norm_(parameters, c.clip).item()
     if not math.isfinite(seen["loss"]) or not math.isfinite(norm):
-        raise FloatingPointError(
-            f"step {step}: loss {seen['loss']}, gradient norm {norm}; the parameters are untouched"
-        )
+        raise NotFinite(step, f"loss {seen['loss']}, gradient norm {norm}; the parameters are untouched")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {**seen, "lr": learning_rate(step, c), "norm": norm}
@@ -125,7 +132,10 @@ def save_state(
         "log": log,
     }
     with whole_file(folder / "state.pt") as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"torch could not write it, is the disk full? ({error})") from None
 
 
 def resume(

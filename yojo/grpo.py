@@ -43,7 +43,7 @@ from tqdm import tqdm
 from yojo import lora, memory, metrics, shapes
 from yojo.cli import WEIGHTS, Parser, run
 from yojo.data import pictures_of
-from yojo.files import InputError, read_lines, whole_folder
+from yojo.files import InputError, add_line, read_lines, whole_folder
 from yojo.fit import FitConfig, fit, resume, save_state
 from yojo.lora import LoraConfig
 from yojo.mask import PADDING, PROMPT, AttentionMask
@@ -307,8 +307,7 @@ def train_policy(
         log.append(entry)
         tell(entry)
         if folder is not None:
-            with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            add_line(folder / "metrics.jsonl", entry)
             save_state(folder, identity, parameters, optimizer, log)
     return log
 

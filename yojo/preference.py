@@ -201,6 +201,17 @@ class Task:
         start = (step * self.recipe.fit.accumulate + part) * size
         return [self.epoch(k // n)[k % n] for k in range(start, start + size)]
 
+    def where(self, step: int) -> list[str]:
+        """The records of a step, by file and line; where some have scores that are not finite now, only those."""
+        chosen = [i for part in range(self.recipe.fit.accumulate) for i in self.indices(step, part)]
+        with torch.no_grad():
+            bad = [i for i in chosen if not self.scores_of(i).isfinite().all()]
+        return [self.data.records[i].where for i in bad or chosen]
+
+    def scores_of(self, i: int) -> Tensor:
+        (scores,) = self.data.scores([self.data.encode(i, range(len(self.data.records[i].responses)))])
+        return scores
+
     def __call__(self, step: int, part: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(f"{self.seed} shuffle {step} {part}")
         encoded, ranks = [], []

@@ -31,7 +31,7 @@ from yojo import flops, memory, metrics, parallel, shapes
 from yojo.cli import WEIGHTS, Parser, run
 from yojo.data import Record, read_records
 from yojo.files import InputError
-from yojo.fit import fit
+from yojo.fit import NotFinite, fit
 from yojo.mask import MODES
 from yojo.preference import CORROBORATED, TINY, Dataset, Recipe, Task, evaluate
 from yojo.prompt import Ask
@@ -61,7 +61,10 @@ def train(
     task = Task(data, recipe, seed)
     adapter, head = data.rm.trainable()
     parameters = {1.0: adapter, recipe.head_pace: head} if recipe.head_pace != 1 else adapter + head
-    log = fit(task, parameters, recipe.fit, folder, title, run)
+    try:
+        log = fit(task, parameters, recipe.fit, folder, title, run)
+    except NotFinite as error:
+        raise FloatingPointError(f"{error}; its records: {', '.join(task.where(error.step))}") from None
     data.rm.eval()
     return log
 

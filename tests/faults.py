@@ -1,0 +1,154 @@
+"""Kill a run with SIGKILL at a random moment, let it go on, and compare what it leaves with an uninterrupted run's.
+
+python tests/faults.py train 50          (or evaluate, grpo, checkpoint; `test_faults.py` does three of each)
+
+Every run is a fork of this process, which has imported everything and computed nothing, so that a kill costs little.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from yojo import checkpoint, evaluate, grpo, train
+from yojo.cli import WEIGHTS
+from yojo.fit import FitConfig
+from yojo.lora import LoraConfig
+from yojo.preference import Recipe
+
+torch.set_num_threads(1)
+SAVED = 2  # steps between saves of the training run
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A command, its arguments, how it goes on, and the files that must come out the same."""
+
+    module: object
+    words: Callable[[Path, Path], list]
+    goes_on: list[str]
+    files: list[str]
+
+
+def ends(kind: Kind, folder: Path, out: Path) -> dict[str, bytes]:
+    return {name: (folder / name.format(out=out.name)).read_bytes() for name in kind.files}
+
+
+def prepare(folder: Path) -> dict[str, Kind]:
+    """Twelve records, and each command made small."""
+    Image.effect_noise((84, 84), 60).save(folder / "p.png")
+    record = {"prompt": "Describe the star.", "responses": ["a red star", "a star", "no"], "rankings": [1, 2, 3]}
+    lines = [json.dumps(record | {"prompt": f"{i}?", "image": "p.png"}) for i in range(12)]
+    (folder / "prefs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    small = Recipe(LoraConfig(r=2), 8, records=1, fit=FitConfig(steps=0, accumulate=2, save_every=SAVED))
+    train.Recipe = lambda: replace(small)
+    tiny, data = WEIGHTS / "tiny", folder / "prefs.jsonl"
+    model = ["adapter_model.safetensors", "value_head.safetensors"]
+    return {
+        "train": Kind(
+            train,
+            lambda folder, out: ["--weights", tiny, "--data", data, "--mode", "joint", "--steps", 9, "--out", out],
+            ["--resume"],
+            [f"{{out}}/{name}" for name in model],
+        ),
+        "grpo": Kind(
+            grpo,
+            lambda folder, out: (
+                ["--reward", WEIGHTS / "tiny-rm", "--data", data, "--steps", 6, "--prompts", 2]
+                + ["--group", 2, "--max-new-tokens", 6, "--lr", 0.01, "--out", out]
+            ),
+            ["--resume"],
+            ["{out}/adapter_model.safetensors"],
+        ),
+        "evaluate": Kind(
+            evaluate,
+            lambda folder, out: (
+                ["--model", WEIGHTS / "tiny-rm", "--data", data, "--permutations", 4, "--out", out]
+                + ["--json", f"{out}.json"]
+            ),
+            [],
+            ["{out}", "{out}.json"],
+        ),
+        "checkpoint": Kind(
+            checkpoint,
+            lambda folder, out: ["random", "--shape", "tiny", "--shards", 4, "--out", out],
+            [],
+            [f"{{out}}/model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+            + ["{out}/config.json", "{out}/model.safetensors.index.json"],
+        ),
+    }
+
+
+def start(kind: Kind, words: list, quiet: Path) -> int:
+    """Fork, and run the command in the child -> its process id."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        with open(quiet, "w", encoding="utf-8") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.argv = ["command", *map(str, words)]
+        kind.module.main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    finally:
+        os._exit(status)
+
+
+def finish(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def check_left(name: str, folder: Path, out: Path) -> None:
+    """What a kill may leave: a whole result, or none, and of a run no more lost than the steps since its last save."""
+    training = out.with_name(out.name + ".training")
+    if name == "train" and (training / "state.pt").exists():
+        saved = len(torch.load(training / "state.pt", weights_only=True)["log"])
+        logged = (training / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
+        assert logged - saved <= SAVED, f"{logged} steps were made and {saved} saved"
+    if name == "checkpoint" and out.exists():
+        checkpoint.load_backbone(out)
+
+
+def kill_many(name: str, times: int, seed: int = 0) -> int:
+    """-> how many of the kills came before the end of the run."""
+    rng, hits = random.Random(f"{seed} {name}"), 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        kind, log = prepare(folder)[name], folder / "log.txt"
+        out, began = folder / "whole", time.monotonic()
+        assert finish(start(kind, kind.words(folder, out), log)) == 0, log.read_text(encoding="utf-8")
+        seconds, expected = time.monotonic() - began, ends(kind, folder, out)
+        for i in range(times):
+            out = folder / f"out{i}"
+            process = start(kind, kind.words(folder, out), log)
+            time.sleep(rng.uniform(0, seconds))
+            os.kill(process, signal.SIGKILL)
+            hits += finish(process) == -signal.SIGKILL
+            check_left(name, folder, out)
+            begun = out.with_name(out.name + ".training").exists()
+            done = out.exists() and name != "evaluate"  # an evaluation is asked for again in the same words
+            if not done:
+                again = kind.words(folder, out) + (kind.goes_on if begun else [])
+                assert finish(start(kind, again, log)) == 0, log.read_text(encoding="utf-8")
+            assert ends(kind, folder, out) == expected
+            for path in folder.glob(f"*out{i}*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return hits
+
+
+if __name__ == "__main__":
+    print(f"{kill_many(sys.argv[1], int(sys.argv[2]))} of {sys.argv[2]} kills hit a run; all went on to the same bytes")
