@@ -9,10 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import settings
 
 from yojo.molmo2 import AdapterConfig, Config, Molmo2, TextConfig, VisionConfig, init_weights
 
 torch.set_num_threads(2)
+
+# What `hypothesis` makes up: 200 cases of every property, or 10,000 with --hypothesis-profile=long (hours).
+settings.register_profile("usual", max_examples=200, deadline=None)
+settings.register_profile("long", max_examples=10_000, deadline=None)
+settings.load_profile("usual")
 
 TINY = Config(
     TextConfig(32, 2, 4, 2, 8, 48, 400, 24, 4096, 10000.0),

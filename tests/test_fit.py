@@ -3,10 +3,15 @@
 pytest tests/test_fit.py
 """
 
+import contextlib
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from yojo.files import InputError
 from yojo.fit import FitConfig, fit, learning_rate
@@ -78,6 +83,31 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     assert torch.equal(again, whole) and len(log) == 30
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(30))
+
+
+@given(steps=st.integers(1, 12), every=st.integers(1, 5), stop=st.integers(0, 11), accumulate=st.integers(1, 3))
+def test_property_wherever_it_stops_it_goes_on_bit_for_bit(steps, every, stop, accumulate):
+    c = FitConfig(steps=steps, lr=0.1, save_every=every, accumulate=accumulate)
+    torch.manual_seed(1)
+    whole, loss = problem()
+    log = fit(loss, [whole], c)
+
+    def stopping(step, part):
+        if step == stop and part == accumulate - 1:
+            raise KeyboardInterrupt
+        return loss(step, part)
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(1)
+        again, loss = problem()
+        with contextlib.suppress(KeyboardInterrupt):
+            fit(stopping, [again], c, Path(folder))
+        if not (Path(folder) / "state.pt").exists():  # stopped before the first save: begun anew
+            torch.manual_seed(1)
+            again, loss = problem()
+        again_log = fit(loss, [again], c, Path(folder))
+    assert torch.equal(again, whole)
+    assert [e["loss"] for e in again_log] == [e["loss"] for e in log]
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights():

@@ -8,6 +8,8 @@ import json
 import pytest
 import torch
 from conftest import TINY, random_model
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -77,6 +79,21 @@ def test_merge_folds_the_adapter_into_the_base():
     lora.merge(model, "policy")
     assert (model(IDS) - policy).abs().max() < 1e-10
     assert list(lora.adapters(model)) == ["reward"]
+
+
+@given(
+    r=st.integers(1, 9),
+    alpha=st.floats(0.1, 64),
+    seed=st.integers(0, 999),
+    names=st.sets(st.sampled_from(lora.TARGETS), min_size=1),
+)
+def test_property_merged_is_what_it_was_beside(r, alpha, seed, names):
+    model = random_model()
+    for p in lora.add(model, "a", LoraConfig(r, alpha, 0.0, tuple(sorted(names))), torch.Generator().manual_seed(seed)):
+        p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
+    beside = run(model, "a")
+    lora.merge(model, "a")
+    assert (model(IDS) - beside).abs().max() < 1e-10 * max(1, beside.abs().max().item())
 
 
 def test_adapters_stay_float32_beside_a_bf16_base():

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from yojo.loss import any_best, best, best_of_n, bradley_terry, plackett_luce
@@ -85,7 +85,6 @@ def test_at_least_float32(loss):
     assert loss(t((1.0, 0.0)), ranks((1, 2))).dtype == torch.float64
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 4)), min_size=2, max_size=6), st.floats(-3, 3))
 def test_property_only_differences_of_scores_matter_and_order_does_not(items, shift):
     scores, rank = zip(*items, strict=True)

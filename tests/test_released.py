@@ -14,7 +14,7 @@ import zipfile
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_single_pass import SEEN, make_model, noise
@@ -136,7 +136,6 @@ TEXTS = st.text(
 
 
 @pytest.mark.parametrize("kind", SEEN)
-@settings(max_examples=200, deadline=None)
 @given(prompt=TEXTS, responses=st.lists(TEXTS.filter(str.strip), min_size=1, max_size=6))
 def test_ids_and_read_positions_are_those_of_the_whole_string(processor, whole_string, kind, prompt, responses):
     seen = processor.look(SEEN[kind].get("image"), SEEN[kind].get("video"))

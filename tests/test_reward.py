@@ -6,6 +6,8 @@ pytest tests/test_reward.py
 import json
 import math
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +133,20 @@ def test_saving_and_loading_changes_no_bit(saved):
     again = RewardModel.load(folder / "rm")
     assert again.mode == "isolated" and again.score(*ASK) == rm.score(*ASK)
     assert not any(p.requires_grad for p in again.parameters()) and not again.training
+
+
+@given(
+    mode=st.sampled_from(["joint", "isolated"]), r=st.integers(1, 6), inner=st.integers(1, 20), seed=st.integers(0, 999)
+)
+def test_property_what_was_saved_scores_the_same_to_the_last_bit(tiny_folder, mode, r, inner, seed):
+    rm = RewardModel.new(tiny_folder, mode, lora.LoraConfig(r=r, dropout=0.0), inner=inner, seed=seed)
+    with torch.no_grad():
+        for p in sum(rm.trainable(), []):
+            p.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
+    with tempfile.TemporaryDirectory() as folder:
+        rm.save(Path(folder) / "rm")
+        again = RewardModel.load(Path(folder) / "rm")
+    assert again.mode == mode and again.score(*ASK) == rm.eval().score(*ASK)
 
 
 def test_float64_stays_float64(tiny_folder, tmp_path):

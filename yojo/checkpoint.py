@@ -191,8 +191,8 @@ def shards(folder: str | Path) -> list[Path]:
         raise InputError(f"{index} has no weight_map")
     files = sorted(set(map(str, names.values())))
     for name in files:
-        if Path(name).name != name:
-            raise InputError(f"{index} names {name!r}: a shard must lie in the checkpoint's own folder")
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(f"{index} names {name!r}: a shard is a .safetensors file in the checkpoint's own folder")
     return [folder / name for name in files]
 
 

@@ -71,6 +71,7 @@ def fit(
     )
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)
+    optimizer.zero_grad(set_to_none=True)  # a step that was broken off in this process may have left half a gradient
     first, log = resume(folder, about, parameters, optimizer)
     start = time.monotonic() - (log[-1]["seconds"] if log else 0)
     silent = title is None or not parallel.first()

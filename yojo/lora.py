@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from yojo.files import InputError, read_json, read_tensors
+from yojo.files import InputError, open_tensors, read_json, read_tensors
 
 TARGETS = ("att_proj", "attn_out", "ff_proj", "ff_out")
 PREFIX = "base_model.model."
@@ -72,7 +72,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
         y = F.linear(x, self.weight)
-        return y if adapter is None else y + self.adapters[adapter](x).to(y.dtype)
+        if adapter not in self.adapters:  # none is active, or the active one sits on other matrices
+            return y
+        return y + self.adapters[adapter](x).to(y.dtype)
 
 
 def targets(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, Linear]]:
@@ -206,6 +208,8 @@ def read_config(folder: str | Path) -> LoraConfig:
         config = LoraConfig(raw["r"], raw["lora_alpha"], raw["lora_dropout"], tuple(sorted(map(str, names))))
         if not isinstance(config.r, int) or config.r < 1 or not 0 <= config.dropout < 1:
             raise TypeError(f"r must be a whole number from 1 and lora_dropout in [0, 1), got {config}")
+        if missing := set(config.targets) - set(TARGETS):
+            raise ValueError(f"{sorted(missing)} name no matrix of this model; it has {sorted(TARGETS)}")
         return replace(config, alpha=float(config.alpha))
     except KeyError as missing:
         raise InputError(f"{path} has no {missing}: is this a PEFT LoRA adapter?") from None
@@ -217,6 +221,10 @@ def load(model: nn.Module, name: str, folder: str | Path) -> list[nn.Parameter]:
     """Add the adapter in `folder` under `name`, strictly: exactly its tensors, in their shapes."""
     path = Path(folder) / "adapter_model.safetensors"
     config = read_config(folder)
+    with open_tensors(path) as file:  # before anything of that size is made
+        ranks = {file.get_slice(key).get_shape()[0] for key in file.keys() if key.endswith("lora_A.weight")}
+    if ranks and config.r not in ranks:
+        raise InputError(f"{path} holds matrices of rank {sorted(ranks)}, its adapter_config.json says {config.r}")
     parameters = add(model, name, config)
     try:
         tensors = read_tensors(path, expected={k: v.shape for k, v in state_dict(model, name).items()})

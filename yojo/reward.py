@@ -41,6 +41,7 @@ from yojo.molmo2 import Molmo2
 from yojo.prompt import SEPARATOR, Encoded, Processor
 
 ADAPTER = "reward"
+MOST_INNER = 65_536  # hidden units of a head: beyond this a file is not believed, since it would cost memory
 WINDOW, BATCH_TOKENS = 256, 4096  # records among which those of like length are found; tokens of a batch
 CONFIG, HEAD, RELEASED_HEAD = "reward_model_config.json", "value_head.safetensors", "value_head.pt"
 # What the released config may say of its head, with the only value this one computes.
@@ -268,6 +269,8 @@ def digest(folder: str | Path) -> str:
 
 
 def _empty_head(backbone: Molmo2, inner: int) -> ValueHead:
+    if inner > MOST_INNER:
+        raise InputError(f"value_head_hidden_dim {inner} in {CONFIG}: at most {MOST_INNER}")
     head = ValueHead(backbone.config.text.hidden_size, inner)
     return head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
 
