@@ -80,6 +80,14 @@ def test_sorted_batches_give_the_scores_of_one_by_one(command, tmp_path):
     assert all(row["difference"] < 1e-5 for row in json.loads((tmp_path / "r.json").read_text()))
 
 
+def test_drift_counts_what_bfloat16_changes(command, tmp_path):
+    status, out, err = command(bench, "drift", "--n", 12, "--json", tmp_path / "r.json")
+    assert status == 0, err
+    for row in json.loads((tmp_path / "r.json").read_text()):
+        assert row["groups"] == 12 and 0 < row["median"] <= row["largest"] < 5
+        assert 0 <= row["pairs_flipped"] <= row["pairs"] and f"{row['pairs']} pairs" in out
+
+
 def test_a_step_of_their_trunk_reaches_every_one_of_its_pairs(setting):
     s, peer = setting[0], copy.deepcopy(setting[1].model)
     batch, config = s.batch([s.record([s.draw(5), s.draw(6)])], "joint"), bench.LoraConfig(r=2, dropout=0.0)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from yojo.files import InputError
-from yojo.fit import FitConfig, fit, learning_rate
+from yojo.fit import FitConfig, NotFinite, fit, learning_rate
 
 
 def test_schedules_by_hand():
@@ -85,8 +85,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     assert [line["step"] for line in lines] == list(range(30))
 
 
-@given(steps=st.integers(1, 12), every=st.integers(1, 5), stop=st.integers(0, 11), accumulate=st.integers(1, 3))
-def test_property_wherever_it_stops_it_goes_on_bit_for_bit(steps, every, stop, accumulate):
+@given(
+    steps=st.integers(1, 12),
+    every=st.integers(1, 5),
+    stop=st.integers(0, 11),
+    accumulate=st.integers(1, 3),
+    broken=st.booleans(),
+)
+def test_property_wherever_it_stops_it_goes_on_bit_for_bit(steps, every, stop, accumulate, broken):
     c = FitConfig(steps=steps, lr=0.1, save_every=every, accumulate=accumulate)
     torch.manual_seed(1)
     whole, loss = problem()
@@ -94,13 +100,16 @@ def test_property_wherever_it_stops_it_goes_on_bit_for_bit(steps, every, stop, a
 
     def stopping(step, part):
         if step == stop and part == accumulate - 1:
+            if broken:
+                value, about = loss(step, part)
+                return value * float("nan"), about
             raise KeyboardInterrupt
         return loss(step, part)
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(1)
         again, loss = problem()
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt, NotFinite):
             fit(stopping, [again], c, Path(folder))
         if not (Path(folder) / "state.pt").exists():  # stopped before the first save: begun anew
             torch.manual_seed(1)

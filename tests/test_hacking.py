@@ -3,11 +3,12 @@
 pytest tests/test_hacking.py
 """
 
+import json
 import random
 
 import pytest
 
-from yojo import grpo, hacking, lora
+from yojo import grpo, hacking
 from yojo.prompt import SEPARATOR
 
 ANSWERS = ["a red star", "a star", "a small star"]
@@ -16,7 +17,7 @@ CHEAT = ["a red star" + SEPARATOR + "a blue star", "a star", "a small star"]
 
 @pytest.fixture(scope="module")
 def rm():
-    return hacking.load(grpo.STARTS_FROM)
+    return hacking.load()
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +58,23 @@ def test_both_readings_agree_while_nobody_cheats_and_only_one_moves_when_somebod
     assert cheated["constructed"][0] != pytest.approx(honest["constructed"][0], abs=1e-3), "all of it is read"
 
 
-def test_one_caption_in_twenty_cheats(asked):
+def test_one_answer_in_twenty_cheats_and_is_worth_nothing(asked):
     rng = random.Random(0)
-    said = [hacking.cheating_caption(asked, rng) for _ in range(2000)]
+    said = [hacking.cheat(asked, "a star", rng) for _ in range(2000)]
     assert sum(SEPARATOR in text for text in said) == pytest.approx(2000 * hacking.SPELLED, abs=30)
-    cheat = next(text for text in said if SEPARATOR in text)
-    assert grpo.quality(asked, cheat) == 0.0 and len(cheat.split(SEPARATOR)) == 2
+    text = next(text for text in said if SEPARATOR in text)
+    assert grpo.quality(asked, text) == 0.0 and len(text.split(SEPARATOR)) == 2
 
 
-def test_the_policy_starts_where_the_reference_stands(rm):
-    start, policy = (lora.parameters(rm.backbone, name) for name in (grpo.START, grpo.POLICY))
-    assert all((a == b).all() for a, b in zip(start, policy, strict=True))
+def test_the_command_compares_both_readings(command, tmp_path):
+    status, out, err = command(hacking, "--groups", 12, "--json", tmp_path / "h.json")
+    assert status == 0, err
+    rows = {row["reading"]: row for row in json.loads((tmp_path / "h.json").read_text())}
+    assert rows["searched"]["tau_others"] == pytest.approx(rows["constructed"]["tau_others"], abs=1e-3)
+    assert rows["searched"]["behind"] != rows["constructed"]["behind"]
 
 
-@pytest.mark.parametrize("words, why", [(["--groups", "0"], "--groups 0"), (["--learn", "-1"], "--learn -1")])
-def test_bad_input_gets_one_line(command, words, why):
+@pytest.mark.parametrize("words, why", [(["--groups", "0"], "--groups 0"), (["--seed", "-1"], "whole number")])
+def test_bad_input_is_refused(command, words, why):
     status, _, err = command(hacking, *words)
-    assert status == 2 and why in err and len(err.splitlines()) == 1
+    assert status == 2 and why in err

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from yojo import checkpoint, evaluate, score, train
+from yojo import evaluate, score
 from yojo.checkpoint import load_backbone
 from yojo.cli import WEIGHTS
 from yojo.data import read_records
@@ -88,10 +88,7 @@ pieces = st.lists(st.sampled_from(SPECIAL + list(ODD.values())[:-1]) | st.text(m
 @given(st.lists(pieces.map("".join).filter(str.strip), min_size=1, max_size=5), pieces.map("".join))
 def test_property_any_mixture_is_text(responses, prompt):
     for layout in ("default", "released"):
-        try:
-            check(Processor.from_folder(WEIGHTS / "tiny", 500_000, layout), prompt, responses)
-        except InputError as error:
-            assert "surrogate" in str(error)
+        check(Processor.from_folder(WEIGHTS / "tiny", 500_000, layout), prompt, responses)
 
 
 @pytest.mark.parametrize("name", ["<|resp_sep|>", "a\nb", "é" * 60, "-x", "%s{0}$HOME", "\u202ef"])
@@ -220,8 +217,7 @@ def test_numbers_without_end_in_a_config_are_refused(copy):
             load_backbone(copy / "tiny")
 
 
-@pytest.mark.parametrize("module", [train, evaluate, checkpoint])
-def test_a_deeply_nested_line_is_not_json_to_us(command, tmp_path, module):
+def test_a_deeply_nested_line_is_not_json_to_us(tmp_path):
     path = tmp_path / "deep.jsonl"
     path.write_text("[" * 100_000 + "]" * 100_000)
     with pytest.raises(InputError, match="deep.jsonl:1"):

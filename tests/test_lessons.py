@@ -22,7 +22,8 @@ LESSONS = sorted(TUTORIALS.glob("[0-9]*.md"))
 def test_a_figure_on_disk_is_what_its_function_draws(name):
     drawn, kept = figures.FIGURES[name](), Image.open(figures.FOLDER / f"{name}.png").convert("RGB")
     assert drawn.size == kept.size
-    assert max(high for _, high in ImageChops.difference(drawn, kept).getextrema()) <= 2
+    far = ImageChops.difference(drawn, kept).convert("L").point(lambda level: 255 * (level > 64)).histogram()[255]
+    assert far < 0.005 * drawn.width * drawn.height, "fonts differ a little from version to version, pictures do not"
 
 
 def test_every_figure_has_a_lesson_and_every_shown_figure_is_drawn_here():

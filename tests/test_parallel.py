@@ -21,7 +21,12 @@ from yojo.files import InputError
 SCRIPT = """
 import atexit, sys
 from pathlib import Path
-atexit.register(lambda: print("gloo" in "".join(p.read_text() for p in Path("/proc/self/task").glob("*/comm"))))
+def comm(path):
+    try:
+        return path.read_text()
+    except OSError:  # a thread that has just ended
+        return ""
+atexit.register(lambda: print("gloo" in "".join(map(comm, Path("/proc/self/task").glob("*/comm")))))
 from dataclasses import replace
 import torch
 from yojo import reward, train

@@ -3,24 +3,199 @@
 python -m tutorials.figures          redraws all of them into tutorials/figures/
 """
 
+import io
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont
 
-from yojo import Processor, shapes
+from yojo import Processor, load_backbone, shapes
 from yojo.cli import WEIGHTS
 from yojo.data import collate
+from yojo.grpo import GrpoConfig
+from yojo.image import ImageConfig, images_to_patches, read_image_config
 from yojo.mask import draw
+from yojo.metrics import mean, tau_b
+from yojo.molmo2 import rotary_angles, rotate
+from yojo.votes import METHODS, simulate
 
-FOLDER = Path(__file__).parent / "figures"
+FOLDER, RUNS = Path(__file__).parent / "figures", Path(__file__).parent / "runs"
+# Told apart by lightness and by dashes as well as by hue, so that a print in grey can be read.
+LINES = [
+    {"color": "#1b4f8f", "linestyle": "-"},
+    {"color": "#e08214", "linestyle": "--"},
+    {"color": "#3f9f6f", "linestyle": ":"},
+    {"color": "#8c6bb1", "linestyle": "-."},
+    {"color": "#444444", "linestyle": (0, (6, 2, 1, 2, 1, 2))},
+]
+
+# ------------------------------------------------------------------------------------------------- drawing with axes
+
+
+def _axes(width: float, height: float, columns: int = 1, **about) -> tuple[Figure, list[Axes]]:
+    """A white sheet, sizes in inches, with axes side by side. Opaque, so that it reads the same on a dark page."""
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
+    return figure, list(figure.subplots(1, columns, squeeze=False, **about)[0])
+
+
+def _picture(figure: Figure) -> Image.Image:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return Image.open(file).convert("RGB")
+
+
+def _plot(axes: Axes, x: str, y: str, title: str = "") -> None:
+    """Names, and no more frame than needed."""
+    axes.set(xlabel=x, ylabel=y, title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def _read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _smooth(values: list[float], width: int) -> list[float]:
+    """Each value's mean with those up to `width` steps away."""
+    return [mean(values[max(0, i - width) : i + width + 1]) for i in range(len(values))]
+
+
+# ------------------------------------------------------------------------------------------------- lessons 00 and 01
 
 
 def scene() -> Image.Image:
     """The picture that lesson 00 judges answers about, four times its size."""
     picture = shapes.render(shapes.make_scene(random.Random(0)))
     return picture.resize((4 * picture.width, 4 * picture.height), Image.Resampling.NEAREST)
+
+
+def tiling() -> Image.Image:
+    """Who owns which patch of a picture of 600 x 400, read off the pooling indices, and where each crop reaches."""
+    c = ImageConfig()
+    seen = images_to_patches([Image.new("RGB", (600, 400))], c)
+    global_rows, global_columns, rows, columns = seen.grids[0]
+    (h, w), crops = c.pooling, seen.pooling[global_rows * global_columns :] // c.side**2 - 1
+    owner = crops.view(rows, columns, h, w).permute(0, 2, 1, 3).reshape(rows * h, columns * w)
+    figure, (axes,) = _axes(5.6, 5.6)
+    axes.imshow(owner, cmap="Greys", vmin=-1, vmax=11)
+    axes.set(xticks=[], yticks=[])
+    axes.set_xticks([i - 0.5 for i in range(columns * w)], minor=True)
+    axes.set_yticks([i - 0.5 for i in range(rows * h)], minor=True)
+    axes.set_axisbelow(True)
+    axes.grid(which="minor", color="#999999", linewidth=0.4)
+    axes.tick_params(which="both", length=0)
+    step = c.side - sum(c.margins)
+    for crop in range(int(owner.max()) + 1):
+        y, x = (step * i - 0.5 for i in divmod(crop, 2))
+        inset = 0.35 * crop  # so that borders on the same line can be told apart
+        side = c.side - 2 * inset
+        line = {"edgecolor": LINES[crop]["color"], "linestyle": LINES[crop]["linestyle"], "linewidth": 3, "zorder": 5}
+        axes.add_patch(Rectangle((x + inset, y + inset), side, side, fill=False, **line))
+        middle = [(owner == crop).nonzero()[:, i].float().mean().item() for i in (1, 0)]
+        axes.text(
+            *middle, f"crop {crop}", ha="center", va="center", fontsize=13, color="black", backgroundcolor="white"
+        )
+    axes.set_xlabel(
+        f"{columns * w} x {rows * h} patches; shade: the crop that owns a patch; frames: the "
+        f"{c.side} x {c.side}\nthat a crop sees, drawn slightly inside each other to be told apart"
+    )
+    return _picture(figure)
+
+
+def windows() -> Image.Image:
+    """The tiny scene's overview with its patches, and the tokens that its windows become."""
+    c, picture = read_image_config(WEIGHTS / "tiny"), shapes.render(shapes.make_scene(random.Random(0)))
+    pooling = images_to_patches([picture], c).pooling
+    figure, (axes,) = _axes(4.6, 4.6)
+    axes.imshow(picture, alpha=0.75)
+    axes.set(xticks=[], yticks=[])
+    for patch in range(c.side**2):
+        y, x = (c.patch * i for i in divmod(patch, c.side))
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), c.patch, c.patch, fill=False, edgecolor="white", linewidth=0.8))
+        axes.text(x + c.patch / 2, y + c.patch / 2, str(patch), ha="center", va="center", fontsize=8)
+    for token, window in enumerate(pooling[: (c.side // 2) ** 2]):
+        y, x = (c.patch * i for i in divmod(int(window[0]), c.side))
+        size = 2 * c.patch
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), size, size, fill=False, edgecolor="black", linewidth=2.5))
+        box = {"facecolor": "white", "edgecolor": "black", "pad": 3}
+        axes.text(x + size / 2, y + size / 2, f"token {token}", ha="center", va="center", fontsize=9, bbox=box)
+    axes.set_xlabel("small numbers: patches; boxes: windows of 2 x 2")
+    return _picture(figure)
+
+
+# ------------------------------------------------------------------------------------------------------ lesson 02
+
+
+def network() -> Image.Image:
+    """The parts in a row, with the shapes that hooks saw in a real pass."""
+    picture = shapes.render(shapes.make_scene(random.Random(0)))
+    model = load_backbone(WEIGHTS / "tiny")
+    row = Processor.from_folder(WEIGHTS / "tiny", max_tokens=4096).encode("What colour is the cross?", [], picture)
+    seen, eyes, decoder = row.pictures, model.model.vision_backbone, model.model.transformer
+    parts = {
+        "patch_embedding": eyes.image_vit.patch_embedding,
+        "tower": eyes.image_vit,
+        "pooling": eyes.image_pooling_2d,
+        "projector": eyes.image_projector,
+        "table": decoder.wte,
+        "blocks": decoder.blocks[-1],
+    }
+    shape = {}
+    for name, part in parts.items():
+        part.register_forward_hook(lambda m, a, out, n=name: shape.update({n: out[0] if n == "tower" else out}))
+    with torch.no_grad():
+        model(row.ids[None], features=model.see(seen.patches, seen.pooling))
+    size = {name: " x ".join(map(str, out.shape)) for name, out in shape.items()}
+    upper = [
+        f"patches\n{' x '.join(map(str, seen.patches.shape))}",
+        f"patch embedding\n+ position\n{size['patch_embedding']}",
+        f"{len(eyes.image_vit.transformer['resblocks'])} blocks of the\ntower, two read\n2 of {size['tower']}",
+        f"pooling attention\n4 patches a token\n{size['pooling']}",
+        f"SwiGLU\nfeatures\n{size['projector']}",
+    ]
+    lower = [
+        f"token ids\n1 x {len(row.ids)}",
+        f"embedding table\n{size['table']}",
+        "add features at\nthe picture tokens",
+        f"{len(decoder.blocks)} decoder blocks\n{size['blocks']}",
+        "final norm\nhidden states",
+    ]
+    figure, (axes,) = _axes(9.5, 2.9)
+    axes.set(xlim=(0, 5), ylim=(0, 2.05))
+    axes.axis("off")
+    arrow = {"arrowstyle": "-|>", "color": "black", "linewidth": 1.2}
+    for y, texts, shade in ((1.55, upper, "#fdf3e1"), (0.45, lower, "#e4edf7")):
+        for i, text in enumerate(texts):
+            axes.add_patch(Rectangle((i + 0.07, y - 0.34), 0.8, 0.68, facecolor=shade, edgecolor="black"))
+            axes.text(i + 0.47, y, text, ha="center", va="center", fontsize=8.5)
+            if i:
+                axes.annotate("", (i + 0.07, y), (i - 0.13, y), arrowprops=arrow)
+    axes.annotate("", (2.47, 0.79), (4.47, 1.21), arrowprops=arrow)
+    return _picture(figure)
+
+
+def rotary() -> Image.Image:
+    """What distance does to the score of a query and an equal key, for the two networks here."""
+    figure, (axes,) = _axes(6, 3.2)
+    distance = torch.arange(0, 301)
+    for theta, d, name, line in ((1e4, 32, "the tiny network", LINES[0]), (5e6, 128, "the 4B network", LINES[1])):
+        x = torch.ones(1, 1, 301, d, dtype=torch.float64)
+        here, there = (rotate(x, *rotary_angles(at[None], d, theta, x.dtype)) for at in (0 * distance, distance))
+        score = (here * there).sum(-1)[0, 0] / d
+        axes.plot(distance, score, label=f"theta = {theta:,.0f}, d = {d} ({name})", **line)
+    axes.legend(frameon=False)
+    _plot(axes, "distance in tokens", "score / d, query = key = (1, ..., 1)")
+    return _picture(figure)
+
+
+# ------------------------------------------------------------------------------------------------------ lesson 04
 
 
 def mask_joint() -> Image.Image:
@@ -52,8 +227,162 @@ def masks_with_a_picture() -> Image.Image:
     return both
 
 
+# ------------------------------------------------------------------------------------------------- lessons 06 and 07
+
+
+def training() -> Image.Image:
+    """The curves that lie beside the shipped reward models."""
+    figure, (left, right) = _axes(8, 3, 2)
+    for mode, name, line in (("joint", "tiny-rm", LINES[0]), ("isolated", "tiny-rm-isolated", LINES[1])):
+        log = _read_lines(WEIGHTS / name / "metrics.jsonl")
+        for axes, key in ((left, "loss"), (right, "accuracy")):
+            axes.plot([e["step"] for e in log], _smooth([e[key] for e in log], 10), label=mode, **line)
+    left.legend(frameon=False)
+    _plot(left, "step", "loss, mean over 21 steps")
+    _plot(right, "step", "best of N on the training groups")
+    return _picture(figure)
+
+
+def saving() -> Image.Image:
+    """N (P + R) / (P + N R), and where it tends."""
+    figure, (axes,) = _axes(6, 3.4)
+    numbers = range(1, 65)
+    for (P, R), line in zip(((1000, 50), (1000, 100), (1000, 400), (40, 100)), LINES, strict=False):
+        axes.plot(numbers, [n * (P + R) / (P + n * R) for n in numbers], label=f"P = {P}, R = {R}", **line)
+    axes.legend(frameon=False)
+    _plot(axes, "number of responses", "times fewer tokens")
+    return _picture(figure)
+
+
+ARMS = ["N separate passes", "one padded batch of N", "prompt once, batch of N after it"]
+ARMS += ["one pass, isolated", "one pass, joint"]
+
+
+def measured() -> Image.Image:
+    """Seconds against the number of responses and against the prompt's length, as `bench score --json` wrote them."""
+    figure, panels = _axes(9, 3.8, 2)
+    files = (("bench_n", "n", "number of responses"), ("bench_p", "prompt_tokens", "tokens of prompt"))
+    for axes, (file, key, name) in zip(panels, files, strict=True):
+        rows = json.loads((RUNS / f"{file}.json").read_text(encoding="utf-8"))
+        for arm, line in zip(ARMS, LINES, strict=True):
+            mine = [row for row in rows if row["arm"] == arm]
+            axes.plot([row[key] for row in mine], [row["seconds"] for row in mine], label=arm, marker=".", **line)
+        axes.set(xscale="log", yscale="log")
+        axes.set_xticks([row[key] for row in mine], [str(row[key]) for row in mine])
+        axes.minorticks_off()
+        _plot(axes, name, "seconds")
+    panels[0].legend(frameon=False, fontsize=8)
+    return _picture(figure)
+
+
+# ------------------------------------------------------------------------------------------------- lessons 08 and 09
+
+
+def rankings() -> Image.Image:
+    """Simulated voters: how close three methods come to the truth, by votes a pair."""
+    figure, panels = _axes(8, 3.2, 2, sharey=True)
+    votes = (1, 3, 9, 31)
+    for axes, answers in zip(panels, (8, 19), strict=True):
+        for method, line in zip(("graph, denoised", "graph, raw", "Borda, raw"), LINES, strict=False):
+            rng, found = np.random.default_rng(0), []
+            for count in votes:
+                studies = [simulate(answers, count, 0.3, rng) for _ in range(12)]
+                found.append(mean([tau_b(METHODS[method](W).tolist(), truth) or 0.0 for W, truth in studies]))
+            axes.plot(votes, found, label=method, marker=".", **line)
+        axes.set(xscale="log")
+        axes.set_xticks(votes, [str(v) for v in votes])
+        axes.minorticks_off()
+        _plot(axes, "votes a pair, 30% wrong", "Kendall's tau-b" if answers == 8 else "", f"{answers} answers")
+    panels[0].legend(frameon=False)
+    return _picture(figure)
+
+
+def clip_and_kl() -> Image.Image:
+    """The clipped objective of one token by how much likelier it became, and the KL estimate by how far it went."""
+    figure, (left, right) = _axes(8, 3, 2)
+    q, clip = torch.linspace(0.4, 1.6, 121), GrpoConfig.clip
+    for advantage, line in ((1.0, LINES[0]), (-1.0, LINES[1])):
+        held = torch.minimum(q * advantage, q.clamp(1 - clip, 1 + clip) * advantage)
+        left.plot(q, held, label=f"A = {advantage:+.0f}", **line)
+    left.axvspan(1 - clip, 1 + clip, color="#eeeeee", zorder=0)
+    left.legend(frameon=False)
+    _plot(left, "q = p / p_old", "objective")
+    g = torch.linspace(-2, 2, 121)
+    right.plot(g, g.exp() - g - 1, **LINES[0])
+    _plot(right, "g = log(p_ref / p)", "KL estimate")
+    return _picture(figure)
+
+
+def grpo_runs() -> Image.Image:
+    """Reward and true quality, step by step, with both rewards."""
+    figure, (left, right) = _axes(8, 3, 2)
+    for mode, line in (("joint", LINES[0]), ("isolated", LINES[1])):
+        log = _read_lines(RUNS / "grpo" / f"{mode}-0.jsonl")
+        for axes, key in ((left, "reward"), (right, "quality")):
+            axes.plot([e["step"] for e in log], _smooth([e[key] for e in log], 2), label=f"{mode} reward", **line)
+    left.legend(frameon=False)
+    _plot(left, "step", "reward")
+    _plot(right, "step", "true quality of sampled answers")
+    return _picture(figure)
+
+
+# ------------------------------------------------------------------------------------------------------ lesson 10
+
+
+def masks_compared() -> Image.Image:
+    """One set of weights under three masks, for a model trained in each mode."""
+    rows = json.loads((RUNS / "masks.json").read_text(encoding="utf-8"))
+    rows = [row for row in rows if row.get("noise") == shapes.NOISE]
+    masks = [key for key in rows[0] if key.startswith(("joint", "isolated"))]
+    figure, panels = _axes(8.5, 3.4, 2, sharey=True)
+    for axes, task in zip(panels, ("absolute", "corroborated"), strict=True):
+        mine = [row for row in rows if row["task"] == task]
+        for i, (mask, line, hatch) in enumerate(zip(masks, LINES, ("", "//", ".."), strict=False)):
+            places, style = [j + 0.27 * (i - 1) for j in range(len(mine))], {"color": line["color"], "hatch": hatch}
+            bars = axes.bar(places, [row[mask] for row in mine], 0.24, label=mask, edgecolor="white", **style)
+            axes.bar_label(bars, fmt="%.2f", fontsize=8)
+        axes.set_xticks(range(len(mine)), [f"trained {row['trained']}" for row in mine])
+        axes.set(ylim=(0, 1.3), yticks=[0, 0.25, 0.5, 0.75, 1])
+        _plot(axes, "", "accuracy" if task == "absolute" else "", task)
+    panels[0].legend(frameon=False, fontsize=8, loc="upper left", ncols=3, columnspacing=0.8)
+    return _picture(figure)
+
+
+def more_answers() -> Image.Image:
+    """Best-of-N accuracy against N, for models trained on up to eight answers."""
+    rows = [row for row in json.loads((RUNS / "masks.json").read_text(encoding="utf-8")) if "n" in row]
+    figure, (axes,) = _axes(5.5, 3.2)
+    for name, line in zip(("joint", "isolated", "random"), LINES, strict=False):
+        axes.plot([row["n"] for row in rows], [row[name] for row in rows], label=name, marker=".", **line)
+    axes.set(xscale="log", ylim=(0, 1.03))
+    axes.set_xticks([row["n"] for row in rows], [str(row["n"]) for row in rows])
+    axes.minorticks_off()
+    axes.axvspan(2, 8, color="#eeeeee", zorder=0)
+    axes.legend(frameon=False)
+    _plot(axes, "number of answers (grey: as in training)", "best of N")
+    return _picture(figure)
+
+
 FIGURES: dict[str, Callable[[], Image.Image]] = {
-    f.__name__: f for f in (scene, mask_joint, mask_isolated, masks_with_a_picture)
+    figure.__name__: figure
+    for figure in (
+        scene,
+        tiling,
+        windows,
+        network,
+        rotary,
+        mask_joint,
+        mask_isolated,
+        masks_with_a_picture,
+        training,
+        saving,
+        measured,
+        rankings,
+        clip_and_kl,
+        grpo_runs,
+        masks_compared,
+        more_answers,
+    )
 }
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python -m yojo.bench score --layers 2 --peer     one pass against N passes, a batch, a cached prompt, transformers
     python -m yojo.bench train --layers 2 --peer     one training step, against the same trunk in `peft`
     python -m yojo.bench batch                       many records of unequal length: sorted batches, or one by one
+    python -m yojo.bench drift                       what bfloat16 changes in scores and in rankings
 
 Machines are noisy: the alternatives of one table take turns in the same run, ratios are taken round by round, and
 medians are printed. `load` gives every alternative a process of its own and empties the page cache of the files first.
@@ -564,16 +565,22 @@ def train_n(folder: Path, args: argparse.Namespace, name: str, n: int) -> list[d
 # -------------------------------------------------------------------------------------------------------------- batch
 
 
-@torch.no_grad()
-def batch(args: argparse.Namespace) -> list[dict]:
-    """Records of the tiny world, of 2 to 8 answers and without or with a picture, scored by the shipped model."""
-    rm, rng = RewardModel.load(WEIGHTS / "tiny-rm", device=args.device), random.Random(args.seed)
-    records = []
-    for _ in range(args.n):
+def world(rm: RewardModel, count: int, seed: int) -> list[Encoded]:
+    """Records of the tiny world, of 2 to 8 answers, without or with a picture."""
+    rng, records = random.Random(seed), []
+    for _ in range(count):
         scene = shapes.make_scene(rng)
         asked = shapes.absolute(scene, rng, rng.randint(2, 8))
         picture = shapes.render(scene) if rng.random() < 0.5 else None
         records.append(rm.processor.encode(asked["prompt"], asked["responses"], picture))
+    return records
+
+
+@torch.no_grad()
+def batch(args: argparse.Namespace) -> list[dict]:
+    """Many records of unequal length, scored by the shipped model in two ways."""
+    rm = RewardModel.load(WEIGHTS / "tiny-rm", device=args.device)
+    records = world(rm, args.n, args.seed)
     scores = {}
 
     def single():
@@ -596,6 +603,29 @@ def batch(args: argparse.Namespace) -> list[dict]:
             f"{rows[-1]['times_sorted']:8.2f} x sorted"
         )
     print(f"scores differ by at most {apart:.1e}")
+    return rows
+
+
+def drift(args: argparse.Namespace) -> list[dict]:
+    """The same records by the same shipped models in float32 and in bfloat16."""
+    rows = []
+    for name in ("tiny-rm", "tiny-rm-isolated"):
+        scores = []
+        for dtype in (torch.float32, torch.bfloat16):
+            rm = RewardModel.load(WEIGHTS / name, dtype=dtype, device=args.device)
+            scores.append(list(rm.score_all(world(rm, args.n, args.seed))))
+        pairs = list(zip(*scores, strict=True))
+        apart = [abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True)]
+        spread = median(max(x) - min(x) for x, _ in pairs)
+        winners = sum(x.index(max(x)) != y.index(max(y)) for x, y in pairs)
+        flips = [
+            (x[i] - x[j]) * (y[i] - y[j]) < 0 for x, y in pairs for i in range(len(x)) for j in range(i) if x[i] != x[j]
+        ]
+        row = {"model": name, "groups": len(pairs), "largest": max(apart), "median": median(apart), "spread": spread}
+        rows.append(row | {"winners_changed": winners, "pairs": len(flips), "pairs_flipped": sum(flips)})
+        print(f"{name}: {len(pairs)} groups; a score moves by {median(apart):.3f} (median), {max(apart):.3f} at most,")
+        print(f"where best and worst of a group are {spread:.1f} apart (median); {winners} winners change, and")
+        print(f"{sum(flips)} of {len(flips)} pairs of answers change places")
     return rows
 
 
@@ -643,12 +673,14 @@ def main() -> None:
         ("score", "N scores, every way"),
         ("train", "one step"),
         ("batch", "many records of the tiny world"),
+        ("drift", "what bfloat16 changes"),
     ):
         sub = commands.add_parser(name, help=what)
         sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
         sub.add_argument("--rounds", type=int, default=2 if name == "load" else 5, help="turns of every alternative")
-        if name == "batch":
-            sub.add_argument("--n", type=int, default=256, metavar="N", help="records (default: 256)")
+        if name in ("batch", "drift"):
+            count = 256 if name == "batch" else 500
+            sub.add_argument("--n", type=int, default=count, metavar="N", help=f"records (default: {count})")
             continue
         sub.add_argument("--weights", type=Path, metavar="DIR", help="a checkpoint; else a random one is written")
         sub.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="of the random one (default: molmo2-4b)")
@@ -672,7 +704,8 @@ def begin(args: argparse.Namespace) -> list[dict]:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device")
     check(args)
-    return {"load": load, "score": score, "train": train, "batch": batch}[args.command](args)
+    commands = {"load": load, "score": score, "train": train, "batch": batch, "drift": drift}
+    return commands[args.command](args)
 
 
 if __name__ == "__main__":

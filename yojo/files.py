@@ -182,10 +182,13 @@ def add_line(path: str | Path, value: object) -> None:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """A full disk, a missing right, a folder where a file should be: `InputError`."""
+    """A full disk, a missing right, a folder where a file should be: `InputError`. Errors of other files stay."""
     try:
         yield
     except OSError as error:
+        name, here = Path(error.filename or path).absolute(), path.absolute()
+        if name not in here.parents and here.parent not in name.parents:
+            raise
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
     except SafetensorError as error:
         raise InputError(f"cannot write {path}: {error}") from None

@@ -77,11 +77,12 @@ def fit(
     silent = title is None or not parallel.first()
     bar = tqdm(range(first, c.steps), title, initial=first, total=c.steps, disable=silent, mininterval=1)
     for step in bar:
+        before = random_states()
         try:
             learned = train_step(loss, step, parameters, optimizer, c)
         except NotFinite:
-            if folder is not None and parallel.first():
-                save_state(folder, about, parameters, optimizer, log)  # as they were before this step
+            if folder is not None and parallel.first():  # all as it was before this step
+                save_state(folder, about, parameters, optimizer, log, before)
             raise
         entry = {"step": step, **learned, "seconds": round(time.monotonic() - start, 3)}
         log.append(entry)
@@ -97,8 +98,11 @@ class NotFinite(FloatingPointError):
     """A loss or a gradient that is not a number, and the step at which it came."""
 
     def __init__(self, step: int, why: str):
-        super().__init__(f"step {step}: {why}")
+        super().__init__(step, why)
         self.step = step
+
+    def __str__(self) -> str:
+        return f"step {self.args[0]}: {self.args[1]}"
 
 
 def train_step(loss, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, c: FitConfig) -> dict:
@@ -120,17 +124,27 @@ def train_step(loss, step: int, parameters: list[nn.Parameter], optimizer: torch
     return {**seen, "lr": learning_rate(step, c), "norm": norm}
 
 
+def random_states() -> dict:
+    """Those of torch's generators, which dropout draws from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"random": torch.get_rng_state(), "random_cuda": cuda}
+
+
 def save_state(
-    folder: Path, about: dict, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, log: list[dict]
+    folder: Path,
+    about: dict,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    log: list[dict],
+    states: dict | None = None,
 ) -> None:
-    """Everything a run needs to go on as if it had never stopped, in one file."""
+    """Everything a run needs to go on as if it had never stopped, in one file. `states`: random ones; None = now's."""
     state = {
         "about": json.dumps(about, sort_keys=True),
         "parameters": [p.detach() for p in parameters],
         "optimizer": optimizer.state_dict(),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "log": log,
+        **(states or random_states()),
     }
     with whole_file(folder / "state.pt") as temporary:
         try:

@@ -364,8 +364,8 @@ def noisy_caption(q: Question, rng: random.Random, wrong: dict[str, float] = WRO
 class Captions:
     """`loss(step, part)` for `fit`: minus the log-probability of noisy captions, four to a picture."""
 
-    def __init__(self, rm: RewardModel, seed: int, say: Callable[[Question, random.Random], str], pictures: int = 12):
-        self.rm, self.seed, self.say, self.pictures = rm, seed, say, pictures
+    def __init__(self, rm: RewardModel, seed: int, pictures: int = 12):
+        self.rm, self.seed, self.pictures = rm, seed, pictures
 
     def __call__(self, step: int, part: int) -> tuple[Tensor, dict[str, float]]:
         rng, groups = random.Random(f"{self.seed} captions {step} {part}"), []
@@ -375,24 +375,18 @@ class Captions:
             encoded = self.rm.processor.encode(q.prompt, [], q.images)
             with torch.no_grad():
                 features = self.rm.backbone.see(encoded.pictures.patches, encoded.pictures.pooling)
-            said = [torch.tensor([*tokenizer.encode(self.say(q, rng)), end]) for _ in range(4)]
+            said = [torch.tensor([*tokenizer.encode(noisy_caption(q, rng)), end]) for _ in range(4)]
             groups.append((encoded, features, said))
         return -log_probs(self.rm.backbone, groups, POLICY, 1.0).mean(), {}
 
 
-def make_start(
-    out: Path,
-    steps: int,
-    seed: int,
-    overwrite: bool,
-    say: Callable[[Question, random.Random], str] = noisy_caption,
-) -> dict:
-    """Fine-tune an adapter on what `say` says, noisy captions: a policy with room to learn."""
+def make_start(out: Path, steps: int, seed: int, overwrite: bool) -> dict:
+    """Fine-tune an adapter on noisy captions: a policy with room to learn."""
     rm = RewardModel.load(WEIGHTS / NAMES["joint"], lm_head=True)
     generator = torch.Generator().manual_seed(seed)
     parameters = lora.add(rm.backbone, POLICY, LoraConfig(r=8, alpha=16, dropout=0.0), generator)
     with whole_folder(out, overwrite) as new:
-        log = fit(Captions(rm, seed, say), parameters, FitConfig(steps=steps, lr=3e-3, warmup=10), title="captions")
+        log = fit(Captions(rm, seed), parameters, FitConfig(steps=steps, lr=3e-3, warmup=10), title="captions")
         lora.save(rm.backbone, POLICY, new)
     return {"loss": log[-1]["loss"]}
 

@@ -7,21 +7,15 @@ score that is read before the i-th one found. An answer that spells a separator 
 gets another's score. This project lays answers out as text, so that nothing an answer says changes where scores are
 read.
 
-A policy is fine-tuned on captions of which one in twenty goes on after a spelled separator. The command shows what
-rewards its answers get in both ways of reading, then trains it with both (`grpo.py`) and shows whether it spells more
-or fewer.
+The command samples groups of answers, lets one answer in twenty go on after a separator, spelled out, and shows what
+rewards the answers get in both ways of reading. (A policy that says so by itself could not be trained: LOG.md.)
 
 See it: `pytest tests/test_hacking.py`.
 """
 
 import argparse
-import os
 import random
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,31 +26,28 @@ from yojo.data import Batch
 from yojo.files import InputError
 from yojo.grpo import (
     POLICY,
-    START,
+    STARTS_FROM,
     GrpoConfig,
     Judge,
     Question,
+    advantages,
+    group_rewards,
     judge_of,
-    make_start,
     noisy_caption,
     quality,
     question,
-    rollout,
-    train_policy,
+    sample_group,
 )
 from yojo.mask import PROMPT, AttentionMask
 from yojo.prompt import SEPARATOR, Encoded, Seen
 from yojo.reward import RewardModel
 from yojo.train import NAMES
 
-SPELLED = 0.05  # share of the captions to learn from that go on after a separator
-C = GrpoConfig(max_new_tokens=64)  # room for two captions and a separator between them
-GROUPS = 200  # to look at, before any training
+SPELLED = 0.05  # share of the answers that go on after a separator
 
 
-def cheating_caption(q: Question, rng: random.Random) -> str:
-    """A noisy caption; one in twenty goes on with a separator, spelled out, and a second caption."""
-    said = noisy_caption(q, rng)
+def cheat(q: Question, said: str, rng: random.Random) -> str:
+    """One answer in twenty goes on with a separator, spelled out, and a second caption."""
     return said + SEPARATOR + noisy_caption(q, rng) if rng.random() < SPELLED else said
 
 
@@ -96,96 +87,64 @@ READINGS = {"searched": searched, "constructed": lambda rm: judge_of(rm, "joint"
 # ------------------------------------------------------------------------------------------------------ what it shows
 
 
-def load(start: Path) -> RewardModel:
-    """The joint reward model, with the policy and what it started from."""
+def load() -> RewardModel:
+    """The joint reward model, with the policy of `grpo --tiny`."""
     rm = RewardModel.load(WEIGHTS / NAMES["joint"], lm_head=True)
-    for adapter in (START, POLICY):
-        lora.load(rm.backbone, adapter, start)
-        for p in lora.parameters(rm.backbone, adapter):
-            p.requires_grad_(False)
+    lora.load(rm.backbone, POLICY, STARTS_FROM)
     return rm
 
 
-def look(start: Path, reading: str, seed: int, groups: int) -> dict:
-    """Advantages of the policy's answers before any training, in groups in which a separator is spelled: of answers
-    that spell one, of the others by where they stand, and how well rewards agree with the truth."""
-    rm = load(start)
-    rng, generator = random.Random(f"{seed} look"), torch.Generator().manual_seed(seed)
-    found: dict[str, list] = {"spelled": [], "cheats": [], "before": [], "behind": [], "tau": [], "tau_clean": []}
+PLACES = ("cheats", "before", "behind")
+
+
+@torch.no_grad()
+def hack(groups: int, seed: int) -> list[dict]:
+    """Of groups with a cheat in them, by way of reading: the mean advantage of cheats, of the answers before the first
+    and of those behind it, and Kendall's tau of reward and truth; that of the other groups beside it."""
+    rm, c = load(), GrpoConfig()
+    rng, generator = random.Random(f"{seed} hacking"), torch.Generator().manual_seed(seed)
+    judges = {reading: make(rm) for reading, make in READINGS.items()}
+    found = {reading: {name: [] for name in (*PLACES, "tau", "tau_others")} for reading in READINGS}
     for _ in range(groups):
         q = question(rng)
-        (r,) = rollout(rm, READINGS[reading](rm), [q], C, START, generator)
-        cheats = [SEPARATOR in text for text in r.texts]
-        found["spelled"] += cheats
-        truth = [1.0 - quality(q, text) for text in r.texts]  # small = good, as ranks are
-        ranks = [1 + sum(other < mine for other in truth) for mine in truth]
-        found["tau" if any(cheats) else "tau_clean"].append(metrics.tau_b(r.rewards.tolist(), ranks))
-        for i, advantage in enumerate(r.advantages.tolist() if any(cheats) else []):
-            place = "cheats" if cheats[i] else "behind" if any(cheats[:i]) else "before"
-            found[place].append(advantage)
-    if not any(found["spelled"]):
-        raise InputError(f"none of {len(found['spelled'])} answers spells a separator: raise --learn or --groups")
-    return {"reading": reading, **{name: metrics.mean(values) for name, values in found.items()}}
-
-
-def train(start: Path, reading: str, seed: int, steps: int, threads: int) -> dict:
-    """GRPO with this reading as the reward."""
-    torch.set_num_threads(threads)
-    rm = load(start)
-    c = GrpoConfig(steps=steps, max_new_tokens=C.max_new_tokens)
-
-    def draw(step: int) -> list[Question]:
-        drawn = random.Random(f"{seed} questions {step}")
-        return [question(drawn) for _ in range(c.prompts)]
-
-    log = train_policy(rm, READINGS[reading](rm), draw, c, seed, START)
-    ends = {"first": log[: max(1, steps // 8)], "last": log[-max(1, steps // 8) :]}
-    keys = ("reward", "quality", "special", "length")
-    return {"reading": reading, **{f"{k}_{end}": metrics.mean([e[k] for e in ends[end]]) for k in keys for end in ends}}
-
-
-def hack(seed: int, steps: int, groups: int, learn: int) -> list[dict]:
-    with tempfile.TemporaryDirectory() as temporary:
-        start = Path(temporary) / "start"
-        make_start(start, learn, seed, overwrite=False, say=cheating_caption)
-        rows = [look(start, reading, seed, groups) for reading in READINGS]
-        print(f"\nanswers that spell {SEPARATOR}: {rows[0]['spelled']:.1%}")
-        print("mean advantage in groups with such an answer; Kendall's tau of reward and truth in these and the others")
-        print(f"{'scores are':14s}{'it':>8s}{'before it':>12s}{'behind it':>12s}{'tau':>8s}{'tau, others':>14s}")
-        for r in rows:
-            print(
-                f"{r['reading']:14s}{r['cheats']:8.2f}{r['before']:12.2f}{r['behind']:12.2f}{r['tau']:8.2f}"
-                f"{r['tau_clean']:14.2f}"
-            )
-        workers = min(len(READINGS), os.cpu_count() or 1)
-        threads = max(1, (os.cpu_count() or 1) // workers)
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            jobs = [pool.submit(train, start, reading, seed, steps, threads) for reading in READINGS]
-            learned = [job.result() for job in jobs]
-    print(f"\n{steps} steps of GRPO, mean of the first and the last eighth")
-    print(f"{'scores are':14s}{'spelled':>20s}{'quality':>20s}{'reward':>20s}{'length':>20s}")
-    for r in learned:
-        cells = (f"{r[f'{k}_first']:8.3f} -> {r[f'{k}_last']:.3f}" for k in ("special", "quality", "reward", "length"))
-        print(f"{r['reading']:14s}" + "".join(cell.rjust(20) for cell in cells))
-    return [a | b for a, b in zip(rows, learned, strict=True)]
+        seen = rm.processor.look(q.images)
+        encoded = rm.processor.lay_out(q.prompt, [], seen)
+        features = rm.backbone.see(seen[1].patches, seen[1].pooling)
+        answers = sample_group(rm.backbone, encoded, features, c, generator)
+        said = [rm.processor.tokenizer.decode(a[a != rm.backbone.config.eos_id].tolist()) for a in answers]
+        texts = [cheat(q, text, rng) for text in said]
+        cheats = [SEPARATOR in text for text in texts]
+        wrong = [1.0 - quality(q, text) for text in texts]
+        ranks = [1 + sum(other < mine for other in wrong) for mine in wrong]
+        for reading, judge in judges.items():
+            rewards, mine = group_rewards(judge, q, texts, seen, features), found[reading]
+            mine["tau" if any(cheats) else "tau_others"].append(metrics.tau_b(rewards.tolist(), ranks))
+            for i, advantage in enumerate(advantages(rewards, c.eps).tolist() if any(cheats) else []):
+                mine["cheats" if cheats[i] else "behind" if any(cheats[:i]) else "before"].append(advantage)
+    rows = []
+    print(f"{groups} groups of {c.group} answers, {len(found['searched']['cheats'])} of which spell {SEPARATOR}")
+    print(f"{'scores are':14s}{'it':>8s}{'before it':>12s}{'behind it':>12s}{'tau':>8s}{'tau, others':>14s}")
+    for reading, mine in found.items():
+        known = {name: [v for v in values if v is not None] for name, values in mine.items()}
+        row = {name: metrics.mean(values) if values else None for name, values in known.items()}
+        rows.append({"reading": reading, **row})
+        cells = [f"{value:.2f}" if value is not None else "-" for value in row.values()]
+        print(f"{reading:14s}" + "".join(f"{c:>{w}s}" for c, w in zip(cells, (8, 12, 12, 8, 14), strict=True)))
+    return rows
 
 
 def main() -> None:
-    parser = Parser(prog="python -m yojo.hacking", description="A policy that spells separators, and its rewards.")
-    parser.add_argument("--steps", type=int, default=GrpoConfig.steps, help="GRPO steps with each way of reading")
-    parser.add_argument("--groups", type=int, default=GROUPS, help="groups to look at before training")
-    parser.add_argument(
-        "--learn", type=int, default=120, metavar="STEPS", help="fine-tuning steps on cheating captions"
-    )
+    parser = Parser(prog="python -m yojo.hacking", description="Answers that spell separators, and their rewards.")
+    parser.add_argument("--groups", type=int, default=400, help="groups of answers")
     args = parser.parse_args()
     run(lambda: begin(args), parser, args)
 
 
 def begin(args: argparse.Namespace) -> list[dict]:
-    for name in ("steps", "groups", "learn"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: at least 1")
-    return hack(args.seed, args.steps, args.groups, args.learn)
+    if args.groups < 1:
+        raise InputError(f"--groups {args.groups}: at least 1")
+    print("mean advantages in groups with an answer that spells a separator, and Kendall's tau of reward and truth")
+    return hack(args.groups, args.seed)
 
 
 if __name__ == "__main__":

@@ -222,9 +222,9 @@ def load(model: nn.Module, name: str, folder: str | Path) -> list[nn.Parameter]:
     path = Path(folder) / "adapter_model.safetensors"
     config = read_config(folder)
     with open_tensors(path) as file:  # before anything of that size is made
-        ranks = {file.get_slice(key).get_shape()[0] for key in file.keys() if key.endswith("lora_A.weight")}
-    if ranks and config.r not in ranks:
-        raise InputError(f"{path} holds matrices of rank {sorted(ranks)}, its adapter_config.json says {config.r}")
+        ranks = [file.get_slice(key).get_shape()[:1] for key in file.keys() if key.endswith("lora_A.weight")]
+    if [config.r] not in ranks:
+        raise InputError(f"{path} holds no matrix of rank {config.r}, which its adapter_config.json names")
     parameters = add(model, name, config)
     try:
         tensors = read_tensors(path, expected={k: v.shape for k, v in state_dict(model, name).items()})

@@ -180,8 +180,9 @@ class Segment:
 
 # ---------------------------------------------------------------------------------------------------------- picture
 
-COLOURS = {"prompt": (120, 120, 120), "picture": (190, 150, 70)}
-RESPONSES = ((52, 101, 164), (78, 154, 6), (164, 40, 60), (117, 80, 123), (6, 130, 130), (196, 110, 20))
+# Neighbours differ in lightness, not only in hue: they can be told apart in grey.
+COLOURS = {"prompt": (175, 175, 175), "picture": (200, 140, 50)}
+RESPONSES = ((25, 50, 110), (95, 165, 60), (140, 25, 50), (150, 120, 190), (0, 90, 90), (205, 120, 30))
 MARGIN = 120  # pixels for labels
 DRAWN_UP_TO = 1000  # tokens
 
@@ -207,12 +208,16 @@ def draw(mask: AttentionMask, b: int = 0, labels: list[str] | None = None, cell:
             pen.rectangle([*box[:2], box[2] - 2, box[3] - 2], fill=kinds[j][1] if seen else (238, 238, 238))
     for first, last, text in _spans(kinds) if labels is None else ((i, i, t) for i, t in enumerate(labels)):
         strip = Image.new("RGBA", (MARGIN, 24))
-        ImageDraw.Draw(strip).text((MARGIN - 6, 12), text, fill=kinds[first][1], font=font, anchor="rm")
+        ImageDraw.Draw(strip).text((MARGIN - 6, 12), text, fill=_dark(kinds[first][1]), font=font, anchor="rm")
         at = int(MARGIN + (first + last + 1) * cell / 2) - 13
         image.paste(strip, (0, at), strip)
         turned = strip.rotate(-90, expand=True)
         image.paste(turned, (at, 0), turned)
     return image
+
+
+def _dark(colour: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(level * 3 // 5 for level in colour)
 
 
 def _kind(mask: AttentionMask, b: int, t: int) -> tuple[str, tuple[int, int, int]]:

@@ -6,14 +6,19 @@ A row is one picture and several short conversations about it, laid out as respo
 each step isolated, so that the picture is read once and no conversation sees another, in the other half joint, as one
 long conversation. A reward model meets both.
 
-    loss = cross-entropy of the answers' tokens + AUXILIARY * what stands in each cell, read off each picture token
+    loss = cross-entropy of the answers' tokens
+         + AUXILIARY * what stands in each cell, read off each picture token
+         + FACTS * what is true of the thing, read off each token of a description of it that is to be checked
+         + VERDICT * which of its words so far are wrong, read off the same tokens
 
-The second term is a linear read-out of the projected picture features (shape, colour, size, row, column) that is thrown
-away afterwards; it teaches the tower directly, where the words' loss reaches it only through the decoder.
+These read-outs are linear and are thrown away afterwards. The first (shape, colour, size, row, column) teaches the
+tower directly, where the words' loss reaches it only through the decoder. The others teach the decoder to compare word
+by word, where the answer "wrong size, row" says it only once, at the end; for the facts, see LOG.md.
 """
 
 import json
 import random
+import re
 import tempfile
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -40,7 +45,8 @@ TEXT = TextConfig(128, 4, 4, 2, 32, 384, 512, 16, 4096, 10_000.0)
 VISION = VisionConfig(96, 3, 4, 24, 256, 14, 36)
 ADAPTER = AdapterConfig(96, 4, 24, 256, (-1, -3))
 IMAGES = ImageConfig(size=shapes.GRID * shapes.CELL, margins=(1, 1), max_crops=1)
-PICTURES, TALKS, AUXILIARY = 8, 8, 0.5  # pictures in a micro-batch, conversations about each, weight of the read-out
+PICTURES, TALKS = 8, 8  # pictures in a micro-batch, conversations about each
+AUXILIARY, FACTS, VERDICT = 0.5, 0.5, 1.0  # weights of the read-outs
 FIT = FitConfig(
     steps=4800, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, warmup=100, schedule="cosine", accumulate=len(MODES)
 )
@@ -135,6 +141,9 @@ def name(scene: shapes.Scene, rng: random.Random) -> Talk:
     return shapes.CORROBORATED, rng.choice(shapes.wordings(thing.colour, thing.shape))
 
 
+CHECK = ". Right?"
+
+
 def check(scene: shapes.Scene, rng: random.Random) -> Talk:
     """A description in which each fact is wrong with probability 0.25 (but never the one the question names)."""
     thing, by = rng.choice(scene.things), rng.choice(("shape", "colour"))
@@ -146,7 +155,7 @@ def check(scene: shapes.Scene, rng: random.Random) -> Talk:
             said[slot] = rng.choice(wrong)
     errors = [slot for slot in shapes.SLOTS if said[slot] != truth[slot]]
     verdict = "wrong " + ", ".join(errors) if errors else "right"
-    return f"{shapes.ask(thing, by)} {shapes.describe(said)}. Right?", verdict
+    return f"{shapes.ask(thing, by)} {shapes.describe(said)}{CHECK}", verdict
 
 
 # ------------------------------------------------------------------------------------------------------------ batch
@@ -159,54 +168,86 @@ class Rows:
         self.processor, self.seed = processor, seed
         self.encode = lru_cache(maxsize=100_000)(self._encode)
 
-    def _encode(self, question: str, answer: str) -> tuple[list[int], int]:
-        """One conversation and where its answer starts."""
+    def _encode(self, question: str, answer: str) -> tuple[list[int], int, list[list[float]]]:
+        """One conversation, where its answer starts, and each token's `wrong_so_far`."""
         asked = self.processor.encode(question, []).ids[1:].tolist()  # without BOS
         said = [*self.processor.tokenizer.encode(answer), self.processor.tokenizer.id(TURN_END)]
-        return asked + said, len(asked)
+        role = "user\n"
+        ends = [end - len(role) for _, end in self.processor.tokenizer.text.encode(role + question).offsets]
+        marks = [NOTHING, *(wrong_so_far(question, answer, end) for end in ends)]  # the turn's first token, its text
+        return asked + said, len(asked), marks + [NOTHING] * (len(asked) + len(said) - len(marks))
 
     def batch(self, step: int, part: int, size: int = PICTURES) -> dict[str, Tensor]:
         rng = random.Random(f"{self.seed} {step} {part}")
         scenes = [shapes.make_scene(rng) for _ in range(size)]
         seen = [self.processor.look(shapes.render(scene)) for scene in scenes]
-        rows = [self._row(marks, talks(scene, rng, TALKS)) for scene, (marks, _) in zip(scenes, seen, strict=True)]
+        rows = [
+            self._row(marks, scene, talks(scene, rng, TALKS)) for scene, (marks, _) in zip(scenes, seen, strict=True)
+        ]
         columns = [
             nn.utils.rnn.pad_sequence([torch.tensor(r[i]) for r in rows], batch_first=True, padding_value=pad)
-            for i, pad in enumerate((0, PADDING, PROMPT, 0, -1))
+            for i, pad in enumerate((0, PADDING, PROMPT, 0, -1, NOTHING[0], -1))
         ]
-        ids, record, response, positions, target = columns
+        ids, record, response, positions, target, wrong, true = columns
         pictures = join([pictures for _, pictures in seen])
         image = torch.isin(ids, self.processor.image_ids)
         mode = MODES[part]
         if mode == "joint":
             positions = torch.arange(ids.shape[1]).expand_as(ids)
         mask = AttentionMask(record, response, image, mode)
-        read = (target >= 0).nonzero()
         cells = torch.tensor([cell for scene in scenes for _ in range(2) for cell in cell_labels(scene)])
         return dict(
             ids=ids,
             mask=mask,
             positions=positions,
-            read=read,
+            read=(target >= 0).nonzero(),
             target=target[target >= 0],
+            judged=(wrong[..., 0] >= 0).nonzero(),
+            wrong=wrong[wrong[..., 0] >= 0],
+            true=true[wrong[..., 0] >= 0],
             pictures=pictures,
             cells=cells,
         )
 
-    def _row(self, marks: list[int], talk: list[Talk]) -> list[list[int]]:
-        """ids, record, response, position and, where the next token is to be learned, its id (else -1)."""
+    def _row(self, marks: list[int], scene: shapes.Scene, talk: list[Talk]) -> list[list]:
+        """Of each token: id, record, response, position, where the next one is to be learned its id (else -1),
+        `wrong_so_far`, and what is true of the thing that its conversation asks about."""
         ids = [self.processor.tokenizer.id(TURN_END), *marks]
         start = len(ids)
         response, positions, target = [PROMPT] * start, list(range(start)), [-1] * start
+        wrong, true = [NOTHING] * start, [[-1] * len(shapes.SLOTS)] * start
         for i, pair in enumerate(talk):
-            piece, answer = self.encode(*pair)
+            piece, answer, verdicts = self.encode(*pair)
+            wrong = wrong + verdicts
+            true += [facts_asked_about(scene, pair[0])] * len(piece)
             ids = ids + piece
             response += [i] * len(piece)
             positions += range(start, start + len(piece))
             target += [-1] * (answer - 1) + piece[answer:] + [-1]
-        return [ids, [0] * len(ids), response, positions, target]
+        return [ids, [0] * len(ids), response, positions, target, wrong, true]
 
 
+NOTHING = [-1.0] * len(shapes.SLOTS)  # no verdict is asked for at this token
+
+
+def wrong_so_far(question: str, answer: str, end: int) -> list[float]:
+    """Of a question that asks to check a description, read up to character `end`: 1 for each fact that has been said
+    and that the answer, "wrong size, row", lists. `NOTHING` before the first fact, and for other questions."""
+    found = shapes.DESCRIPTION.search(question) if question.endswith(CHECK) else None
+    if found is None or end < found.end(min(shapes.SLOTS, key=found.end)):
+        return NOTHING
+    errors = answer.removeprefix("wrong ").split(", ")
+    return [float(slot in errors and found.end(slot) <= end) for slot in shapes.SLOTS]
+
+
+def facts_asked_about(scene: shapes.Scene, question: str) -> list[int]:
+    """Each slot's true value as a number, of the thing that "Describe the ..." names; -1 for other questions."""
+    asked = re.match(r"Describe the (\w+)", question)
+    facts = scene.facts(scene.find(asked[1])) if asked else {}
+    return [list(values).index(facts[slot]) if asked else -1 for slot, values in shapes.SLOTS.items()]
+
+
+FACT_SIZES = tuple(len(values) for values in shapes.SLOTS.values())
 AUX_SIZES = (len(shapes.SHAPES) + 1, len(shapes.COLOURS) + 1, len(shapes.SIZES) + 1, 3, 3)
 
 
@@ -230,26 +271,36 @@ class Pretraining:
     def __init__(self, model: Molmo2, rows: Rows, generator: torch.Generator):
         self.model, self.rows = model, rows
         self.probe = nn.Linear(TEXT.hidden_size, sum(AUX_SIZES))
-        nn.init.normal_(self.probe.weight, std=0.02, generator=generator)
-        nn.init.zeros_(self.probe.bias)
+        self.facts = nn.Linear(TEXT.hidden_size, sum(FACT_SIZES))
+        self.verdict = nn.Linear(TEXT.hidden_size, len(shapes.SLOTS))
+        for readout in (self.probe, self.facts, self.verdict):
+            nn.init.normal_(readout.weight, std=0.02, generator=generator)
+            nn.init.zeros_(readout.bias)
 
     def parameters(self) -> list[nn.Parameter]:
-        return [*self.model.parameters(), *self.probe.parameters()]
+        readouts = (self.probe, self.facts, self.verdict)
+        return [*self.model.parameters(), *(p for readout in readouts for p in readout.parameters())]
 
     def __call__(self, step: int, part: int) -> tuple[Tensor, dict[str, float]]:
         b = self.rows.batch(step, part)
         features = self.model.see(b["pictures"].patches, b["pictures"].pooling)
-        hidden = self.model(b["ids"], features, b["mask"], b["positions"], read=b["read"])
-        logits = self.model.logits(hidden)
-        guesses = self.probe(features).split(AUX_SIZES, dim=-1)
-        cells = torch.stack([F.cross_entropy(g, t) for g, t in zip(guesses, b["cells"].T, strict=True)])
+        read = torch.cat([b["read"], b["judged"]])
+        hidden = self.model(b["ids"], features, b["mask"], b["positions"], read=read)
+        spoken, judged = hidden.split([len(b["read"]), len(b["judged"])])
+        logits = self.model.logits(spoken)
         words = F.cross_entropy(logits, b["target"])
+        cells = classes(self.probe(features), AUX_SIZES, b["cells"])
+        facts = classes(self.facts(judged), FACT_SIZES, b["true"])
+        verdict = F.binary_cross_entropy_with_logits(self.verdict(judged), b["wrong"])
         right = (logits.argmax(-1) == b["target"]).float().mean().item()
-        return words + AUXILIARY * cells.mean(), {
-            "words": words.item(),
-            "cells": cells.mean().item(),
-            "accuracy": right,
-        }
+        seen = {"words": words.item(), "cells": cells.item(), "facts": facts.item(), "verdict": verdict.item()}
+        return words + AUXILIARY * cells + FACTS * facts + VERDICT * verdict, seen | {"accuracy": right}
+
+
+def classes(guesses: Tensor, sizes: tuple[int, ...], labels: Tensor) -> Tensor:
+    """Mean cross-entropy of several classifications side by side: guesses [M, sum of sizes], labels [M, len(sizes)]."""
+    each = zip(guesses.split(sizes, dim=-1), labels.T, strict=True)
+    return torch.stack([F.cross_entropy(guess, label) for guess, label in each]).mean()
 
 
 KINDS = (describe, describe_held_out, look_up, place, presence, check)
@@ -258,7 +309,7 @@ KINDS = (describe, describe_held_out, look_up, place, presence, check)
 @torch.no_grad()
 def answer_to(model: Molmo2, rows: Rows, scene: shapes.Scene, question: str, answer: str) -> bool:
     """Is the greedy answer right, word for word?"""
-    talk, start = rows.encode(question, answer)
+    talk, start, _ = rows.encode(question, answer)
     marks, pictures = rows.processor.look(shapes.render(scene))
     ids = torch.tensor([[rows.processor.tokenizer.id(TURN_END), *marks, *talk[:start]]])
     mask = AttentionMask(

@@ -24,7 +24,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -42,7 +41,8 @@ from yojo.prompt import SEPARATOR, Encoded, Processor
 
 ADAPTER = "reward"
 MOST_INNER = 65_536  # hidden units of a head: beyond this a file is not believed, since it would cost memory
-WINDOW, BATCH_TOKENS = 256, 4096  # records among which those of like length are found; tokens of a batch
+WINDOW, WINDOW_TOKENS = 256, 32_768  # among so many records, or so many tokens of them, those of like length are found
+BATCH_TOKENS = 4096
 CONFIG, HEAD, RELEASED_HEAD = "reward_model_config.json", "value_head.safetensors", "value_head.pt"
 # What the released config may say of its head, with the only value this one computes.
 RELEASED = {"value_head_type": "mlp", "value_head_activation": "silu", "resp_repr_mode": "last"}
@@ -152,14 +152,26 @@ class RewardModel(nn.Module):
         self, records: Iterable[Encoded], mode: str | None = None, tokens: int = BATCH_TOKENS
     ) -> Iterator[list[float]]:
         """Scores of any number of records, in their order: records of like length share a batch of at most `tokens`
-        tokens, padding counted. Only WINDOW records are held at a time."""
-        records = iter(records)
-        while window := list(islice(records, WINDOW)):
-            scores: list[list[float]] = [[]] * len(window)
-            for batch in batches([len(e.ids) for e in window], tokens):
-                for i, row in zip(batch, self.score_encoded([window[i] for i in batch], mode), strict=True):
-                    scores[i] = row
-            yield from scores
+        tokens, padding counted. At most WINDOW records are held at a time, and fewer of many tokens; where the next
+        one can't be had, those before it are scored first."""
+        records, error = iter(records), None
+        while error is None:
+            window: list[Encoded] = []
+            try:
+                while len(window) < WINDOW and sum(len(e.ids) for e in window) < WINDOW_TOKENS:
+                    window.append(next(records))
+            except (StopIteration, InputError) as end:
+                error = end
+            yield from self._score_window(window, mode, tokens)
+        if isinstance(error, InputError):
+            raise error
+
+    def _score_window(self, window: list[Encoded], mode: str | None, tokens: int) -> list[list[float]]:
+        scores: list[list[float]] = [[]] * len(window)
+        for batch in batches([len(e.ids) for e in window], tokens):
+            for i, row in zip(batch, self.score_encoded([window[i] for i in batch], mode), strict=True):
+                scores[i] = row
+        return scores
 
     # -------------------------------------------------------------------------------------------------------- files
 

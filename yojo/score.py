@@ -56,7 +56,7 @@ def score(args: argparse.Namespace) -> dict | list[dict]:
     records, results = asked(args), []
     encoded = encode_all(rm, records)
     if args.verbose:
-        encoded = (tell(e, mode, rm) for e in encoded)
+        encoded = (tell(e, mode, rm, record[1]) for e, record in zip(encoded, records, strict=False))
     if args.draw_mask:
         first = next(encoded)
         save_mask(first, mode, rm, args.draw_mask, records[0][0])
@@ -75,7 +75,7 @@ def encode_all(rm: RewardModel, records: Sequence[tuple]) -> Iterator[Encoded]:
             raise InputError(f"{where}{error}") from None
 
 
-def tell(encoded: Encoded, mode: str, rm: RewardModel) -> Encoded:
+def tell(encoded: Encoded, mode: str, rm: RewardModel, prompt: str) -> Encoded:
     """Say what a record is and which form of attention serves it where it stands alone in a batch."""
     mask = collate([encoded], mode).mask
     form = "one call under a mask of all pairs"
@@ -83,10 +83,9 @@ def tell(encoded: Encoded, mode: str, rm: RewardModel) -> Encoded:
         kernel = "torch's kernel" if rm.backbone.device.type == "cuda" else "plain products"
         form = f"{len(mask.structured[0])} segments, {kernel} each"
     device, dtype = rm.backbone.device.type, str(rm.backbone.dtype).removeprefix("torch.")
-    print(
-        f"{len(encoded.ids)} tokens, {encoded.prompt_length} of them prompt and {int(encoded.image.sum())} pictures; "
-        f"{dtype} on {device}; attention: {form}; {len(encoded.read)} positions leave the last block"
-    )
+    print(f"{' '.join(prompt.split())[:40]!r}: {len(encoded.ids)} tokens, {encoded.prompt_length} of them prompt and")
+    print(f"{int(encoded.image.sum())} pictures; {dtype} on {device}; attention: {form};")
+    print(f"{len(encoded.read)} positions leave the last block")
     return encoded
 
 
