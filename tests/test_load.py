@@ -87,6 +87,6 @@ def test_10_000_records_take_no_more_memory_than_500(judge):
 
     for i, scores in enumerate(judge.score_all(records())):
         assert len(scores) > 1
-        if i in (500, 9_999):
+        if i <= 500 or i == 9_999:
             held.append(bench.memory_of()["RssAnon"])
-    assert held[1] < 1.03 * held[0], [f"{h / 1e6:.0f} MB" for h in held]
+    assert held[-1] < 1.03 * max(held[:-1]), f"{held[-1] / 1e6:.0f} MB, at most {max(held[:-1]) / 1e6:.0f} at first"
