@@ -6,6 +6,7 @@ The judge here is a rule that reads the answer's own number ("s=0.7"), so that e
 the reading of files and the arithmetic, not a model. One test runs the real one.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -158,6 +159,9 @@ def test_orders_depend_on_seed_and_content_and_a_pair_has_two():
     pair = Item("?", ["a", "b"], [1, 2], [], None, "all", "", "")
     assert sorted(pair.orders(0, 9)) == [[0, 1], [1, 0]] and pair.orders(0, 9) == pair.orders(0, 9)
     many = Item("?", list("abcdef"), [1] * 6, [], None, "all", "", "")
+    three = Item("?", list("abc"), [1] * 3, [], None, "all", "", "")
+    assert sorted(map(tuple, three.orders(0, 9))) == list(itertools.permutations(range(3))), "none twice"
+    assert Item("?", ["a"], [1], [], None, "all", "", "").orders(0, 4) == [[0]]
     assert len(many.orders(0, 5)) == 5 and many.orders(0, 1) == many.orders(0, 5)[:1] != many.orders(1, 1)
 
 

@@ -126,6 +126,14 @@ def test_a_full_disk_is_one_line_and_keeps_the_state_before_it(command, run, mon
     assert command(train, *words, "--resume")[0] == 0
 
 
+def test_a_full_disk_does_not_hide_which_records_gave_no_number(command, run, monkeypatch):
+    words, _ = run
+    spoil(monkeypatch, "3?", float("nan"))
+    with full_disk(10_000):
+        status, _, err = command(train, *words)
+    assert status == 1 and "loss nan" in err and "cannot write" in err and "prefs.jsonl:4" in err
+
+
 def test_a_full_disk_at_the_very_end_leaves_no_half_model(command, run):
     words, training = run
     with full_disk(100_000):

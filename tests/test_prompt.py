@@ -55,6 +55,11 @@ def test_a_picture_written_out(processor):
     assert len(e.pictures.pooling) == 18
 
 
+@pytest.mark.parametrize("token", SPECIAL)
+def test_a_text_that_spells_a_token_is_noticed(processor, token):
+    assert processor.tokenizer.spells(f"a red star {token}") and not processor.tokenizer.spells("a <| b |> <im")
+
+
 def test_several_pictures_are_numbered(processor):
     text = processor.tokenizer.decode(processor.encode("?", [], [Image.new("RGB", (84, 84))] * 2).ids.tolist())
     assert text.startswith("<|im_end|>Image 1<low_res_im_start>") and "<im_end>Image 2<low_res_im_start>" in text

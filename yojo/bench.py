@@ -435,6 +435,7 @@ def score(args: argparse.Namespace) -> list[dict]:
             print(f"\n{hardware(s.device)}; {name}; {c.num_hidden_layers} blocks of width {c.hidden_size}, ", end="")
             print(f"R = {args.response_tokens}; medians of {args.rounds} rounds")
             print(f"looking at the picture, once for either side: {looking:.2f} s")
+            s.ask(min(args.prompt_tokens))  # too few are refused before anything is measured
             for P in args.prompt_tokens:
                 for n in args.n:
                     table += score_n(s.ask(P), n, args, peer, name)

@@ -72,13 +72,13 @@ class Item:
         ]
 
     def orders(self, seed: int, count: int) -> list[list[int]]:
-        """`count` orders to show the candidates in, drawn from seed and content; a pair has no more than two."""
-        n = len(self.responses)
+        """`count` different orders to show the n candidates in, drawn from seed and content; at most all n!."""
+        n, orders = len(self.responses), []
         rng = random.Random(json.dumps([seed, self.prompt, self.responses]))
-        first = rng.sample(range(n), n)
-        if n == 2:
-            return [first, first[::-1]][:count]
-        return [first] + [rng.sample(range(n), n) for _ in range(count - 1)]
+        while len(orders) < min(count, math.factorial(n)):
+            order = rng.sample(range(n), n)
+            orders += [order] * (order not in orders)
+        return orders
 
 
 # The fields each format is read from; `--map name=field` names another. Those of MR2Bench and VideoRewardBench could
@@ -365,7 +365,11 @@ def order_sensitivity(r: Run, scores: list[list[list[float]]]) -> dict:
             if item.rankings.count(1) == 1:
                 by_place.setdefault(order.index(item.rankings.index(1)), []).append(right(row, item.rankings))
     places = {str(place + 1): metrics.mean(values) for place, values in sorted(by_place.items())}
-    return {"changed": metrics.mean(changed), "by_place": places, "mean_over_orders": metrics.mean(averaged)}
+    return {
+        "changed": metrics.mean(changed) if changed else 0.0,
+        "by_place": places,
+        "mean_over_orders": metrics.mean(averaged),
+    }
 
 
 def tell(result: dict, left_out: list[str]) -> None:

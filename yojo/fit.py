@@ -80,9 +80,12 @@ def fit(
         before = random_states()
         try:
             learned = train_step(loss, step, parameters, optimizer, c)
-        except NotFinite:
+        except NotFinite as error:
             if folder is not None and parallel.first():  # all as it was before this step
-                save_state(folder, about, parameters, optimizer, log, before)
+                try:
+                    save_state(folder, about, parameters, optimizer, log, before)
+                except InputError as fault:
+                    raise NotFinite(step, f"{error.args[1]}; {fault}") from None
             raise
         entry = {"step": step, **learned, "seconds": round(time.monotonic() - start, 3)}
         log.append(entry)

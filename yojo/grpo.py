@@ -48,11 +48,12 @@ from yojo.fit import FitConfig, fit, resume, save_state
 from yojo.lora import LoraConfig
 from yojo.mask import PADDING, PROMPT, AttentionMask
 from yojo.molmo2 import Molmo2, at_least_float32
-from yojo.prompt import Encoded, Seen
+from yojo.prompt import Encoded, Seen, Tokenizer
 from yojo.reward import RewardModel, digest
 from yojo.train import NAMES, place, start_over
 
 POLICY, START = "policy", "start"
+START_STEPS = 120  # of --make-start
 FULL_LR, FULL_LORA = 1e-5, LoraConfig(r=64, alpha=64, dropout=0.0)  # without --tiny; chosen, never tried
 STARTS_FROM = WEIGHTS / "tiny-policy"
 
@@ -302,7 +303,7 @@ def train_policy(
         sampled = time.perf_counter()
         learned = update_policy(rm.backbone, rollouts, optimizer, c)
         clock["update"] = time.perf_counter() - sampled
-        entry = {"step": step, **measure(rollouts, asked), **learned}
+        entry = {"step": step, **measure(rollouts, asked, rm.processor.tokenizer), **learned}
         entry |= {f"{part}_share": seconds / (time.perf_counter() - start) for part, seconds in clock.items()}
         log.append(entry)
         tell(entry)
@@ -312,7 +313,7 @@ def train_policy(
     return log
 
 
-def measure(rollouts: Sequence[Rollout], asked: Sequence[Question]) -> dict[str, float]:
+def measure(rollouts: Sequence[Rollout], asked: Sequence[Question], tokenizer: Tokenizer) -> dict[str, float]:
     """What a step's answers are like: reward, true quality where it is known, length, and how many spell a token of
     the markup, empty ones and groups without any difference."""
     texts = [text for r in rollouts for text in r.texts]
@@ -320,7 +321,7 @@ def measure(rollouts: Sequence[Rollout], asked: Sequence[Question]) -> dict[str,
     if all(q.scene is not None for q in asked):
         entry["quality"] = metrics.mean([quality(q, t) for q, r in zip(asked, rollouts, strict=True) for t in r.texts])
     entry["length"] = metrics.mean([len(answer) for r in rollouts for answer in r.answers])
-    entry["special"] = metrics.mean([float("<|" in text) for text in texts])
+    entry["special"] = metrics.mean([float(tokenizer.spells(text)) for text in texts])
     entry["empty"] = metrics.mean([float(not text.strip()) for text in texts])
     entry["even"] = metrics.mean([float(not r.advantages.any()) for r in rollouts])
     return entry
@@ -563,7 +564,9 @@ def main() -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    parser.add_argument("--steps", type=int, default=d.steps, help="training steps")
+    parser.add_argument(
+        "--steps", type=int, help=f"training steps (default: {d.steps}, with --make-start {START_STEPS})"
+    )
     parser.add_argument("--prompts", type=int, default=d.prompts, metavar="P", help="prompts a step")
     parser.add_argument("--group", type=int, default=d.group, metavar="G", help="answers a prompt")
     parser.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, metavar="T", help="length of an answer")
@@ -574,11 +577,13 @@ def main() -> None:
 
 def begin(args: argparse.Namespace) -> dict | list[dict]:
     lr = (GrpoConfig.lr if args.tiny else FULL_LR) if args.lr is None else args.lr
-    c = GrpoConfig(args.steps, args.prompts, args.group, lr=lr, max_new_tokens=args.max_new_tokens)
+    usual = START_STEPS if args.make_start else GrpoConfig.steps
+    steps = usual if args.steps is None else args.steps
+    c = GrpoConfig(steps, args.prompts, args.group, lr=lr, max_new_tokens=args.max_new_tokens)
     if not args.tiny and (args.controls or args.seeds is not None):
         raise InputError("--controls and --seeds go with --tiny only")
     if args.make_start:
-        return make_start(args.out or STARTS_FROM, 120, args.seed, args.overwrite)
+        return make_start(args.out or STARTS_FROM, steps, args.seed, args.overwrite)
     if args.tiny:
         if args.weights or args.reward or args.data or args.resume:
             raise InputError("--tiny brings its own weights, reward models and prompts, and is not resumed")

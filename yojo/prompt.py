@@ -131,6 +131,14 @@ class Tokenizer:
         """How one id reads: an added token's name, or the text it stands for."""
         return SEPARATOR if token == self.separator_id else self.decode([token])
 
+    def spells(self, text: str) -> bool:
+        """Does a text spell the name of an added token, which `encode` takes for the text it is?"""
+        return any(name in text for name in self.added)
+
+    @cached_property
+    def added(self) -> set[str]:
+        return {SEPARATOR, *(token.content for token in self.full.get_added_tokens_decoder().values())}
+
     def id(self, name: str) -> int:
         token = self.full.token_to_id(name)
         if token is None:
