@@ -366,7 +366,7 @@ def order_sensitivity(r: Run, scores: list[list[list[float]]]) -> dict:
                 by_place.setdefault(order.index(item.rankings.index(1)), []).append(right(row, item.rankings))
     places = {str(place + 1): metrics.mean(values) for place, values in sorted(by_place.items())}
     return {
-        "changed": metrics.mean(changed) if changed else 0.0,
+        "changed": metrics.mean(changed),
         "by_place": places,
         "mean_over_orders": metrics.mean(averaged),
     }
