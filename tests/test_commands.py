@@ -4,6 +4,7 @@ pytest tests/test_commands.py
 """
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -145,6 +146,15 @@ def test_training_writes_a_reward_model(command, run_folder):
     assert not (folder / "rm.training").exists()
     status, _, err = command(score, "--model", folder / "rm", *ONE)
     assert status == 0, err
+
+
+@pytest.mark.parametrize("loss, at_equal_scores", [("best-of-n", 3), ("plackett-luce", 3 * 2), ("bradley-terry", 2)])
+def test_the_loss_can_be_chosen(command, run_folder, loss, at_equal_scores):
+    """Scores start nearly equal: log 3 for one pick of three, log 3 + log 2 for all, log 2 for a pair."""
+    folder, words = run_folder
+    assert command(train, *words, "--loss", loss)[0] == 0
+    first = json.loads((folder / "rm/metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(math.log(at_equal_scores), abs=0.02)
 
 
 def test_what_a_run_needs_is_said_before_it_starts(command, run_folder):

@@ -150,9 +150,3 @@ def test_steps_logged_before_the_first_save_are_not_logged_twice(tmp_path):
     w, loss = problem()
     fit(loss, [w], FitConfig(steps=2), tmp_path)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1]
-
-
-def test_groups_learn_at_their_pace():
-    slow, fast = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
-    fit(lambda step, part: ((slow + fast).sum(), {}), {1.0: [slow], 5.0: [fast]}, FitConfig(steps=1, lr=0.01))
-    assert fast.item() == pytest.approx(5 * slow.item(), rel=1e-5) == pytest.approx(-0.05, rel=1e-5)

@@ -1,4 +1,4 @@
-"""The four losses, each worked by hand.
+"""The three losses, each worked by hand.
 
 pytest tests/test_loss.py
 """
@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yojo.loss import any_best, best, best_of_n, bradley_terry, plackett_luce
+from yojo.loss import best, best_of_n, bradley_terry, plackett_luce
 
 LN2, LN3 = math.log(2), math.log(3)
-ALL = [best_of_n, any_best, plackett_luce, bradley_terry]
+ALL = [best_of_n, plackett_luce, bradley_terry]
 
 
 def t(*rows, dtype=torch.float64):
@@ -34,12 +34,8 @@ def ranks(*rows):
         (best_of_n, (LN3, 0), (2, 1), math.log(4)),
         # (1/2, 1/4, 1/4), two best share the target: (ln 2 + ln 4) / 2
         (best_of_n, (LN2, 0, 0), (1, 1, 3), 1.5 * LN2),
-        # the same two, either will do: their mass is 3/4
-        (any_best, (LN2, 0, 0), (1, 1, 3), math.log(4 / 3)),
-        (any_best, (LN3, 0), (2, 1), math.log(4)),
         # a rank of 0 is no response: only the first two count
         (best_of_n, (LN3, 0, 9), (1, 2, 0), math.log(4 / 3)),
-        (any_best, (LN3, 0, 9), (1, 2, 0), math.log(4 / 3)),
         # first 1/2 among (2, 1, 1)/4, then 1/2 among the two left, then alone
         (plackett_luce, (LN2, 0, 0), (1, 2, 3), 2 * LN2),
         # two tied firsts do not compete: each against the third, 2/3 and 1/2
@@ -52,6 +48,7 @@ def ranks(*rows):
         # a tie is no pair
         (bradley_terry, (LN2, 0, 0), (1, 2, 2), math.log(3 / 2)),
         (bradley_terry, (LN2, 0, 0, 5), (1, 2, 2, 0), math.log(3 / 2)),
+        (bradley_terry, (1, 2), (1, 1), 0),
     ],
 )
 def test_by_hand(loss, scores, rank, value):
@@ -88,7 +85,7 @@ def test_at_least_float32(loss):
 @given(st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 4)), min_size=2, max_size=6), st.floats(-3, 3))
 def test_property_only_differences_of_scores_matter_and_order_does_not(items, shift):
     scores, rank = zip(*items, strict=True)
-    for loss in ALL[:3] if len(set(rank)) == 1 else ALL:
+    for loss in ALL:
         value = loss(t(scores), ranks(rank)).item()
         assert loss(t(scores) + shift, ranks(rank)).item() == pytest.approx(value, abs=1e-9)
         assert loss(t(scores[::-1]), ranks(rank[::-1])).item() == pytest.approx(value, abs=1e-9)
@@ -99,7 +96,5 @@ def test_the_best_are_those_of_the_lowest_rank():
 
 
 def test_nothing_to_learn_from_raises():
-    with pytest.raises(ValueError, match="no record ranks one response before another"):
-        bradley_terry(t((1, 2)), ranks((1, 1)))
     with pytest.raises(ValueError, match="every record needs a ranked response"):
         best_of_n(t((1, 2)), ranks((0, 0)))

@@ -53,14 +53,12 @@ def test_scoring_has_no_vocabulary_matrix(tiny_folder):
 def test_only_the_adapter_and_the_head_learn(tiny_folder):
     rm = make_model(tiny_folder)
     batch = collate([rm.processor.encode(*ASK)], "joint")
-    for p in sum(rm.trainable(), []):
+    for p in rm.trainable():
         p.requires_grad_(True)
     best_of_n(rm(batch).view(1, -1), torch.tensor([[1, 2, 3]])).backward()
     touched = {name for name, p in rm.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-12}
     assert {n for n in touched if ".adapters." not in n and not n.startswith("head.")} == set()
-    assert (
-        len(touched) == len(sum(rm.trainable(), [])) - 1
-    )  # the head's last bias moves all scores alike: its gradient is zero
+    assert len(touched) == len(rm.trainable()) - 1  # the head's last bias moves all scores alike: its gradient is zero
 
 
 def test_the_adapter_is_used_for_scoring_and_left_off_afterwards(tiny_folder):
@@ -141,7 +139,7 @@ def test_saving_and_loading_changes_no_bit(saved):
 def test_property_what_was_saved_scores_the_same_to_the_last_bit(tiny_folder, mode, r, inner, seed):
     rm = RewardModel.new(tiny_folder, mode, lora.LoraConfig(r=r, dropout=0.0), inner=inner, seed=seed)
     with torch.no_grad():
-        for p in sum(rm.trainable(), []):
+        for p in rm.trainable():
             p.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
     with tempfile.TemporaryDirectory() as folder:
         rm.save(Path(folder) / "rm")

@@ -47,7 +47,7 @@ def make_model(base, mode="joint", dtype=torch.float64, trained=True):
     rm = RewardModel.new(base, mode, LoraConfig(r=4, alpha=8, dropout=0.0), inner=16, dtype=dtype)
     if trained:
         with torch.no_grad():
-            for p in sum(rm.trainable(), []):
+            for p in rm.trainable():
                 p.normal_(std=0.3, generator=torch.Generator().manual_seed(p.numel()))
     return rm.eval()
 

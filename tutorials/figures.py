@@ -5,6 +5,7 @@ python -m tutorials.figures          redraws all of them into tutorials/figures/
 
 import io
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +32,9 @@ FOLDER, RUNS = Path(__file__).parent / "figures", Path(__file__).parent / "runs"
 LINES = [
     {"color": "#1b4f8f", "linestyle": "-"},
     {"color": "#e08214", "linestyle": "--"},
-    {"color": "#3f9f6f", "linestyle": ":"},
-    {"color": "#8c6bb1", "linestyle": "-."},
-    {"color": "#444444", "linestyle": (0, (6, 2, 1, 2, 1, 2))},
+    {"color": "#2e7d54", "linestyle": ":"},
+    {"color": "#b49ad6", "linestyle": "-."},
+    {"color": "#222222", "linestyle": (0, (6, 2, 1, 2, 1, 2))},
 ]
 
 # ------------------------------------------------------------------------------------------------- drawing with axes
@@ -67,6 +68,12 @@ def _smooth(values: list[float], width: int) -> list[float]:
     return [mean(values[max(0, i - width) : i + width + 1]) for i in range(len(values))]
 
 
+def _curve(axes, log: list[dict], key: str, width: int, label: str, line: dict) -> None:
+    steps, values = [e["step"] for e in log], [e[key] for e in log]
+    axes.plot(steps, values, color=line["color"], linewidth=0.6, alpha=0.4)
+    axes.plot(steps, _smooth(values, width), label=label, **line)
+
+
 # ------------------------------------------------------------------------------------------------- lessons 00 and 01
 
 
@@ -84,14 +91,17 @@ def tiling() -> Image.Image:
     (h, w), crops = c.pooling, seen.pooling[global_rows * global_columns :] // c.side**2 - 1
     owner = crops.view(rows, columns, h, w).permute(0, 2, 1, 3).reshape(rows * h, columns * w)
     figure, (axes,) = _axes(5.6, 5.6)
-    axes.imshow(owner, cmap="Greys", vmin=-1, vmax=11)
-    axes.set(xticks=[], yticks=[])
+    axes.imshow(owner, cmap="Greys", vmin=-0.5, vmax=6)
     axes.set_xticks([i - 0.5 for i in range(columns * w)], minor=True)
     axes.set_yticks([i - 0.5 for i in range(rows * h)], minor=True)
-    axes.set_axisbelow(True)
     axes.grid(which="minor", color="#999999", linewidth=0.4)
     axes.tick_params(which="both", length=0)
-    step = c.side - sum(c.margins)
+    step, own = c.side - sum(c.margins), c.side - c.margins[1]
+    marks = [0, step, own, c.side, columns * w]
+    axes.set_xticks([m - 0.5 for m in marks], marks)
+    axes.set_yticks([m - 0.5 for m in marks], marks)
+    for line in (axes.axvline, axes.axhline):
+        line(own - 0.5, color="black", linewidth=1.2, zorder=4)
     for crop in range(int(owner.max()) + 1):
         y, x = (step * i - 0.5 for i in divmod(crop, 2))
         inset = 0.35 * crop  # so that borders on the same line can be told apart
@@ -103,8 +113,8 @@ def tiling() -> Image.Image:
             *middle, f"crop {crop}", ha="center", va="center", fontsize=13, color="black", backgroundcolor="white"
         )
     axes.set_xlabel(
-        f"{columns * w} x {rows * h} patches; shade: the crop that owns a patch; frames: the "
-        f"{c.side} x {c.side}\nthat a crop sees, drawn slightly inside each other to be told apart"
+        f"{columns * w} x {rows * h} patches; shades and thin lines: which crop owns a patch;\n"
+        f"frames: the {c.side} x {c.side} that a crop sees, drawn a little inside each other"
     )
     return _picture(figure)
 
@@ -126,7 +136,7 @@ def windows() -> Image.Image:
         axes.add_patch(Rectangle((x - 0.5, y - 0.5), size, size, fill=False, edgecolor="black", linewidth=2.5))
         box = {"facecolor": "white", "edgecolor": "black", "pad": 3}
         axes.text(x + size / 2, y + size / 2, f"token {token}", ha="center", va="center", fontsize=9, bbox=box)
-    axes.set_xlabel("small numbers: patches; boxes: windows of 2 x 2")
+    axes.set_xlabel("the overview; small numbers: patches; boxes: windows of 2 x 2")
     return _picture(figure)
 
 
@@ -156,16 +166,16 @@ def network() -> Image.Image:
     upper = [
         f"patches\n{' x '.join(map(str, seen.patches.shape))}",
         f"patch embedding\n+ position\n{size['patch_embedding']}",
-        f"{len(eyes.image_vit.transformer['resblocks'])} blocks of the\ntower, two read\n2 of {size['tower']}",
+        f"{len(eyes.image_vit.transformer['resblocks'])} blocks of the\ntower, two read\neach {size['tower']}",
         f"pooling attention\n4 patches a token\n{size['pooling']}",
         f"SwiGLU\nfeatures\n{size['projector']}",
     ]
     lower = [
         f"token ids\n1 x {len(row.ids)}",
         f"embedding table\n{size['table']}",
-        "add features at\nthe picture tokens",
+        f"add features at\nthe picture tokens\n{size['table']}",
         f"{len(decoder.blocks)} decoder blocks\n{size['blocks']}",
-        "final norm\nhidden states",
+        f"final norm\nhidden states\n{size['blocks']}",
     ]
     figure, (axes,) = _axes(9.5, 2.9)
     axes.set(xlim=(0, 5), ylim=(0, 2.05))
@@ -236,9 +246,9 @@ def training() -> Image.Image:
     for mode, name, line in (("joint", "tiny-rm", LINES[0]), ("isolated", "tiny-rm-isolated", LINES[1])):
         log = _read_lines(WEIGHTS / name / "metrics.jsonl")
         for axes, key in ((left, "loss"), (right, "accuracy")):
-            axes.plot([e["step"] for e in log], _smooth([e[key] for e in log], 10), label=mode, **line)
+            _curve(axes, log, key, 10, mode, line)
     left.legend(frameon=False)
-    _plot(left, "step", "loss, mean over 21 steps")
+    _plot(left, "step (thick: mean of 21, thin: each)", "loss")
     _plot(right, "step", "best of N on the training groups")
     return _picture(figure)
 
@@ -261,16 +271,22 @@ ARMS += ["one pass, isolated", "one pass, joint"]
 def measured() -> Image.Image:
     """Seconds against the number of responses and against the prompt's length, as `bench score --json` wrote them."""
     figure, panels = _axes(9, 3.8, 2)
-    files = (("bench_n", "n", "number of responses"), ("bench_p", "prompt_tokens", "tokens of prompt"))
-    for axes, (file, key, name) in zip(panels, files, strict=True):
+    files = (
+        ("bench_n", "n", "number of responses N", "P = 1040, R = 100"),
+        ("bench_p", "prompt_tokens", "tokens of prompt P", "N = 4, R = 100"),
+    )
+    for axes, (file, key, name, title) in zip(panels, files, strict=True):
         rows = json.loads((RUNS / f"{file}.json").read_text(encoding="utf-8"))
         for arm, line in zip(ARMS, LINES, strict=True):
             mine = [row for row in rows if row["arm"] == arm]
             axes.plot([row[key] for row in mine], [row["seconds"] for row in mine], label=arm, marker=".", **line)
         axes.set(xscale="log", yscale="log")
         axes.set_xticks([row[key] for row in mine], [str(row[key]) for row in mine])
+        low, high = (round(math.log2(end(row["seconds"] for row in rows if row["arm"] in ARMS))) for end in (min, max))
+        ticks = [2.0**k for k in range(low, high + 1)]
+        axes.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks])
         axes.minorticks_off()
-        _plot(axes, name, "seconds")
+        _plot(axes, name, "seconds", title)
     panels[0].legend(frameon=False, fontsize=8)
     return _picture(figure)
 
@@ -292,7 +308,12 @@ def rankings() -> Image.Image:
         axes.set(xscale="log")
         axes.set_xticks(votes, [str(v) for v in votes])
         axes.minorticks_off()
-        _plot(axes, "votes a pair, 30% wrong", "Kendall's tau-b" if answers == 8 else "", f"{answers} answers")
+        _plot(
+            axes,
+            "votes a pair, 30% wrong",
+            "Kendall's tau-b" if answers == 8 else "",
+            f"{answers} answers, 12 simulated items a point",
+        )
     panels[0].legend(frameon=False)
     return _picture(figure)
 
@@ -319,9 +340,9 @@ def grpo_runs() -> Image.Image:
     for mode, line in (("joint", LINES[0]), ("isolated", LINES[1])):
         log = _read_lines(RUNS / "grpo" / f"{mode}-0.jsonl")
         for axes, key in ((left, "reward"), (right, "quality")):
-            axes.plot([e["step"] for e in log], _smooth([e[key] for e in log], 2), label=f"{mode} reward", **line)
+            _curve(axes, log, key, 2, f"{mode} reward", line)
     left.legend(frameon=False)
-    _plot(left, "step", "reward")
+    _plot(left, "step (thick: mean of 5, thin: each)", "reward, each judge's own scale")
     _plot(right, "step", "true quality of sampled answers")
     return _picture(figure)
 
@@ -340,11 +361,15 @@ def masks_compared() -> Image.Image:
         for i, (mask, line, hatch) in enumerate(zip(masks, LINES, ("", "//", ".."), strict=False)):
             places, style = [j + 0.27 * (i - 1) for j in range(len(mine))], {"color": line["color"], "hatch": hatch}
             bars = axes.bar(places, [row[mask] for row in mine], 0.24, label=mask, edgecolor="white", **style)
-            axes.bar_label(bars, fmt="%.2f", fontsize=8)
+            axes.bar_label(bars, fmt="%.3f", fontsize=7.5)
         axes.set_xticks(range(len(mine)), [f"trained {row['trained']}" for row in mine])
-        axes.set(ylim=(0, 1.3), yticks=[0, 0.25, 0.5, 0.75, 1])
+        axes.set(ylim=(0, 1.4), yticks=[0, 0.25, 0.5, 0.75, 1])
         _plot(axes, "", "accuracy" if task == "absolute" else "", task)
-    panels[0].legend(frameon=False, fontsize=8, loc="upper left", ncols=3, columnspacing=0.8)
+    panels[0].legend(
+        title="mask it is read under", frameon=False, fontsize=8, title_fontsize=8, ncols=3, columnspacing=0.8
+    )
+    panels[1].axhline(shapes.CEILINGS["isolated"], color="black", linewidth=0.8, linestyle=":")
+    panels[1].text(1.42, shapes.CEILINGS["isolated"] + 0.01, "1/3", ha="right", fontsize=8)
     return _picture(figure)
 
 
@@ -352,14 +377,16 @@ def more_answers() -> Image.Image:
     """Best-of-N accuracy against N, for models trained on up to eight answers."""
     rows = [row for row in json.loads((RUNS / "masks.json").read_text(encoding="utf-8")) if "n" in row]
     figure, (axes,) = _axes(5.5, 3.2)
-    for name, line in zip(("joint", "isolated", "random"), LINES, strict=False):
-        axes.plot([row["n"] for row in rows], [row[name] for row in rows], label=name, marker=".", **line)
+    for name, marker, line in zip(("joint", "isolated", "random"), "os.", LINES, strict=False):
+        label = "an answer by lot" if name == "random" else name
+        style = {"marker": marker, "fillstyle": "none", **line}
+        axes.plot([row["n"] for row in rows], [row[name] for row in rows], label=label, **style)
     axes.set(xscale="log", ylim=(0, 1.03))
     axes.set_xticks([row["n"] for row in rows], [str(row["n"]) for row in rows])
     axes.minorticks_off()
     axes.axvspan(2, 8, color="#eeeeee", zorder=0)
     axes.legend(frameon=False)
-    _plot(axes, "number of answers (grey: as in training)", "best of N")
+    _plot(axes, "number of answers (grey: as in training)", "accuracy")
     return _picture(figure)
 
 

@@ -49,7 +49,7 @@ def learning_rate(step: int, c: FitConfig) -> float:
 
 def fit(
     loss: Callable[[int, int], tuple[Tensor, dict[str, float]]],
-    parameters: list[nn.Parameter] | dict[float, list[nn.Parameter]],
+    parameters: list[nn.Parameter],
     c: FitConfig,
     folder: Path | None = None,
     title: str | None = None,
@@ -58,19 +58,12 @@ def fit(
     """Train `parameters` in place -> one dict a step: step, loss, lr, norm of the gradient, seconds, and what `loss`
     logs.
 
-    A dict gives groups of parameters that learn at a pace: a multiple of the learning rate.
     With `folder`, `metrics.jsonl` grows there, and every `save_every` steps `state.pt` is written, whole or not at all;
     when it is there already, the run goes on from it, provided `run`, which says what is trained on what, is the same.
     `title` names a progress bar; None = none.
     """
     about = {**asdict(c), **(run or {})}
-    groups = (
-        [{"params": parameters, "pace": 1.0}]
-        if isinstance(parameters, list)
-        else [{"params": params, "pace": pace} for pace, params in parameters.items()]
-    )
-    parameters = [p for group in groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)
     optimizer.zero_grad(set_to_none=True)  # a step that was broken off in this process may have left half a gradient
     first, log = resume(folder, about, parameters, optimizer)
     start = time.monotonic() - (log[-1]["seconds"] if log else 0)
@@ -111,7 +104,7 @@ class NotFinite(FloatingPointError):
 def train_step(loss, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, c: FitConfig) -> dict:
     """One update from `accumulate` micro-batches."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, c) * group["pace"]
+        group["lr"] = learning_rate(step, c)
     seen: dict[str, float] = {}
     for part in parallel.share(c.accumulate):
         value, about = loss(step, part)

@@ -1,11 +1,10 @@
 """What the scores of N responses are trained against. s [B, N] scores, rank [B, N] 1 = best, 0 = no response here.
 
     best-of-N (the paper)   L = - sum_i t_i log softmax(s)_i        t = the best-ranked, sharing 1 evenly
-    any of the best         L = - log sum_{i best} softmax(s)_i     when it matters not which of them wins
     Plackett-Luce           L = - sum_i log  e^{s_i} / (e^{s_i} + sum_{j worse than i} e^{s_j})
     Bradley-Terry           L = - mean over pairs ranked i before j of  log sigmoid(s_i - s_j)
 
-The paper's release draws one of several best at random at every use; sharing the target is the mean of that. All four
+The paper's release draws one of several best at random at every use; sharing the target is the mean of that. All three
 are means over records, computed in at least float32.
 
 See it: `pytest tests/test_loss.py` works each by hand.
@@ -38,11 +37,6 @@ def best_of_n(scores: Tensor, rank: Tensor) -> Tensor:
     return -(log_p.sum(-1) / target.sum(-1)).mean()
 
 
-def any_best(scores: Tensor, rank: Tensor) -> Tensor:
-    """- log of the probability that one of the best-ranked is chosen. -> scalar"""
-    return -_log_softmax(scores, rank).masked_fill(~best(rank), -torch.inf).logsumexp(-1).mean()
-
-
 def plackett_luce(scores: Tensor, rank: Tensor) -> Tensor:
     """- log likelihood of the whole ranking, chosen best first; tied responses do not compete. -> scalar"""
     rivals = (rank[:, None, :] > rank[:, :, None]) | torch.eye(rank.shape[1], dtype=torch.bool, device=rank.device)
@@ -54,14 +48,14 @@ def plackett_luce(scores: Tensor, rank: Tensor) -> Tensor:
 
 
 def bradley_terry(scores: Tensor, rank: Tensor) -> Tensor:
-    """- log sigmoid of the margin, mean over a record's ordered pairs, then over records with such a pair. -> scalar
+    """- log sigmoid of the margin, mean over a record's ordered pairs; 0 for a record in which all are tied. -> scalar
 
     The loss of single-response reward models; with two responses it equals `best_of_n`.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     before = (rank[:, :, None] < rank[:, None, :]) & (rank[:, :, None] > 0)
     margin = F.logsigmoid(scores[:, :, None] - scores[:, None, :]).masked_fill(~before, 0.0)
-    pairs = before.sum((1, 2))
-    if not bool(pairs.any()):
-        raise ValueError("no record ranks one response before another: there is no pair to learn from")
-    return -(margin.sum((1, 2))[pairs > 0] / pairs[pairs > 0]).mean()
+    return -(margin.sum((1, 2)) / before.sum((1, 2)).clamp_min(1)).mean()
+
+
+LOSSES = {"best-of-n": best_of_n, "plackett-luce": plackett_luce, "bradley-terry": bradley_terry}

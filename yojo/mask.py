@@ -182,7 +182,7 @@ class Segment:
 
 # Neighbours differ in lightness, not only in hue: they can be told apart in grey.
 COLOURS = {"prompt": (175, 175, 175), "picture": (200, 140, 50)}
-RESPONSES = ((25, 50, 110), (95, 165, 60), (140, 25, 50), (150, 120, 190), (0, 90, 90), (205, 120, 30))
+RESPONSES = ((25, 50, 110), (95, 165, 60), (185, 40, 70), (150, 120, 190), (0, 90, 90), (205, 120, 30))
 MARGIN = 120  # pixels for labels
 DRAWN_UP_TO = 1000  # tokens
 

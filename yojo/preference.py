@@ -10,7 +10,7 @@ See it: `python -m yojo.train --tiny`.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -37,9 +37,8 @@ class Recipe:
 
     lora: LoraConfig = field(default_factory=LoraConfig)
     inner: int = 1024  # hidden units of the value head
-    head_pace: float = 1.0  # its learning rate, as a multiple of the adapter's
     records: int = 1  # in a micro-batch
-    loss: Callable[[Tensor, Tensor], Tensor] = losses.best_of_n
+    loss: str = "best-of-n"
     epochs: int = 3  # where `fit.steps` is 0
     max_tokens: int = 24_576  # of a record
     max_picture_tokens: int = 16_384  # among them
@@ -55,9 +54,7 @@ TINY = Recipe(
 CORROBORATED = replace(
     TINY,
     lora=LoraConfig(r=32, alpha=64, dropout=0.0),
-    head_pace=5.0,
     records=64,
-    loss=losses.any_best,
     fit=replace(TINY.fit, steps=220, lr=2e-3, betas=(0.9, 0.95)),
 )
 WINDOW = 16  # micro-batches among which records are sorted by their number of responses
@@ -224,7 +221,7 @@ class Task:
         rank = nn.utils.rnn.pad_sequence(ranks, batch_first=True).to(scores.device)
         chosen = scores.detach().masked_fill(rank == 0, -torch.inf).argmax(-1, keepdim=True)
         right = losses.best(rank).gather(1, chosen).float().mean().item()
-        return self.recipe.loss(scores, rank), {"accuracy": right}
+        return losses.LOSSES[self.recipe.loss](scores, rank), {"accuracy": right}
 
 
 @torch.no_grad()

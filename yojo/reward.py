@@ -101,9 +101,9 @@ class RewardModel(nn.Module):
         head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
         return cls(backbone, processor, head, mode, Path(base), digest)
 
-    def trainable(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    def trainable(self) -> list[nn.Parameter]:
         """The adapter's parameters and the head's; everything else is frozen."""
-        return lora.parameters(self.backbone, ADAPTER), list(self.head.parameters())
+        return [*lora.parameters(self.backbone, ADAPTER), *self.head.parameters()]
 
     def merge(self) -> None:
         """Fold the adapter into the backbone: scores the same but for rounding, faster, and learns no more."""

@@ -32,6 +32,7 @@ from yojo.cli import WEIGHTS, Parser, run
 from yojo.data import Record, read_records
 from yojo.files import InputError
 from yojo.fit import NotFinite, fit
+from yojo.loss import LOSSES
 from yojo.mask import MODES
 from yojo.preference import CORROBORATED, TINY, Dataset, Recipe, Task, evaluate
 from yojo.prompt import Ask
@@ -59,10 +60,8 @@ def train(
     torch.manual_seed(seed)
     data.rm.train()
     task = Task(data, recipe, seed)
-    adapter, head = data.rm.trainable()
-    parameters = {1.0: adapter, recipe.head_pace: head} if recipe.head_pace != 1 else adapter + head
     try:
-        log = fit(task, parameters, recipe.fit, folder, title, run)
+        log = fit(task, data.rm.trainable(), recipe.fit, folder, title, run)
     except NotFinite as error:
         raise FloatingPointError(f"{error}; its records: {', '.join(task.where(error.step))}") from None
     data.rm.eval()
@@ -207,10 +206,8 @@ def table(r: dict) -> str:
         ceilings = "".join(f"{r['ceilings'][k]:24.3f}" for k in ("joint", "isolated"))
         lines.append(f"{'exact ceiling':42s}{ceilings}")
     lines.append("without a picture: " + ", ".join(f"{name} {r[name]:.3f}" for name in metrics.BASELINES))
-    for mode in MODES if len(seeds) > 1 else ():
-        lines.append(
-            f"{mode}, own picture, seed by seed: " + ", ".join(f"{s[mode]:.3f}" for s in r["per_seed"] if mode in s)
-        )
+    for mode in [m for m in MODES if m in r] if len(seeds) > 1 else ():
+        lines.append(f"{mode}, own picture, seed by seed: " + ", ".join(f"{s[mode]:.3f}" for s in r["per_seed"]))
     if r["any_true"] is not None:
         lines.append(f"a random true answer: {r['any_true']:.3f}")
     lines.append(f"{r['seconds']} seconds")
@@ -225,7 +222,7 @@ def full(args: argparse.Namespace) -> dict:
     device = parallel.start()
     training = place(args.out, args.overwrite, args.resume)
     records, test = split(read_records(args.data), args.test, args.seed)
-    recipe = Recipe()
+    recipe = replace(Recipe(), loss=args.loss)
     steps = args.steps or max(1, recipe.epochs * len(records) // (recipe.records * recipe.fit.accumulate))
     recipe = replace(recipe, fit=replace(recipe.fit, steps=steps))
     parallel.share(recipe.fit.accumulate)
@@ -239,7 +236,7 @@ def full(args: argparse.Namespace) -> dict:
         start_over(training, args.resume)
     parallel.wait()
     digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
-    about = {"mode": args.mode, "seed": args.seed, "data": digest, "records": len(records)}
+    about = {"mode": args.mode, "loss": args.loss, "seed": args.seed, "data": digest, "records": len(records)}
     about["base"] = rm.fingerprint["weights"]
     train(data, recipe, args.seed, "train", training, run=about)
     if not parallel.first():
@@ -331,6 +328,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the reward model; with --tiny, for both")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--loss", choices=LOSSES, default=Recipe().loss, help="what scores are trained against")
     parser.add_argument("--steps", type=int, help="training steps, where not the recipe's")
     args = parser.parse_args()
     run(lambda: start(args), parser, args)
@@ -355,7 +353,7 @@ def start(args: argparse.Namespace) -> dict:
         if args.sizes and (task != "absolute" or not all(2 <= n <= 16 for n in args.sizes)):
             raise InputError(f"--sizes {args.sizes}: 2 to 16 responses, with --task absolute only")
         recipe, n = TASKS[task]
-        recipe = replace(recipe, fit=replace(recipe.fit, steps=args.steps or recipe.fit.steps))
+        recipe = replace(recipe, loss=args.loss, fit=replace(recipe.fit, steps=args.steps or recipe.fit.steps))
         modes = [args.mode] if args.mode else MODES
         seeds = range(args.seed, args.seed + seeds)
         return tiny(task, recipe, args.sizes or [n], modes, seeds, args.out, args.overwrite, args.paraphrase)
