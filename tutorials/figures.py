@@ -284,7 +284,7 @@ def measured() -> Image.Image:
         axes.set_xticks([row[key] for row in mine], [str(row[key]) for row in mine])
         low, high = (round(math.log2(end(row["seconds"] for row in rows if row["arm"] in ARMS))) for end in (min, max))
         ticks = [2.0**k for k in range(low, high + 1)]
-        axes.set_yticks(ticks, [f"{tick:.2g}" for tick in ticks])
+        axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.minorticks_off()
         _plot(axes, name, "seconds", title)
     panels[0].legend(frameon=False, fontsize=8)
@@ -369,7 +369,7 @@ def masks_compared() -> Image.Image:
         title="mask it is read under", frameon=False, fontsize=8, title_fontsize=8, ncols=3, columnspacing=0.8
     )
     panels[1].axhline(shapes.CEILINGS["isolated"], color="black", linewidth=0.8, linestyle=":")
-    panels[1].text(1.42, shapes.CEILINGS["isolated"] + 0.01, "1/3", ha="right", fontsize=8)
+    panels[1].text(0.5, shapes.CEILINGS["isolated"] + 0.01, "1/3", ha="center", fontsize=8)
     return _picture(figure)
 
 

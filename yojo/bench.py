@@ -15,6 +15,7 @@ over the time of the pass, both per FLOP.
 """
 
 import argparse
+import ctypes
 import gc
 import importlib.util
 import os
@@ -74,6 +75,7 @@ class Peak:
             self.start = torch.cuda.memory_allocated()
         else:
             gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken now
             self.start = self.peak = memory_of()["RssAnon"]
             self.thread = threading.Thread(target=self._sample)
             self.thread.start()

@@ -28,7 +28,8 @@ MODES = ("joint", "isolated")
 PROMPT = -1  # value in `response`
 PADDING = -1  # value in `record`
 DENSE_UP_TO = 512  # tokens in a row; beyond this a [T, T] mask costs more than one attention call per segment
-CHUNK = 256  # queries of a segment, at most: what causal attention would compute in vain grows with it
+CHUNK = 128  # queries of a segment, at most: what causal attention would compute in vain grows with it
+CHUNK_CUDA = 2048  # on a GPU, where starting a kernel costs more than that; chosen, not measured
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,10 @@ class AttentionMask:
         whose = [int(self.response[b, start]) for start, _ in runs]
         if len(set(whose)) < len(whose):
             raise ValueError(f"row {b}: the tokens of a response must stand side by side, got responses {whose}")
-        prompt = runs[0][1]
+        prompt, chunk = runs[0][1], CHUNK_CUDA if self.record.is_cuda else CHUNK
         for start, stop in runs:
-            for a in range(start, stop, CHUNK):
-                z = min(a + CHUNK, stop)
+            for a in range(start, stop, chunk):
+                z = min(a + chunk, stop)
                 reach = max(z, seen) if bool(self.image[b, a:z].any()) else z
                 own = (first, reach) if start <= prompt else (start, reach)  # the first response follows the prompt
                 yield Segment(self, b, a, z, (own,) if own[0] == first else ((first, prompt), own))
