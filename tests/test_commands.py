@@ -7,10 +7,7 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -149,22 +146,6 @@ def test_training_writes_a_reward_model(command, run_folder):
     assert not (folder / "rm.training").exists()
     status, _, err = command(score, "--model", folder / "rm", *ONE)
     assert status == 0, err
-
-
-def test_a_command_keeps_the_memory_that_it_frees():
-    """100 MB, taken a second time, bring next to no new page; without `keep_freed_memory` 25,000."""
-    code = (
-        "import resource, torch; from yojo.cli import keep_freed_memory\n"
-        "def faults():\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    torch.ones(25_000_000)\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "cold = [faults(), faults()]; keep_freed_memory(); faults(); print(min(cold), faults())"
-    )
-    words = [sys.executable, "-c", code]
-    out = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent).stdout
-    cold, warm = map(int, out.split())
-    assert warm < cold / 5
 
 
 @pytest.mark.parametrize("loss, at_equal_scores", [("best-of-n", 3), ("plackett-luce", 3 * 2), ("bradley-terry", 2)])

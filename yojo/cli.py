@@ -1,7 +1,6 @@
 """What all commands share: bad input is one clear line and exit status 2, results go to `--json` whole."""
 
 import argparse
-import ctypes
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,18 +39,8 @@ def seed(text: str) -> int:
     return int(text)
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep what it frees, up to 2 GB. glibc hands a large block back to the system at once and gets the
-    next one page by page, which costs a fifth of a pass over thousands of tokens. Not on other systems."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose end goes back only beyond this
-
-
 def run(main: Callable[[], dict | list], parser: Parser, args: argparse.Namespace) -> None:
     """Run a command; its return value is what `--json` writes. Numbers that are not finite end it with status 1."""
-    keep_freed_memory()
     try:
         result = main()
         if args.json:
