@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,27 @@ def test_a_full_disk_is_one_line_and_keeps_the_state_before_it(command, run, mon
     assert len(torch.load(training / "state.pt", weights_only=True)["log"]) == 2
     assert [path.name for path in training.iterdir() if path.name.startswith(".")] == []
     assert command(train, *words, "--resume")[0] == 0
+
+
+def test_a_killed_command_leaves_no_worker_behind():
+    code = (
+        "import os, time; from yojo.cli import pool\n"
+        "if __name__ == '__main__':\n"
+        "    processes, _ = pool(1)\n"
+        "    print(processes.submit(os.getpid).result(), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    here = Path(__file__).parent.parent
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=here) as command:
+        worker = Path("/proc") / command.stdout.readline().strip()
+        assert worker.exists()
+        command.kill()
+    for _ in range(100):
+        if not worker.exists() or "Z (zombie)" in (worker / "status").read_text():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the worker is still there, ten seconds after its command was killed")
 
 
 def test_a_full_disk_does_not_hide_which_records_gave_no_number(command, run, monkeypatch):

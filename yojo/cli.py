@@ -1,8 +1,12 @@
 """What all commands share: bad input is one clear line and exit status 2, results go to `--json` whole."""
 
 import argparse
+import os
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from yojo.files import InputError, write_json
@@ -37,6 +41,19 @@ def seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
     return int(text)
+
+
+def pool(jobs: int) -> tuple[ProcessPoolExecutor, int]:
+    """Processes for `jobs` of a kind, two at a time where there are two cores, and how many threads each may use."""
+    cores = os.cpu_count() or 1
+    workers = min(2, jobs, cores)
+    return ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent), max(1, cores // workers)
+
+
+def _end_with_parent() -> None:
+    """A worker whose command is killed would wait for its next job for ever."""
+    parent = parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def run(main: Callable[[], dict | list], parser: Parser, args: argparse.Namespace) -> None:

@@ -26,14 +26,11 @@ See it: `pytest tests/test_grpo.py`.
 import argparse
 import hashlib
 import json
-import os
 import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -41,7 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from yojo import lora, memory, metrics, shapes
-from yojo.cli import WEIGHTS, Parser, run
+from yojo.cli import WEIGHTS, Parser, pool, run
 from yojo.data import pictures_of
 from yojo.files import InputError, add_line, read_lines, whole_folder
 from yojo.fit import FitConfig, fit, resume, save_state
@@ -470,10 +467,10 @@ def tiny(c: GrpoConfig, names: Sequence[str], seeds: Sequence[int], out: Path | 
     if out is not None:
         start_over(out, resume=True)
     jobs = [(name, seed) for seed in seeds for name in names]
-    workers = min(2, len(jobs), os.cpu_count() or 1)
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        runs = [job.result() for job in [pool.submit(tiny_run, name, seed, c, threads, out) for name, seed in jobs]]
+    processes, threads = pool(len(jobs))
+    with processes:
+        started = [processes.submit(tiny_run, name, seed, c, threads, out) for name, seed in jobs]
+        runs = [job.result() for job in started]
     rows = []
     print(f"\ntrue quality of answers to new questions, seeds {list(seeds)}, 95% intervals over questions")
     print(f"{'reward':22s}{'sampled before':>16s}{'sampled after':>24s}{'greedy before':>16s}{'greedy after':>24s}")

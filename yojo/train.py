@@ -14,21 +14,18 @@ interrupted run goes on from there with `--resume`.
 import argparse
 import hashlib
 import json
-import os
 import random
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from yojo import flops, memory, metrics, parallel, shapes
-from yojo.cli import WEIGHTS, Parser, run
+from yojo.cli import WEIGHTS, Parser, pool, run
 from yojo.data import Record, read_records
 from yojo.files import InputError
 from yojo.fit import NotFinite, fit
@@ -133,14 +130,13 @@ def tiny(
     for mode in modes if out is not None else ():
         if (out / NAMES[mode]).exists() and not overwrite:
             raise InputError(f"{out / NAMES[mode]} exists already: choose another --out, or say --overwrite")
-    workers = min(2, len(modes) * len(seeds), os.cpu_count() or 1)
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    with tempfile.TemporaryDirectory() as temporary, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    processes, threads = pool(len(modes) * len(seeds))
+    with tempfile.TemporaryDirectory() as temporary, processes:
         jobs, tests = [], []
         for seed in seeds:
             folder = Path(temporary) / str(seed)
             write_world(folder, task, recipe, sizes, seed, paraphrase)
-            jobs += [pool.submit(tiny_run, recipe, m, seed, folder, out, overwrite, threads) for m in modes]
+            jobs += [processes.submit(tiny_run, recipe, m, seed, folder, out, overwrite, threads) for m in modes]
             tests.append(read_records(folder / "test.jsonl"))
         runs = [job.result() for job in jobs]
     result = summary(task, runs, [record for test in tests for record in test])
