@@ -69,6 +69,7 @@ def test_score_refuses(refused, words, why):
         (("--tiny", "--seeds", "0"), "--seeds 0"),
         (("--tiny", "--seeds", "3", "--out", "x"), "no more than 1 with --out"),
         (("--tiny", "--steps", "-5"), "--steps -5: at least 1"),
+        (("--tiny", "--lr", "2"), "--lr 2.0: between 0 and 1"),
         (("--tiny", "--sizes", "1"), "2 to 16 responses"),
         (("--tiny", "--task", "other"), "invalid choice: 'other'"),
     ],

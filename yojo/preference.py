@@ -49,13 +49,13 @@ TINY = Recipe(
     lora=LoraConfig(r=16, alpha=64, dropout=0.0),
     inner=128,
     records=32,
-    fit=FitConfig(steps=200, lr=3e-3, warmup=10, schedule="cosine"),
+    fit=FitConfig(steps=200, lr=2e-3, warmup=10, schedule="cosine"),
 )
 CORROBORATED = replace(
     TINY,
     lora=LoraConfig(r=32, alpha=64, dropout=0.0),
     records=64,
-    fit=replace(TINY.fit, steps=220, lr=2e-3, betas=(0.9, 0.95)),
+    fit=replace(TINY.fit, steps=220, betas=(0.9, 0.95)),
 )
 WINDOW = 16  # micro-batches among which records are sorted by their number of responses
 

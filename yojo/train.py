@@ -220,7 +220,7 @@ def full(args: argparse.Namespace) -> dict:
     records, test = split(read_records(args.data), args.test, args.seed)
     recipe = replace(Recipe(), loss=args.loss)
     steps = args.steps or max(1, recipe.epochs * len(records) // (recipe.records * recipe.fit.accumulate))
-    recipe = replace(recipe, fit=replace(recipe.fit, steps=steps))
+    recipe = replace(recipe, fit=replace(recipe.fit, steps=steps, lr=args.lr or recipe.fit.lr))
     parallel.share(recipe.fit.accumulate)
     rm = RewardModel.new(args.weights, args.mode, recipe.lora, recipe.inner, device=device, seed=args.seed)
     rm.backbone.checkpointing = True
@@ -326,6 +326,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument("--loss", choices=LOSSES, default=Recipe().loss, help="what scores are trained against")
     parser.add_argument("--steps", type=int, help="training steps, where not the recipe's")
+    parser.add_argument("--lr", type=float, help="learning rate, where not the recipe's")
     args = parser.parse_args()
     run(lambda: start(args), parser, args)
 
@@ -338,6 +339,8 @@ def start(args: argparse.Namespace) -> dict:
         raise InputError(f"--{given[0]} goes {where} --tiny only")
     if args.steps is not None and args.steps < 1:
         raise InputError(f"--steps {args.steps}: at least 1")
+    if args.lr is not None and not 0 < args.lr < 1:
+        raise InputError(f"--lr {args.lr}: between 0 and 1")
     if args.tiny:
         task, seeds = args.task or "absolute", 1 if args.seeds is None else args.seeds
         if args.paraphrase and task != "corroborated":
@@ -349,7 +352,8 @@ def start(args: argparse.Namespace) -> dict:
         if args.sizes and (task != "absolute" or not all(2 <= n <= 16 for n in args.sizes)):
             raise InputError(f"--sizes {args.sizes}: 2 to 16 responses, with --task absolute only")
         recipe, n = TASKS[task]
-        recipe = replace(recipe, loss=args.loss, fit=replace(recipe.fit, steps=args.steps or recipe.fit.steps))
+        steps, lr = args.steps or recipe.fit.steps, args.lr or recipe.fit.lr
+        recipe = replace(recipe, loss=args.loss, fit=replace(recipe.fit, steps=steps, lr=lr))
         modes = [args.mode] if args.mode else MODES
         seeds = range(args.seed, args.seed + seeds)
         return tiny(task, recipe, args.sizes or [n], modes, seeds, args.out, args.overwrite, args.paraphrase)
