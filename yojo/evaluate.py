@@ -365,11 +365,7 @@ def order_sensitivity(r: Run, scores: list[list[list[float]]]) -> dict:
             if item.rankings.count(1) == 1:
                 by_place.setdefault(order.index(item.rankings.index(1)), []).append(right(row, item.rankings))
     places = {str(place + 1): metrics.mean(values) for place, values in sorted(by_place.items())}
-    return {
-        "changed": metrics.mean(changed),
-        "by_place": places,
-        "mean_over_orders": metrics.mean(averaged),
-    }
+    return {"changed": metrics.mean(changed), "by_place": places, "mean_over_orders": metrics.mean(averaged)}
 
 
 def tell(result: dict, left_out: list[str]) -> None:
