@@ -12,7 +12,7 @@ import torch
 
 from yojo import bench, flops
 from yojo.checkpoint import shape_config, write_random
-from yojo.molmo2 import attend, product
+from yojo.molmo2 import attend, look_up
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +41,20 @@ def test_every_alternative_gives_the_same_scores(setting, n, R):
     torch.testing.assert_close(s.head(released.hidden_states[-1][0, ends]), joint, **close)
 
 
-def test_the_plain_product_is_torchs_attention():
+def test_the_kernel_is_the_sum_it_stands_for():
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 12, 8, generator=g, dtype=torch.float64) for h in (6, 2, 2))
-    closed = ~torch.ones(12, 12, dtype=torch.bool).tril()
-    assert (product(q, k, v, closed, 0) - attend(q, k, v, None)).abs().max() < 1e-12
-    few = q[:, :, 8:]
-    assert (product(few, k, v, closed[8:, 8:], 8) - attend(q, k, v, None)[:, :, 8:]).abs().max() < 1e-12
+    every = [x.repeat_interleave(3, dim=1) for x in (k, v)]
+    scores = q @ every[0].mT / 8**0.5
+    back = torch.ones(12, 12, dtype=torch.bool).tril()
+    looks = {"everybody": (None, False, scores), "back": (None, True, scores.masked_fill(~back, -torch.inf))}
+    looks["a mask"] = (back.mT, False, scores.masked_fill(~back.mT, -torch.inf))
+    for allow, causal, left in looks.values():
+        assert (look_up(q, k, v, allow, causal) - left.softmax(-1) @ every[1]).abs().max() < 1e-12
+    few = attend(q[:, :, 8:], k, v, None)  # the last queries beside the last keys
+    assert (few - attend(q, k, v, None)[:, :, 8:]).abs().max() < 1e-12
     half = [x.bfloat16() for x in (q, k, v)]
-    assert (product(*half, closed, 0) - attend(q, k, v, None)).abs().max() < 0.03
+    assert (attend(*half, None) - attend(q, k, v, None)).abs().max() < 0.03
 
 
 SMALL = ("--shape", "tiny", "--rounds", 1, "--prompt-tokens", 60, "--response-tokens", 10, "--n", 2)

@@ -31,6 +31,8 @@ from yojo.files import InputError
 from yojo.lora import Linear
 from yojo.mask import AttentionMask, Segment
 
+PIECE = 1024  # tokens that an MLP works on at a time: on a CPU, to fetch memory for more costs as much as to fill it
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -106,19 +108,16 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def product(q: Tensor, k: Tensor, v: Tensor, closed: Tensor | None = None, start: int = 0) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v as plain products, q [B, H, Q, d], k and v [B, K, S, d] -> [B, H, Q, d].
+def look_up(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v by torch's kernel, q [B, H, Q, d], k and v [B, K, S, d] -> [B, H, Q, d].
 
-    closed bool [Q, S - start]: which keys, from `start` on, a query may not look at; None = all are open. On a CPU
-    this is faster than torch's own kernel, in bfloat16 by far. Query heads that share a key head are rows of one
-    product: no key is copied.
+    allow bool [..., Q, S]: who may look at whom; None = everybody, or, if causal, at itself and back. Query heads share
+    key heads, H / K of them each.
     """
-    B, K, S, d = k.shape
-    rows = q.unflatten(1, (K, -1)).flatten(2, 3).flatten(0, 1)  # [B K, H / K Q, d]
-    scores = torch.baddbmm(rows.new_empty(1), rows, k.flatten(0, 1).mT, beta=0, alpha=d**-0.5)
-    if closed is not None:
-        scores.view(B, K, -1, *q.shape[2:3], S)[..., start:].masked_fill_(closed, -torch.inf)
-    return (scores.softmax(-1) @ v.flatten(0, 1)).view_as(q)
+    allow = None if allow is None else allow.to(q.device)
+    if q.is_cuda:  # the kernel that takes a mask wants a key head for every query head
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allow, is_causal=causal, enable_gqa=not q.is_cuda)
 
 
 # ---------------------------------------------------------------------------------------------------- vision tower
@@ -141,11 +140,7 @@ class VisionAttention(nn.Module):
             w(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for w, y in ((self.wq, x), (self.wk, keys), (self.wv, keys))
         )
-        if mask is None and not x.is_cuda:  # a few views at a time: the scores of all would not stay in the cache
-            few = max(1, 2**22 // (self.heads * q.shape[2] * k.shape[2]))
-            out = torch.cat([product(*views) for views in zip(q.split(few), k.split(few), v.split(few), strict=True)])
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = look_up(q, k, v, mask)
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
@@ -255,24 +250,24 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # y = x / sqrt(mean(x^2) + eps), cast back, THEN times the weight: the order the checkpoint was trained with
-        y = at_least_float32(x)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)  # makes no float32 copy of x
+        y = x * torch.rsqrt(length.square() / x.shape[-1] + self.eps)
         return self.weight * y.to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [B, 1, T, d] in `dtype`, of position * theta^(-2i/d), the d/2 angles written twice."""
+    """cos and sin, each [B, 1, T, d/2] in `dtype`, of position * theta^(-2i/d)."""
     exact = torch.promote_types(dtype, torch.float32)
     steps = torch.arange(0, head_dim, 2, device=positions.device).to(exact) / head_dim
     angle = positions[:, None, :, None].to(exact) * theta**-steps
-    angle = torch.cat([angle, angle], dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + d/2}) by its angle ("rotate half")."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Turn each pair (a, b) = (x_i, x_{i + d/2}) by its angle: (a cos - b sin, b cos + a sin)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1)
 
 
 def attend(
@@ -290,13 +285,8 @@ def attend(
         )
     queries, keys = q.shape[2], k.shape[2]
     if look is None and queries < keys:
-        closed = ~torch.ones(queries, queries, dtype=torch.bool, device=q.device).tril()
-        return product(q, k, v, closed, keys - queries)
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if look is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=look.to(q.device))
+        look = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    return look_up(q, k, v, look, causal=look is None)
 
 
 def attend_segment(q: Tensor, k: Tensor, v: Tensor, s: Segment, asked: bool) -> Tensor:
@@ -305,9 +295,7 @@ def attend_segment(q: Tensor, k: Tensor, v: Tensor, s: Segment, asked: bool) -> 
     if not s.ranges or not asked:
         return torch.zeros_like(q[0])
     k, v = (torch.cat([x[s.b, None, :, a:z] for a, z in s.ranges], dim=2) for x in (k, v))
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=s.allow, enable_gqa=True)[0]
-    return product(q, k, v, ~s.allow[:, s.open :].to(q.device), s.open)[0]
+    return look_up(q, k, v, s.allow)[0]
 
 
 def pick(x: Tensor, read: Tensor | None) -> Tensor:
@@ -343,9 +331,14 @@ class MLP(nn.Module):
         self.ff_proj = Linear(c.hidden_size, 2 * c.intermediate_size)
         self.ff_out = Linear(c.intermediate_size, c.hidden_size)
 
-    def forward(self, x: Tensor, adapter: str | None) -> Tensor:
+    def swiglu(self, x: Tensor, adapter: str | None) -> Tensor:
         up, gate = self.ff_proj(x, adapter).chunk(2, dim=-1)  # the checkpoint stacks up first, gate second
-        return self.ff_out(F.silu(gate) * up, adapter)
+        return self.ff_out(F.silu(gate).mul_(up), adapter)
+
+    def forward(self, x: Tensor, adapter: str | None) -> Tensor:
+        if x.is_cuda or torch.is_grad_enabled():  # what backward needs is kept anyway
+            return self.swiglu(x, adapter)
+        return torch.cat([self.swiglu(few, adapter) for few in x.flatten(0, -2).split(PIECE)]).view_as(x)
 
 
 class Block(nn.Module):

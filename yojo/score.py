@@ -80,8 +80,7 @@ def tell(encoded: Encoded, mode: str, rm: RewardModel, prompt: str) -> Encoded:
     mask = collate([encoded], mode).mask
     form = "one call under a mask of all pairs"
     if mask.form == "structured":
-        kernel = "torch's kernel" if rm.backbone.device.type == "cuda" else "plain products"
-        form = f"{len(mask.structured[0])} segments, {kernel} each"
+        form = f"{len(mask.structured[0])} segments, a call each"
     device, dtype = rm.backbone.device.type, str(rm.backbone.dtype).removeprefix("torch.")
     print(f"{' '.join(prompt.split())[:40]!r}: {len(encoded.ids)} tokens, {encoded.prompt_length} of them prompt and")
     print(f"{int(encoded.image.sum())} pictures; {dtype} on {device}; attention: {form};")
