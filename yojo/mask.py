@@ -28,7 +28,7 @@ MODES = ("joint", "isolated")
 PROMPT = -1  # value in `response`
 PADDING = -1  # value in `record`
 DENSE_UP_TO = 512  # tokens in a row; beyond this a [T, T] mask costs more than one attention call per segment
-CHUNK = 128  # queries of a segment, at most: what causal attention would compute in vain grows with it
+CHUNK = 256  # queries of a segment, at most: fewer make more calls, more compute more in vain
 CHUNK_CUDA = 2048  # on a GPU, where starting a kernel costs more than that; chosen, not measured
 
 
