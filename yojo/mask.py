@@ -172,12 +172,6 @@ class Segment:
         queries = torch.arange(self.start, self.stop, device=self.keys.device)
         return self.mask.allow(self.b, None, queries[:, None], self.keys[None, :])
 
-    @cached_property
-    def open(self) -> int:
-        """How many of the first keys every query may look at: where no mask is needed."""
-        closed = (~self.allow).any(0).nonzero()
-        return int(closed[0]) if len(closed) else len(self.keys)
-
 
 # ---------------------------------------------------------------------------------------------------------- picture
 

@@ -10,8 +10,7 @@ How it differs from a textbook decoder (facts: the Molmo2 report and `transforme
 - the forward pass returns hidden states after the final norm and never logits: a reward model needs none.
 
 Attribute names are the checkpoint's tensor names, so loading is one strict `load_state_dict` (`checkpoint.py`).
-Precision: norms and rotary angles run in at least float32 (bf16 goes up, float64 stays); so does the softmax, whose
-input and output are in the model's dtype.
+Precision: norms, rotary angles and softmax run in at least float32 (bf16 goes up, float64 stays).
 
 Shape alphabet, the same in all files: B batch rows, T tokens, N responses, R read positions, P patches of a view,
 M pooled picture tokens, D decoder width, H query heads, K key/value heads, d head width, V vocabulary.
