@@ -12,7 +12,7 @@ import torch
 
 from yojo import bench, flops
 from yojo.checkpoint import shape_config, write_random
-from yojo.molmo2 import attend, look_up
+from yojo.molmo2 import attend, softmax_attention
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_the_kernel_is_the_sum_it_stands_for():
     looks = {"everybody": (None, False, scores), "back": (None, True, scores.masked_fill(~back, -torch.inf))}
     looks["a mask"] = (back.mT, False, scores.masked_fill(~back.mT, -torch.inf))
     for allow, causal, left in looks.values():
-        assert (look_up(q, k, v, allow, causal) - left.softmax(-1) @ every[1]).abs().max() < 1e-12
+        assert (softmax_attention(q, k, v, allow, causal) - left.softmax(-1) @ every[1]).abs().max() < 1e-12
     few = attend(q[:, :, 8:], k, v, None)  # the last queries beside the last keys
     assert (few - attend(q, k, v, None)[:, :, 8:]).abs().max() < 1e-12
     half = [x.bfloat16() for x in (q, k, v)]

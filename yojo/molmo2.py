@@ -107,7 +107,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def look_up(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v by torch's kernel, q [B, H, Q, d], k and v [B, K, S, d] -> [B, H, Q, d].
 
     allow bool [..., Q, S]: who may look at whom; None = everybody, or, if causal, at itself and back. Query heads share
@@ -139,7 +139,7 @@ class VisionAttention(nn.Module):
             w(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for w, y in ((self.wq, x), (self.wk, keys), (self.wv, keys))
         )
-        out = look_up(q, k, v, mask)
+        out = softmax_attention(q, k, v, mask)
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
@@ -285,7 +285,7 @@ def attend(
     queries, keys = q.shape[2], k.shape[2]
     if look is None and queries < keys:
         look = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return look_up(q, k, v, look, causal=look is None)
+    return softmax_attention(q, k, v, look, causal=look is None)
 
 
 def attend_segment(q: Tensor, k: Tensor, v: Tensor, s: Segment, asked: bool) -> Tensor:
@@ -294,7 +294,7 @@ def attend_segment(q: Tensor, k: Tensor, v: Tensor, s: Segment, asked: bool) -> 
     if not s.ranges or not asked:
         return torch.zeros_like(q[0])
     k, v = (torch.cat([x[s.b, None, :, a:z] for a, z in s.ranges], dim=2) for x in (k, v))
-    return look_up(q, k, v, s.allow)[0]
+    return softmax_attention(q, k, v, s.allow)[0]
 
 
 def pick(x: Tensor, read: Tensor | None) -> Tensor:
