@@ -17,10 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
+from yojo import lora
 from yojo.checkpoint import load_backbone, read_config, save_backbone
 from yojo.image import ImageConfig, frames_to_patches, images_to_patches
 from yojo.mask import AttentionMask
-from yojo.molmo2 import AdapterConfig, Cache, TextConfig, VisionConfig, attend
+from yojo.molmo2 import PIECE, AdapterConfig, Cache, TextConfig, VisionConfig, attend
 
 PATCH, START, END, COL, LOW = 407, 401, 402, 403, 404
 PICTURES = ImageConfig(size=84, margins=(1, 1), max_crops=4)
@@ -265,6 +266,18 @@ def test_only_the_rows_asked_for_are_read():
     ids = torch.randint(0, 399, (2, 7))
     hidden = model(ids)
     assert torch.allclose(model(ids, read=torch.tensor([[1, 3], [0, 6]])), hidden[[1, 0], [3, 6]], atol=1e-12)
+
+
+@pytest.mark.parametrize("adapter", [None, "a"])
+def test_an_mlp_in_pieces_equals_the_whole(adapter):
+    model = random_model()
+    lora.add(model, "a", lora.LoraConfig(r=2, dropout=0), torch.Generator().manual_seed(0))
+    for p in lora.parameters(model, "a"):
+        p.data.normal_()
+    mlp, x = model.model.transformer.blocks[0].mlp, torch.randn(2, PIECE // 2 + 7, 32, dtype=torch.float64)
+    with torch.no_grad():  # as when scoring: PIECE tokens at a time, whatever the row
+        pieces = mlp(x, adapter)
+    assert pieces.shape == x.shape and (pieces - mlp.swiglu(x, adapter)).abs().max() < 1e-12
 
 
 def test_norms_and_angles_run_in_at_least_float32():

@@ -208,8 +208,7 @@ class RewardModel(nn.Module):
         """A saved reward model, in eval mode: ours, a released merged one, or a PEFT run of the released code.
 
         base None = where the folder says it is; dtype, device and lm_head, which only a policy on the same backbone
-        needs, as in `load_backbone`. Anything that does not fit
-        what was saved raises `InputError`.
+        needs, as in `load_backbone`. Anything that does not fit what was saved raises `InputError`.
         """
         folder = Path(folder)
         config = read_json(folder / CONFIG)
