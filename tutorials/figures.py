@@ -196,9 +196,9 @@ def rotary() -> Image.Image:
     figure, (axes,) = _axes(6, 3.2)
     distance = torch.arange(0, 301)
     for theta, d, name, line in ((1e4, 32, "the tiny network", LINES[0]), (5e6, 128, "the 4B network", LINES[1])):
-        x = torch.ones(1, 1, 301, d, dtype=torch.float64)
+        x = torch.ones(1, 301, 1, d, dtype=torch.float64)
         here, there = (rotate(x, *rotary_angles(at[None], d, theta, x.dtype)) for at in (0 * distance, distance))
-        score = (here * there).sum(-1)[0, 0] / d
+        score = (here * there).sum(-1)[0, :, 0] / d
         axes.plot(distance, score, label=f"theta = {theta:,.0f}, d = {d} ({name})", **line)
     axes.legend(frameon=False)
     _plot(axes, "distance in tokens", "score / d, query = key = (1, ..., 1)")

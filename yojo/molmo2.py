@@ -19,6 +19,7 @@ See it run: `pytest tests/test_molmo2.py` holds every part against `transformers
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -119,6 +120,13 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = No
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allow, is_causal=causal, enable_gqa=not q.is_cuda)
 
 
+def in_pieces(mlp: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """mlp(x), x [..., D] -> [..., D], PIECE tokens at a time unless what backward needs is kept anyway."""
+    if x.is_cuda or torch.is_grad_enabled():
+        return mlp(x)
+    return torch.cat([mlp(few) for few in x.flatten(0, -2).split(PIECE)]).view_as(x)
+
+
 # ---------------------------------------------------------------------------------------------------- vision tower
 
 
@@ -135,12 +143,9 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B, Q, width_in], keys [B, S, width_in], mask bool [B, 1, Q, S] -> [B, Q, width_out]."""
-        q, k, v = (
-            w(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for w, y in ((self.wq, x), (self.wk, keys), (self.wv, keys))
-        )
-        out = softmax_attention(q, k, v, mask)
-        return self.wo(out.transpose(1, 2).flatten(2))
+        ways = ((self.wq, x), (self.wk, keys), (self.wv, keys))
+        q, k, v = (w(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for w, y in ways)
+        return self.wo(softmax_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class VisionMLP(nn.Module):
@@ -150,7 +155,7 @@ class VisionMLP(nn.Module):
         self.w2 = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.gelu(self.w1(x), approximate="tanh"))
+        return in_pieces(lambda few: self.w2(F.gelu(self.w1(few), approximate="tanh")), x)
 
 
 class VisionBlock(nn.Module):
@@ -250,21 +255,21 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # y = x / sqrt(mean(x^2) + eps), cast back, THEN times the weight: the order the checkpoint was trained with
         exact = torch.promote_types(x.dtype, torch.float32)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)  # makes no float32 copy of x
-        y = x * torch.rsqrt(length.square() / x.shape[-1] + self.eps)
-        return self.weight * y.to(x.dtype)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
+        y = x.to(exact, copy=True).mul_(torch.rsqrt(length.square() / x.shape[-1] + self.eps))
+        return y.to(x.dtype).mul_(self.weight)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [B, 1, T, d/2] in `dtype`, of position * theta^(-2i/d)."""
+    """cos and sin, each [B, T, 1, d/2] in `dtype`, of position * theta^(-2i/d)."""
     exact = torch.promote_types(dtype, torch.float32)
     steps = torch.arange(0, head_dim, 2, device=positions.device).to(exact) / head_dim
-    angle = positions[:, None, :, None].to(exact) * theta**-steps
+    angle = positions[:, :, None, None].to(exact) * theta**-steps
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (a, b) = (x_i, x_{i + d/2}) by its angle: (a cos - b sin, b cos + a sin)."""
+    """Turn each pair (a, b) = (x_i, x_{i + d/2}) by its angle: (a cos - b sin, b cos + a sin). x [B, T, heads, d]."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1)
 
@@ -279,9 +284,9 @@ def attend(
     """
     if isinstance(look, list):
         asked = None if read is None else read.tolist()
-        return torch.stack(
-            [torch.cat([attend_segment(q, k, v, s, s.holds(asked)) for s in row], dim=1) for row in look]
-        )
+        k, v = k.contiguous(), v.contiguous()  # head by head, as the kernel reads them, once for all segments
+        rows = [torch.cat([attend_segment(q, k, v, s, s.holds(asked)) for s in row]) for row in look]
+        return torch.stack(rows).transpose(1, 2)
     queries, keys = q.shape[2], k.shape[2]
     if look is None and queries < keys:
         look = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
@@ -289,12 +294,13 @@ def attend(
 
 
 def attend_segment(q: Tensor, k: Tensor, v: Tensor, s: Segment, asked: bool) -> Tensor:
-    """One segment's queries at its keys -> [H, Q, d]. Padding, which has no keys, and what is not asked for give 0."""
+    """One segment's queries at its keys -> [Q, H, d]. Padding, which has no keys, and what is not asked for give 0."""
     q = q[s.b, None, :, s.start : s.stop]
     if not s.ranges or not asked:
-        return torch.zeros_like(q[0])
-    k, v = (torch.cat([x[s.b, None, :, a:z] for a, z in s.ranges], dim=2) for x in (k, v))
-    return softmax_attention(q, k, v, s.allow)[0]
+        return torch.zeros_like(q[0].transpose(0, 1))
+    k, v = ([x[s.b, None, :, a:z] for a, z in s.ranges] for x in (k, v))
+    k, v = (x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (k, v))
+    return softmax_attention(q, k, v, s.allow)[0].transpose(0, 1)
 
 
 def pick(x: Tensor, read: Tensor | None) -> Tensor:
@@ -313,11 +319,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], look, adapter: str | None, past, read) -> Tensor:
-        q, k, v = (
-            y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for y in self.att_proj(x, adapter).split(self.widths, dim=-1)
-        )
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.att_proj(x, adapter).split(self.widths, dim=-1))
         q, k = rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         if past is not None:
             k, v = past.append(k, v)
         out = attend(q, k, v, look, read).transpose(1, 2).flatten(2)
@@ -335,9 +339,7 @@ class MLP(nn.Module):
         return self.ff_out(F.silu(gate).mul_(up), adapter)
 
     def forward(self, x: Tensor, adapter: str | None) -> Tensor:
-        if x.is_cuda or torch.is_grad_enabled():  # what backward needs is kept anyway
-            return self.swiglu(x, adapter)
-        return torch.cat([self.swiglu(few, adapter) for few in x.flatten(0, -2).split(PIECE)]).view_as(x)
+        return in_pieces(lambda few: self.swiglu(few, adapter), x)
 
 
 class Block(nn.Module):
