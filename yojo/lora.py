@@ -74,7 +74,7 @@ class Linear(nn.Linear):
         y = F.linear(x, self.weight)
         if adapter not in self.adapters:  # none is active, or the active one sits on other matrices
             return y
-        return y + self.adapters[adapter](x).to(y.dtype)
+        return y.add_(self.adapters[adapter](x).to(y.dtype))
 
 
 def targets(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, Linear]]:
