@@ -256,7 +256,7 @@ class RMSNorm(nn.Module):
         # y = x / sqrt(mean(x^2) + eps), cast back, THEN times the weight: the order the checkpoint was trained with
         exact = torch.promote_types(x.dtype, torch.float32)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
-        y = x.to(exact, copy=True).mul_(torch.rsqrt(length.square() / x.shape[-1] + self.eps))
+        y = x * torch.rsqrt(length.square() / x.shape[-1] + self.eps)
         return y.to(x.dtype).mul_(self.weight)
 
 
