@@ -57,5 +57,5 @@ def activations(config: Config, dtype: torch.dtype, lora: LoraConfig, tokens: in
     rest = s * D + 3 * s * inner  # what the second norm reads; up, gate and silu(gate)
     gradients = (4 + s) * 2 * inner
     per_token = c.num_hidden_layers * s * D + adapters + attention + rest + gradients
-    per_pair = s * (1 + 2 * keys / CHUNK)  # the mask in numbers; each segment keeps its own keys and values
+    per_pair = s * (1 + 2 * keys / CHUNK)  # the mask in numbers; a segment may keep its own keys and values
     return int(tokens * per_token + pairs * per_pair)
