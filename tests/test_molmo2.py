@@ -268,6 +268,14 @@ def test_only_the_rows_asked_for_are_read():
     assert torch.allclose(model(ids, read=torch.tensor([[1, 3], [0, 6]])), hidden[[1, 0], [3, 6]], atol=1e-12)
 
 
+def test_the_towers_mlp_in_pieces_equals_the_whole():
+    mlp = random_model().model.vision_backbone.image_vit.transformer["resblocks"][0].feed_forward
+    x = torch.randn(3, PIECE // 2 + 7, 24, dtype=torch.float64)
+    with torch.no_grad():
+        pieces = mlp(x)
+    assert (pieces - mlp(x)).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("adapter", [None, "a"])
 def test_an_mlp_in_pieces_equals_the_whole(adapter):
     model = random_model()
