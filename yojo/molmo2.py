@@ -121,7 +121,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = No
 
 
 def in_pieces(mlp: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """mlp(x), x [..., D] -> [..., D], PIECE tokens at a time unless what backward needs is kept anyway."""
+    """mlp(x), x [..., D] -> [..., D]; on a CPU PIECE tokens at a time, unless what backward needs is kept anyway."""
     if x.is_cuda or torch.is_grad_enabled():
         return mlp(x)
     return torch.cat([mlp(few) for few in x.flatten(0, -2).split(PIECE)]).view_as(x)
