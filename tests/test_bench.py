@@ -19,7 +19,7 @@ from yojo.molmo2 import attend, softmax_attention
 def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "weights"
     write_random(folder, "tiny", shape_config("tiny"), torch.float32, 1, 0)
-    args = Namespace(device="cpu", seed=0, peer=True)
+    args = Namespace(device="cpu", seed=0, peer=True, compile=False)
     return bench.Setting(folder, args, torch.float32).ask(60), bench.load_peer(folder, args, torch.float32)
 
 

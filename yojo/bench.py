@@ -37,7 +37,7 @@ from torch import Tensor
 
 from yojo import flops, lora, shapes
 from yojo.checkpoint import SHAPES, load_backbone, read_config, shape_config, shards, write_random
-from yojo.cli import WEIGHTS, Parser, run
+from yojo.cli import COMPILE, WEIGHTS, Parser, run
 from yojo.data import Batch, collate
 from yojo.files import InputError
 from yojo.lora import LoraConfig
@@ -287,6 +287,9 @@ def load_ours(folder: Path, args: argparse.Namespace, pipe) -> None:
     )
     with torch.no_grad():
         hidden, seconds = {}, {}
+        if args.compile:  # on four tokens, of which two are read: what compiling takes is not counted
+            backbone.fuse()
+            backbone(torch.zeros(1, 4, dtype=torch.long, device=device), read=torch.tensor([[0, 1], [0, 3]]))
         pipe.send({"begin": 1})
         for mode in MODES:
             batch = collate([encoded], mode).to(device)
@@ -340,6 +343,8 @@ class Setting:
     def __init__(self, folder: Path, args: argparse.Namespace, dtype: torch.dtype):
         self.seed, self.device = args.seed, torch.device(args.device)
         self.backbone = load_backbone(folder, dtype, self.device)
+        if args.compile:
+            self.backbone.fuse()
         self.config = self.backbone.config
         self.head = ValueHead(self.config.text.hidden_size, 1024).to(self.device, torch.float32)
         self.processor, self.encoded = question(folder, 1)
@@ -538,6 +543,8 @@ def train_n(folder: Path, args: argparse.Namespace, name: str, n: int) -> list[d
         from peft import get_peft_model
 
         other = load_backbone(folder, s.backbone.dtype, s.device)
+        if args.compile:
+            other.fuse()
         other.train().checkpointing = True
         targets = list(config.targets)
         wrapped = get_peft_model(other, PeftConfig(r=config.r, lora_alpha=int(config.alpha), target_modules=targets))
@@ -690,6 +697,7 @@ def main() -> None:
         sub.add_argument("--layers", type=int, metavar="K", help="its decoder blocks, where not all")
         sub.add_argument("--vision-layers", type=int, metavar="K", help="its vision layers, where not all")
         sub.add_argument("--peer", action="store_true", help="measure transformers or peft beside it")
+        sub.add_argument("--compile", **COMPILE)
         if name == "load":
             sub.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
             sub.add_argument("--n", type=int, default=4, metavar="N", help="answers (default: 4)")

@@ -11,6 +11,10 @@ from pathlib import Path
 
 from yojo.files import InputError, write_json
 
+COMPILE = {
+    "action": "store_true",
+    "help": "fuse norms, rotation and SwiGLU by torch.compile, for which the first passes take some 20 s longer",
+}
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # relative to the package, not to the current folder
 
 

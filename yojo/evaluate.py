@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from yojo import metrics
-from yojo.cli import Parser, run
+from yojo.cli import COMPILE, Parser, run
 from yojo.files import InputError, add_line, read_lines, whole_file
 from yojo.mask import MODES
 from yojo.reward import RewardModel, digest
@@ -414,6 +414,7 @@ def main() -> None:
     parser.add_argument("--permutations", type=int, default=1, metavar="K", help="orders to show each item in")
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep the scores there, and go on from them")
     parser.add_argument("--overwrite", action="store_true", help="start --out over")
+    parser.add_argument("--compile", **COMPILE)
     parser.add_argument("--keep-going", action="store_true", help="leave bad rows out, and list them")
     args = parser.parse_args()
     run(lambda: begin(args), parser, args)
@@ -423,7 +424,7 @@ def begin(args: argparse.Namespace) -> dict | list[dict]:
     if args.permutations < 1:
         raise InputError(f"--permutations {args.permutations}: at least 1")
     if args.tiny:
-        if args.model or args.data or args.out or args.mode or args.map or args.permutations > 1:
+        if args.model or args.data or args.out or args.mode or args.map or args.compile or args.permutations > 1:
             raise InputError("--tiny brings its own models, data and orders: leave the other options out")
         from yojo.ablation import tables
 
@@ -439,7 +440,9 @@ def begin(args: argparse.Namespace) -> dict | list[dict]:
     items, left_out = read_items(args.data, args.format, mapping, args.keep_going)
     rm = RewardModel.load(args.model, args.base, device="cuda" if torch.cuda.is_available() else "cpu")
     about = {"model": digest(args.model), "base": rm.fingerprint, "pictures": str(rm.processor.images)}
-    about |= {"device": rm.backbone.device.type, "dtype": str(rm.backbone.dtype)}
+    about |= {"device": rm.backbone.device.type, "dtype": str(rm.backbone.dtype), "compile": args.compile}
+    if args.compile:
+        rm.backbone.fuse()
     r = Run(rm, items, args.mode or rm.mode, args.seed, args.permutations, about, args.keep_going, left_out)
     if r.mode != rm.mode:
         print(f"mode: {r.mode} (trained in {rm.mode})")

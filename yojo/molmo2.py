@@ -274,6 +274,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1)
 
 
+class RotaryNorm(RMSNorm):
+    """What a query or a key goes through: its head's norm, then its rotation. x [B, T, heads, d]."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(super().forward(x), cos, sin)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, look: "Tensor | list[list[Segment]] | None", read: Tensor | None = None
 ) -> Tensor:
@@ -315,31 +322,36 @@ class Attention(nn.Module):
         self.head_dim = c.head_dim
         self.att_proj = Linear(c.hidden_size, sum(self.widths))
         self.attn_out = Linear(self.widths[0], c.hidden_size)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.q_norm = RotaryNorm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = RotaryNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], look, adapter: str | None, past, read) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.att_proj(x, adapter).split(self.widths, dim=-1))
-        q, k = rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q, *angles), self.k_norm(k, *angles), v))
         if past is not None:
             k, v = past.append(k, v)
         out = attend(q, k, v, look, read).transpose(1, 2).flatten(2)
         return self.attn_out(pick(out, read), adapter)
 
 
+class SwiGLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        up, gate = x.chunk(2, dim=-1)  # the checkpoint stacks up first, gate second
+        return F.silu(gate).mul_(up)
+
+
 class MLP(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
         self.ff_proj = Linear(c.hidden_size, 2 * c.intermediate_size)
+        self.act = SwiGLU()
         self.ff_out = Linear(c.intermediate_size, c.hidden_size)
 
-    def swiglu(self, x: Tensor, adapter: str | None) -> Tensor:
-        up, gate = self.ff_proj(x, adapter).chunk(2, dim=-1)  # the checkpoint stacks up first, gate second
-        return self.ff_out(F.silu(gate).mul_(up), adapter)
+    def whole(self, x: Tensor, adapter: str | None) -> Tensor:
+        return self.ff_out(self.act(self.ff_proj(x, adapter)), adapter)
 
     def forward(self, x: Tensor, adapter: str | None) -> Tensor:
-        return in_pieces(lambda few: self.swiglu(few, adapter), x)
+        return in_pieces(lambda few: self.whole(few, adapter), x)
 
 
 class Block(nn.Module):
@@ -434,6 +446,27 @@ class Molmo2(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.model.transformer.ln_f.weight.dtype
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """From here on norms, rotation and SwiGLU are one pass over memory each, made by `torch.compile`.
+
+        Without it each is a handful of torch's operations, and each of those reads and writes all tokens once. The
+        first passes take some 20 s more, and need a C++ compiler (on CUDA: Triton); without one this raises InputError.
+        In bf16 a fused norm rounds once, at its end, where the plain one rounds before its weight too.
+        """
+        import torch._dynamo as dynamo  # takes a second, which no other use has to wait for
+
+        # One program each for rows and for picked tokens, one and many, with and without a gradient: torch expects 8.
+        dynamo.config.recompile_limit = 32
+        for part in self.modules():
+            if isinstance(part, (RMSNorm, SwiGLU)):
+                part.compile(dynamic=True)
+        norm = self.model.transformer.ln_f
+        try:
+            norm(norm.weight.expand(2, -1))
+        except dynamo.exc.BackendCompilerFailed as error:
+            raise InputError(f"torch.compile can't compile here: {str(error).splitlines()[0]}") from None
 
     def see(self, patches: Tensor, pooling: Tensor) -> Tensor:
         """Pictures to features, in the order of their <im_patch> tokens.

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from yojo import shapes
-from yojo.cli import WEIGHTS, Parser, run
+from yojo.cli import COMPILE, WEIGHTS, Parser, run
 from yojo.data import collate, read_records
 from yojo.files import InputError, whole_file
 from yojo.image import FRAMES, INTERVAL, open_video
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--response", action="append", default=[], metavar="TEXT", help="a candidate answer; repeat")
     parser.add_argument("--data", type=Path, metavar="FILE", help="JSONL records to score instead")
     parser.add_argument("--mode", choices=MODES, help="attention, where not the one the model was trained in")
+    parser.add_argument("--compile", **COMPILE)
     parser.add_argument("--verbose", action="store_true", help="say how every record is computed")
     parser.add_argument("--draw-mask", type=Path, metavar="FILE", help="draw the first record's mask as a PNG")
     args = parser.parse_args()
@@ -51,6 +52,8 @@ def main() -> None:
 
 def score(args: argparse.Namespace) -> dict | list[dict]:
     rm = load(args)
+    if args.compile:
+        rm.backbone.fuse()
     mode = args.mode or rm.mode
     print(f"mode: {mode}" + ("" if mode == rm.mode else f" (trained in {rm.mode})"))
     records, results = asked(args), []

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from yojo import flops, memory, metrics, parallel, shapes
-from yojo.cli import WEIGHTS, Parser, pool, run
+from yojo.cli import COMPILE, WEIGHTS, Parser, pool, run
 from yojo.data import Record, read_records
 from yojo.files import InputError
 from yojo.fit import NotFinite, fit
@@ -224,6 +224,8 @@ def full(args: argparse.Namespace) -> dict:
     parallel.share(recipe.fit.accumulate)
     rm = RewardModel.new(args.weights, args.mode, recipe.lora, recipe.inner, device=device, seed=args.seed)
     rm.backbone.checkpointing = True
+    if args.compile:
+        rm.backbone.fuse()
     data, testing = Dataset(records, rm, keep=False), Dataset(test, rm, keep=False)
     asks = data.measure(recipe)
     testing.measure(recipe)
@@ -324,6 +326,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the reward model; with --tiny, for both")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--compile", **COMPILE)
     parser.add_argument("--loss", choices=LOSSES, default=Recipe().loss, help="what scores are trained against")
     parser.add_argument("--steps", type=int, help="training steps, where not the recipe's")
     parser.add_argument("--lr", type=float, help="learning rate, where not the recipe's")
@@ -332,7 +335,7 @@ def main() -> None:
 
 
 def start(args: argparse.Namespace) -> dict:
-    ours, theirs = ("task", "paraphrase", "seeds", "sizes"), ("weights", "data", "test", "resume")
+    ours, theirs = ("task", "paraphrase", "seeds", "sizes"), ("weights", "data", "test", "resume", "compile")
     given = [name for name in (theirs if args.tiny else ours) if getattr(args, name) not in (None, False)]
     if given:
         where = "without" if args.tiny else "with"
