@@ -292,8 +292,8 @@ def attend(
     if isinstance(look, list):
         asked = None if read is None else read.tolist()
         k, v = k.contiguous(), v.contiguous()  # head by head, as the kernel reads them, once for all segments
-        rows = [torch.cat([attend_segment(q, k, v, s, s.holds(asked)) for s in row]) for row in look]
-        return torch.stack(rows).transpose(1, 2)
+        segments = [attend_segment(q, k, v, s, s.holds(asked)) for row in look for s in row]
+        return torch.cat(segments).unflatten(0, (len(look), -1)).transpose(1, 2)
     queries, keys = q.shape[2], k.shape[2]
     if look is None and queries < keys:
         look = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
