@@ -178,6 +178,8 @@ def load(args: argparse.Namespace) -> list[dict]:
             {"arm": arm.__doc__, **{key: median(row[key] for row in many) for key in many[0] if key != "hidden"}}
         )
     print_load(table)
+    if device.type == "cuda":
+        print("GB are the host's memory")
     weights, slower = table[1]["weights"], ratios(rows, "load_ours", "clone_all", "load_s")
     print(f"\nweights {weights / 1e9:.2f} GB; peak anonymous memory while loading:", end=" ")
     print(f"{table[1]['load_anon'] / weights:.2f} of it")
