@@ -465,7 +465,7 @@ class Molmo2(nn.Module):
         norm = self.model.transformer.ln_f
         try:
             norm(norm.weight.expand(2, -1))
-        except dynamo.exc.BackendCompilerFailed as error:
+        except dynamo.exc.TorchDynamoException as error:
             raise InputError(f"torch.compile can't compile here: {str(error).splitlines()[0]}") from None
 
     def see(self, patches: Tensor, pooling: Tensor) -> Tensor:
