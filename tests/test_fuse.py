@@ -15,6 +15,7 @@ import torch
 from conftest import random_model
 
 from yojo import lora
+from yojo.cli import WEIGHTS
 from yojo.mask import AttentionMask
 
 
@@ -60,8 +61,9 @@ def test_fused_equals_plain():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before  # it was compiled, not left as it was
 
 
-def test_without_a_compiler_a_command_says_so(tmp_path):
+@pytest.mark.parametrize("words", [["score", "--tiny"], ["bench", "load", "--weights", WEIGHTS / "tiny"]])
+def test_without_a_compiler_a_command_says_so(tmp_path, words):
     environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "yojo.score", "--tiny", "--compile"]
+    command = [sys.executable, "-m", f"yojo.{words[0]}", *words[1:], "--compile"]
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 2 and "No working C++ compiler" in done.stderr and len(done.stderr.splitlines()) == 1

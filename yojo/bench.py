@@ -229,6 +229,8 @@ def alone(arm: Callable, folder: Path, args: argparse.Namespace) -> dict:
                 message = ours.recv()
             except EOFError:
                 break
+            if "error" in message:
+                raise InputError(message["error"])
             if "begin" in message:
                 start, peak = memory_of(process.pid), {"RssAnon": 0, "RssFile": 0}
             else:
@@ -247,7 +249,10 @@ def alone(arm: Callable, folder: Path, args: argparse.Namespace) -> dict:
 
 
 def _call(arm: Callable, folder: Path, args: argparse.Namespace, pipe) -> None:
-    arm(folder, args, pipe)
+    try:
+        arm(folder, args, pipe)
+    except InputError as error:
+        pipe.send({"error": str(error)})
     pipe.close()
 
 
@@ -289,9 +294,9 @@ def load_ours(folder: Path, args: argparse.Namespace, pipe) -> None:
     )
     with torch.no_grad():
         hidden, seconds = {}, {}
-        if args.compile:  # on four tokens, of which two are read: what compiling takes is not counted
+        if args.compile:  # on five tokens, of which two are read: what compiling takes is not counted
             backbone.fuse()
-            backbone(torch.zeros(1, 4, dtype=torch.long, device=device), read=torch.tensor([[0, 1], [0, 3]]))
+            backbone(torch.zeros(1, 5, dtype=torch.long, device=device), read=torch.tensor([[0, 1], [0, 3]]))
         pipe.send({"begin": 1})
         for mode in MODES:
             batch = collate([encoded], mode).to(device)

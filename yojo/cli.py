@@ -13,7 +13,8 @@ from yojo.files import InputError, write_json
 
 COMPILE = {
     "action": "store_true",
-    "help": "fuse norms, rotation and SwiGLU by torch.compile, for which the first passes take some 20 s longer",
+    "help": "fuse norms, rotation and SwiGLU by torch.compile: the first passes take some 20 s longer, and networks of "
+    "the 4B one's width less time after that, small ones more",
 }
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # relative to the package, not to the current folder
 

@@ -440,8 +440,9 @@ def begin(args: argparse.Namespace) -> dict | list[dict]:
     items, left_out = read_items(args.data, args.format, mapping, args.keep_going)
     rm = RewardModel.load(args.model, args.base, device="cuda" if torch.cuda.is_available() else "cpu")
     about = {"model": digest(args.model), "base": rm.fingerprint, "pictures": str(rm.processor.images)}
-    about |= {"device": rm.backbone.device.type, "dtype": str(rm.backbone.dtype), "compile": args.compile}
+    about |= {"device": rm.backbone.device.type, "dtype": str(rm.backbone.dtype)}
     if args.compile:
+        about["compile"] = True
         rm.backbone.fuse()
     r = Run(rm, items, args.mode or rm.mode, args.seed, args.permutations, about, args.keep_going, left_out)
     if r.mode != rm.mode:

@@ -453,18 +453,20 @@ class Molmo2(nn.Module):
 
         Without it each is a handful of torch's operations, and each of those reads and writes all tokens once. The
         first passes take some 20 s more, and need a C++ compiler (on CUDA: Triton); without one this raises InputError.
-        In bf16 a fused norm rounds once, at its end, where the plain one rounds before its weight too.
+        In bf16 a fused norm rounds once, at its end, where the plain one rounds before its weight too. A copy of the
+        model is plain again.
         """
         import torch._dynamo as dynamo  # takes a second, which no other use has to wait for
 
-        # One program each for rows and for picked tokens, one and many, with and without a gradient: torch expects 8.
-        dynamo.config.recompile_limit = 32
+        # One program each for rows and for picked tokens, one and many, with and without a gradient: more than the 8 of
+        # a function that torch allows before it goes on without.
+        dynamo.config.recompile_limit = max(32, dynamo.config.recompile_limit)
         for part in self.modules():
             if isinstance(part, (RMSNorm, SwiGLU)):
                 part.compile(dynamic=True)
         norm = self.model.transformer.ln_f
         try:
-            norm(norm.weight.expand(2, -1))
+            norm(norm.weight.repeat(2, 1))
         except dynamo.exc.TorchDynamoException as error:
             raise InputError(f"torch.compile can't compile here: {str(error).splitlines()[0]}") from None
 
