@@ -335,6 +335,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """silu(gate) * up, of both side by side. x [..., 2 * inner] -> [..., inner]."""
+
     def forward(self, x: Tensor) -> Tensor:
         up, gate = x.chunk(2, dim=-1)  # the checkpoint stacks up first, gate second
         return F.silu(gate).mul_(up)
