@@ -59,6 +59,28 @@ def test_the_formula():
     assert torch.allclose(linear(x, "a"), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_without_a_gradient_the_sum_is_written_over_and_is_the_same(dtype):
+    model = with_adapters("a", dtype=dtype)
+    kept = run(model, "a")
+    with torch.no_grad():
+        assert torch.equal(run(model, "a"), kept)
+
+
+def test_in_bf16_an_adapter_costs_no_precision_that_the_base_has_not_lost():
+    """All numbers are bf16 numbers. How far is the bf16 network from the float32 one, without and with the adapter?"""
+    exact, rough = random_model(dtype=torch.float32), random_model(dtype=torch.bfloat16)
+    for p in lora.add(exact, "a", CONFIG):
+        p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(p.numel()))
+    for p in exact.parameters():
+        p.data = p.data.bfloat16().float()
+    lora.add(rough, "a", CONFIG)
+    rough.load_state_dict(exact.state_dict())
+    with torch.no_grad():
+        base, beside = ((run(rough, name) - run(exact, name)).abs().mean() for name in (None, "a"))
+    assert beside < 1.5 * base < 0.03
+
+
 def test_use_switches_nests_and_restores():
     model = with_adapters("policy", "reward")
     base, policy, reward = run(model, None), run(model, "policy"), run(model, "reward")

@@ -8,11 +8,13 @@ Rows are queries, columns are keys. In the comments P = prompt, I = picture toke
 import pytest
 import torch
 from conftest import TINY, random_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import bias
 from torch.nn.attention.flex_attention import flex_attention
 
 from yojo import mask as masks
-from yojo.mask import AttentionMask, draw
-from yojo.molmo2 import attend
+from yojo.mask import ALL, PAST, SOME, AttentionMask, draw
+from yojo.molmo2 import attend, softmax_attention
 
 
 def make(kinds, mode, record=None):
@@ -113,16 +115,55 @@ def test_dense_equals_the_matrix_typed_by_hand(name):
     assert torch.equal(mask.dense[0], matrix(typed))
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("name", CASES)
-def test_structured_covers_exactly_the_same_pairs(name):
+def test_structured_covers_exactly_the_same_pairs(name, whole):
     mask, typed = CASES[name]
     covered = torch.zeros_like(matrix(typed))
-    for s in mask.structured[0]:
+    segments = mask.segments(whole)[0]
+    for s in segments:
         covered[s.start : s.stop, s.keys] = s.allow
     assert torch.equal(covered, matrix(typed))
-    cuts = [(s.start, s.stop) for s in mask.structured[0]]
+    cuts = [(s.start, s.stop) for s in segments]
     assert cuts[0][0] == 0 and cuts[-1][1] == len(typed.split("\n"))
     assert all(a[1] == b[0] for a, b in zip(cuts, cuts[1:], strict=False))
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_segment_that_needs_no_mask_really_needs_none(name, whole):
+    """ALL: every key; PAST: the last query beside the last key. Then the kernel is told so, and gets no mask."""
+    for s in CASES[name][0].segments(whole)[0]:
+        full = torch.ones_like(s.allow)
+        if s.sees == ALL:
+            assert torch.equal(s.allow, full)
+        if s.sees == PAST:
+            assert torch.equal(s.allow, full.tril(s.allow.shape[1] - s.allow.shape[0]))
+
+
+@pytest.mark.parametrize("mode", masks.MODES)
+def test_with_one_picture_no_mask_is_needed_at_all(mode):
+    """Text, 3,000 picture tokens, text, two responses of 2,000: on a GPU one call each, joint one for all behind the
+    picture; only pictures with text between them (videos) ask the predicate."""
+    kinds = "P" * 10 + "I" * 3000 + "P" * 20 + "1" * 2000 + "2" * 2000
+    behind = [(PAST, 3010, 7030)] if mode == "joint" else [(PAST, 3010, 3030), (PAST, 3030, 5030), (PAST, 5030, 7030)]
+    segments = make(kinds, mode).segments(whole=True)[0]
+    assert [(s.sees, s.start, s.stop) for s in segments] == [(PAST, 0, 10), (ALL, 10, 3010), *behind]
+    assert [s.sees for s in make("PIPIP1", mode).segments(whole=True)[0]] == [PAST, SOME, *[PAST] * len(behind[:2])]
+
+
+def test_on_a_gpu_the_causal_segments_reach_the_flash_kernel(monkeypatch):
+    """Tensors that only pretend to be on a GPU: torch is asked for its flash kernel, with key heads as they are; in
+    float32, which that kernel does not take, with one for every query head."""
+    asked = []
+    monkeypatch.setattr(bias, "can_use_flash_attention", lambda params: asked.append(params.key.shape[1]) or True)
+    for dtype in (torch.bfloat16, torch.float32):
+        with FakeTensorMode():
+            sizes = ((32, 5), (8, 9), (8, 9))
+            q, k, v = (torch.empty(1, heads, tokens, 128, dtype=dtype, device="cuda") for heads, tokens in sizes)
+        out = softmax_attention(q, k, v, causal=True)
+        assert (out.shape, out.dtype, out.device.type) == (q.shape, dtype, "cuda")
+    assert asked == [8, 32]
 
 
 def batch_mask(mode):
@@ -145,7 +186,8 @@ def test_all_views_give_the_same_attention(mode):
     mask = batch_mask(mode)
     q, k, v = qkv(9)
     dense = attend(q, k, v, mask.dense[:, None])
-    assert (attend(q, k, v, mask.structured) - dense).abs().max() < 1e-12
+    for whole in (False, True):
+        assert (attend(q, k, v, mask.segments(whole)) - dense).abs().max() < 1e-12
     blocks = flex_attention(q, k, v, block_mask=mask.block_sparse(), enable_gqa=True)
     assert (blocks - dense).abs().max() < 1e-12
 
@@ -154,11 +196,12 @@ def test_all_views_give_the_same_attention(mode):
 def test_structured_has_the_gradients_of_dense(mode):
     mask = batch_mask(mode)
     grads = []
-    for look in (mask.dense[:, None], mask.structured):
+    for look in (mask.dense[:, None], mask.segments(whole=False), mask.segments(whole=True)):
         inputs = qkv(9, grad=True)
         attend(*inputs, look).square().sum().backward()
         grads.append([x.grad for x in inputs])
-    assert all((a - b).abs().max() < 1e-12 for a, b in zip(*grads, strict=True))
+    dense = grads.pop(0)
+    assert all((a - b).abs().max() < 1e-12 for other in grads for a, b in zip(other, dense, strict=True))
 
 
 def test_a_fully_masked_row_gives_zeros_never_nan():

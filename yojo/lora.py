@@ -10,7 +10,8 @@ return the gradient of another function.
     lora.add(model, "policy", LoraConfig(r=16, alpha=32))
     with lora.use(model, "policy"): ...          lora.use(model, None) is the base
 
-Matrices stay in at least float32 beside a bf16 base. Files are PEFT's (`adapter_config.json`,
+A and B stay in at least float32 beside a bf16 base, for steps of the optimiser are small; their products run in the
+base's type, as mixed precision has it. Files are PEFT's (`adapter_config.json`,
 `adapter_model.safetensors`), both ways. Paper: Hu et al., arXiv 2106.09685.
 
 See it: `pytest tests/test_lora.py`.
@@ -45,7 +46,7 @@ class LoraConfig:
 
 
 class Adapter(nn.Module):
-    """x -> (alpha / r) B A dropout(x), in at least float32."""
+    """y -> y + (alpha / r) B A dropout(x). A and B are at least float32, and multiply in x's type."""
 
     def __init__(self, base: nn.Linear, c: LoraConfig, generator: torch.Generator | None):
         super().__init__()
@@ -58,9 +59,13 @@ class Adapter(nn.Module):
             self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
         self.scale, self.dropout = c.alpha / c.r, c.dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
-        return F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B)  # scaled where it is narrow
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [..., in], y [..., out] -> [..., out], written over y where no gradient is asked for."""
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        low = F.linear(F.dropout(x, self.dropout, self.training), A) * self.scale  # scaled where it is narrow
+        rows = y.flatten(0, -2)
+        out = None if torch.is_grad_enabled() else rows
+        return torch.addmm(rows, low.flatten(0, -2), B.T, out=out).view_as(y)
 
 
 class Linear(nn.Linear):
@@ -74,7 +79,7 @@ class Linear(nn.Linear):
         y = F.linear(x, self.weight)
         if adapter not in self.adapters:  # none is active, or the active one sits on other matrices
             return y
-        return y.add_(self.adapters[adapter](x).to(y.dtype))
+        return self.adapters[adapter](x, y)
 
 
 def targets(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, Linear]]:

@@ -20,6 +20,7 @@ by hand.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,9 +28,10 @@ from torch import Tensor
 MODES = ("joint", "isolated")
 PROMPT = -1  # value in `response`
 PADDING = -1  # value in `record`
+ALL, PAST, SOME = "all", "past", "some"  # what a segment's queries see of its keys
 DENSE_UP_TO = 512  # tokens in a row; beyond this a [T, T] mask costs more than one attention call per segment
 CHUNK = 256  # queries of a segment, at most: fewer make more calls, more compute more in vain
-CHUNK_CUDA = 2048  # on a GPU, where starting a kernel costs more than that; chosen, not measured
+CHUNK_CUDA = 2048  # on a GPU, of those alone that need a mask; chosen, not measured
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,18 @@ class AttentionMask:
 
     @cached_property
     def structured(self) -> "list[list[Segment]]":
-        """Per row, the segments that tile it: a few queries each, with the ranges of keys that they may look at. A row
+        """`segments` for the device the mask is on."""
+        return self.segments(whole=self.record.is_cuda)
+
+    def segments(self, whole: bool) -> "list[list[Segment]]":
+        """Per row, the segments that tile it: some queries each, with the ranges of keys that they may look at. A row
         must be laid out as `collate` does it: records one after the other, each its prompt first, then its responses,
-        padding last."""
-        return [[s for record in self._runs(b) for s in self._segments(b, *record)] for b in range(len(self.record))]
+        padding last.
+
+        whole: cut only where what is seen changes, for a GPU, whose kernel needs no mask for the rest. Otherwise, for a
+        CPU, whose kernel computes every key of a segment for every query, into CHUNK queries, too."""
+        rows = range(len(self.record))
+        return [[s for record in self._runs(b) for s in self._segments(b, *record, whole)] for b in rows]
 
     def block_sparse(self):
         """The same predicate as a `BlockMask` for `flex_attention`, which then skips every block that is all zeros."""
@@ -117,27 +127,33 @@ class AttentionMask:
             raise ValueError(f"row {b}: the tokens of a record must stand side by side, got records {whose}")
         return runs
 
-    def _segments(self, b: int, first: int, last: int) -> "Iterator[Segment]":
+    def _segments(self, b: int, first: int, last: int, whole: bool) -> "Iterator[Segment]":
         """Those of one record. Joint: the whole record is one causal run. Isolated: the prompt is one run, and so is
-        every response, which sees the prompt and itself."""
+        every response, which sees the prompt and itself. A run is cut where the pictures begin and where they end."""
         if self.record[b, first] == PADDING:
-            yield Segment(self, b, first, last, ())
+            yield Segment(self, b, first, last, (), SOME)
             return
         image = (self.image[b, first:last]).nonzero().flatten()
-        seen = first + int(image[-1]) + 1 if len(image) else first  # the first picture token sees the last
+        # from the first picture token to the last, which see each other
+        pictures, seen = (first + int(image[0]), first + int(image[-1]) + 1) if len(image) else (first, first)
         runs = [(first, last)]
         if self.mode == "isolated":
             runs = [(first + start, first + stop) for start, stop in _cut(self.response[b, first:last])]
         whose = [int(self.response[b, start]) for start, _ in runs]
         if len(set(whose)) < len(whose):
             raise ValueError(f"row {b}: the tokens of a response must stand side by side, got responses {whose}")
-        prompt, chunk = runs[0][1], CHUNK_CUDA if self.record.is_cuda else CHUNK
+        prompt = runs[0][1]
         for start, stop in runs:
-            for a in range(start, stop, chunk):
-                z = min(a + chunk, stop)
-                reach = max(z, seen) if bool(self.image[b, a:z].any()) else z
-                own = (first, reach) if start <= prompt else (start, reach)  # the first response follows the prompt
-                yield Segment(self, b, a, z, (own,) if own[0] == first else ((first, prompt), own))
+            edges = sorted({start, stop, *(edge for edge in (pictures, seen) if start < edge < stop)})
+            for left, right in pairwise(edges):
+                shown = self.image[b, left:right]
+                sees = ALL if bool(shown.all()) and seen <= stop else SOME if bool(shown.any()) else PAST
+                chunk = CHUNK if not whole else CHUNK_CUDA if sees == SOME else right - left
+                for a in range(left, right, chunk):
+                    z = min(a + chunk, right)
+                    reach = max(z, seen) if bool(self.image[b, a:z].any()) else z
+                    own = (first, reach) if start <= prompt else (start, reach)  # the first response follows the prompt
+                    yield Segment(self, b, a, z, (own,) if own[0] == first else ((first, prompt), own), sees)
 
 
 def _cut(values: Tensor) -> list[tuple[int, int]]:
@@ -148,13 +164,15 @@ def _cut(values: Tensor) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Segment:
-    """The queries [start, stop) of row b, and the ranges of keys that hold every key they may look at."""
+    """The queries [start, stop) of row b, and the ranges of keys that hold every key they may look at: ALL of them,
+    those of its PAST (the last query sits beside the last key), or SOME, as the predicate says."""
 
     mask: AttentionMask
     b: int
     start: int
     stop: int
     ranges: tuple[tuple[int, int], ...]
+    sees: str
 
     def holds(self, read: list[list[int]] | None) -> bool:
         """Is one of these (row, index) among its queries? None = all tokens are."""

@@ -47,15 +47,14 @@ def training(config: Config, dtype: torch.dtype, lora: LoraConfig, inner: int = 
 
 def activations(config: Config, dtype: torch.dtype, lora: LoraConfig, tokens: int, pairs: int) -> int:
     """Bytes that one micro-batch of `tokens` adds, its attention computing `pairs` of a query and a key: the inputs of
-    all blocks, the inside of one, and the gradients that are wide at the same time. `s` bytes a number, 4 where the
-    adapter works in float32."""
+    all blocks, the inside of one, and the gradients that are wide at the same time, `s` bytes a number."""
     c, s = config.text, dtype.itemsize
     D, heads, inner = c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size
     keys = c.num_key_value_heads * c.head_dim
-    adapters = 2 * 4 * (2 * D + heads + inner) + 4 * 4 * lora.r  # the input in float32, what dropout kept of it, A x
+    adapters = 2 * s * (2 * D + heads + inner) + 4 * s * lora.r  # which inputs dropout kept, those, A x
     attention = s * (2 * (heads + keys) + keys + heads)  # q and k before their norm and turned, v, what comes out
     rest = s * D + 3 * s * inner  # what the second norm reads; up, gate and silu(gate)
-    gradients = (4 + s) * 2 * inner
+    gradients = 2 * s * 2 * inner  # of up and gate, apart and side by side
     per_token = c.num_hidden_layers * s * D + adapters + attention + rest + gradients
     per_pair = s * (1 + 2 * keys / CHUNK)  # the mask in numbers; a segment may keep its own keys and values
     return int(tokens * per_token + pairs * per_pair)

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from yojo.files import InputError
 from yojo.lora import Linear
-from yojo.mask import AttentionMask, Segment
+from yojo.mask import PAST, SOME, AttentionMask, Segment
 
 PIECE = 1024  # tokens that an MLP works on at a time: on a CPU, to fetch memory for more costs as much as to fill it
 
@@ -109,15 +109,28 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v by torch's kernel, q [B, H, Q, d], k and v [B, K, S, d] -> [B, H, Q, d].
+    """softmax(q k^T / sqrt(d)) v by torch's kernels, q [B, H, Q, d], k and v [B, K, S, d] -> [B, H, Q, d].
 
-    allow bool [..., Q, S]: who may look at whom; None = everybody, or, if causal, at itself and back. Query heads share
-    key heads, H / K of them each.
+    allow bool [..., Q, S]: who may look at whom; None = everybody, or, if causal, at itself and back, the last query
+    beside the last key. Query heads share key heads, H / K of them each.
     """
     allow = None if allow is None else allow.to(q.device)
-    if q.is_cuda:  # the kernel that takes a mask wants a key head for every query head
+    if q.is_cuda and (allow is not None or q.element_size() > 2):
+        # on a GPU only the flash kernel, for half precision and no mask, lets query heads share a key head
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allow, is_causal=causal, enable_gqa=not q.is_cuda)
+    if causal and q.shape[2] < k.shape[2]:
+        allow, causal = lower_right(q.shape[2], k.shape[2], q.device), False
+    shared = k.shape[1] < q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allow, is_causal=causal, enable_gqa=shared)
+
+
+def lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
+    """The causal mask of the last `queries` of `keys` tokens: bool [queries, keys]; on a GPU its name is enough."""
+    if device.type == "cuda":
+        from torch.nn.attention.bias import causal_lower_right  # takes a second, which no other device has to wait for
+
+        return causal_lower_right(queries, keys)
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def in_pieces(mlp: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -294,9 +307,6 @@ def attend(
         k, v = k.contiguous(), v.contiguous()  # head by head, as the kernel reads them, once for all segments
         segments = [attend_segment(q, k, v, s, s.holds(asked)) for row in look for s in row]
         return torch.cat(segments).unflatten(0, (len(look), -1)).transpose(1, 2)
-    queries, keys = q.shape[2], k.shape[2]
-    if look is None and queries < keys:
-        look = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     return softmax_attention(q, k, v, look, causal=look is None)
 
 
@@ -307,7 +317,7 @@ def attend_segment(q: Tensor, k: Tensor, v: Tensor, s: Segment, asked: bool) -> 
         return torch.zeros_like(q[0].transpose(0, 1))
     k, v = ([x[s.b, None, :, a:z] for a, z in s.ranges] for x in (k, v))
     k, v = (x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (k, v))
-    return softmax_attention(q, k, v, s.allow)[0].transpose(0, 1)
+    return softmax_attention(q, k, v, s.allow if s.sees == SOME else None, causal=s.sees == PAST)[0].transpose(0, 1)
 
 
 def pick(x: Tensor, read: Tensor | None) -> Tensor:
