@@ -57,6 +57,7 @@ def test_the_formula():
     x = torch.randn(3, 5)
     expected = x @ (linear.weight + 3 * a.lora_B @ a.lora_A).T
     assert torch.allclose(linear(x, "a"), expected, atol=1e-6)
+    assert torch.allclose(linear(x[0], "a"), expected[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

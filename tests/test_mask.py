@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import TINY, random_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import bias
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 from yojo import mask as masks
+from yojo import molmo2
 from yojo.mask import ALL, PAST, SOME, AttentionMask, draw
 from yojo.molmo2 import attend, softmax_attention
 
@@ -116,8 +117,11 @@ def test_dense_equals_the_matrix_typed_by_hand(name):
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("chunk", [1, 2, masks.CHUNK])
 @pytest.mark.parametrize("name", CASES)
-def test_structured_covers_exactly_the_same_pairs(name, whole):
+def test_structured_covers_exactly_the_same_pairs(name, chunk, whole, monkeypatch):
+    monkeypatch.setattr(masks, "CHUNK", chunk)
+    monkeypatch.setattr(masks, "CHUNK_CUDA", chunk)
     mask, typed = CASES[name]
     covered = torch.zeros_like(matrix(typed))
     segments = mask.segments(whole)[0]
@@ -130,9 +134,12 @@ def test_structured_covers_exactly_the_same_pairs(name, whole):
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("chunk", [1, 2, masks.CHUNK])
 @pytest.mark.parametrize("name", CASES)
-def test_a_segment_that_needs_no_mask_really_needs_none(name, whole):
+def test_a_segment_that_needs_no_mask_really_needs_none(name, chunk, whole, monkeypatch):
     """ALL: every key; PAST: the last query beside the last key. Then the kernel is told so, and gets no mask."""
+    monkeypatch.setattr(masks, "CHUNK", chunk)
+    monkeypatch.setattr(masks, "CHUNK_CUDA", chunk)
     for s in CASES[name][0].segments(whole)[0]:
         full = torch.ones_like(s.allow)
         if s.sees == ALL:
@@ -144,7 +151,7 @@ def test_a_segment_that_needs_no_mask_really_needs_none(name, whole):
 @pytest.mark.parametrize("mode", masks.MODES)
 def test_with_one_picture_no_mask_is_needed_at_all(mode):
     """Text, 3,000 picture tokens, text, two responses of 2,000: on a GPU one call each, joint one for all behind the
-    picture; only pictures with text between them (videos) ask the predicate."""
+    picture; only pictures with text between them (numbered ones, videos) ask the predicate."""
     kinds = "P" * 10 + "I" * 3000 + "P" * 20 + "1" * 2000 + "2" * 2000
     behind = [(PAST, 3010, 7030)] if mode == "joint" else [(PAST, 3010, 3030), (PAST, 3030, 5030), (PAST, 5030, 7030)]
     segments = make(kinds, mode).segments(whole=True)[0]
@@ -152,18 +159,20 @@ def test_with_one_picture_no_mask_is_needed_at_all(mode):
     assert [s.sees for s in make("PIPIP1", mode).segments(whole=True)[0]] == [PAST, SOME, *[PAST] * len(behind[:2])]
 
 
-def test_on_a_gpu_the_causal_segments_reach_the_flash_kernel(monkeypatch):
-    """Tensors that only pretend to be on a GPU: torch is asked for its flash kernel, with key heads as they are; in
-    float32, which that kernel does not take, with one for every query head."""
-    asked = []
-    monkeypatch.setattr(bias, "can_use_flash_attention", lambda params: asked.append(params.key.shape[1]) or True)
+def test_on_a_gpu_a_causal_segment_is_one_call_of_the_flash_kernel(monkeypatch):
+    """Tensors that only pretend to be on a GPU, and a flash kernel that pretends to be there, for half precision."""
+    monkeypatch.setattr(molmo2, "can_use_flash_attention", lambda params: params.query.dtype == torch.bfloat16)
+    pairs, counted = 4 * 32 * 128 * 5 * 9, {}
     for dtype in (torch.bfloat16, torch.float32):
-        with FakeTensorMode():
-            sizes = ((32, 5), (8, 9), (8, 9))
+        with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+            sizes = ((32, 5), (8, 9), (8, 9))  # as many key heads as there are, and queries fewer than keys
             q, k, v = (torch.empty(1, heads, tokens, 128, dtype=dtype, device="cuda") for heads, tokens in sizes)
-        out = softmax_attention(q, k, v, causal=True)
+            out = softmax_attention(q, k, v, causal=True)
         assert (out.shape, out.dtype, out.device.type) == (q.shape, dtype, "cuda")
-    assert asked == [8, 32]
+        counted[dtype] = counter.get_flop_counts()["Global"]
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    assert counted[torch.bfloat16] == {flash: pairs}
+    assert flash not in counted[torch.float32] and sum(counted[torch.float32].values()) == pairs
 
 
 def batch_mask(mode):
@@ -236,6 +245,8 @@ def test_what_does_not_stand_side_by_side_is_refused_by_the_structured_form():
     assert torn.dense[0, 3].tolist() == [True, True, False, True]
     with pytest.raises(ValueError, match=r"side by side, got responses \[-1, 0, 1, 0\]"):
         _ = torn.structured
+    with pytest.raises(ValueError, match=r"must begin with its prompt, got responses \[0, -1\]"):
+        _ = make("11PP", "isolated").structured
     record = torch.tensor([[0, 1, 0]])
     torn = AttentionMask(record, torch.full_like(record, -1), torch.zeros_like(record, dtype=torch.bool), "joint")
     with pytest.raises(ValueError, match=r"side by side, got records \[0, 1, 0\]"):

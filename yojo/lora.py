@@ -10,9 +10,9 @@ return the gradient of another function.
     lora.add(model, "policy", LoraConfig(r=16, alpha=32))
     with lora.use(model, "policy"): ...          lora.use(model, None) is the base
 
-A and B stay in at least float32 beside a bf16 base, for steps of the optimiser are small; their products run in the
-base's type, as mixed precision has it. Files are PEFT's (`adapter_config.json`,
-`adapter_model.safetensors`), both ways. Paper: Hu et al., arXiv 2106.09685.
+Beside a bf16 base A and B stay in at least float32, since an optimiser's steps are small, and their products run in
+bf16, as mixed precision has it. Files are PEFT's (`adapter_config.json`, `adapter_model.safetensors`), both ways.
+Paper: Hu et al., arXiv 2106.09685.
 
 See it: `pytest tests/test_lora.py`.
 """
@@ -61,11 +61,10 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x [..., in], y [..., out] -> [..., out], written over y where no gradient is asked for."""
-        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(y.dtype)
         low = F.linear(F.dropout(x, self.dropout, self.training), A) * self.scale  # scaled where it is narrow
-        rows = y.flatten(0, -2)
-        out = None if torch.is_grad_enabled() else rows
-        return torch.addmm(rows, low.flatten(0, -2), B.T, out=out).view_as(y)
+        low, rows = (z.reshape(-1, z.shape[-1]) for z in (low, y))
+        return torch.addmm(rows, low, B.T, out=None if torch.is_grad_enabled() else rows).view_as(y)
 
 
 class Linear(nn.Linear):

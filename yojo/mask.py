@@ -31,7 +31,7 @@ PADDING = -1  # value in `record`
 ALL, PAST, SOME = "all", "past", "some"  # what a segment's queries see of its keys
 DENSE_UP_TO = 512  # tokens in a row; beyond this a [T, T] mask costs more than one attention call per segment
 CHUNK = 256  # queries of a segment, at most: fewer make more calls, more compute more in vain
-CHUNK_CUDA = 2048  # on a GPU, of those alone that need a mask; chosen, not measured
+CHUNK_CUDA = 2048  # on a GPU, where only a segment with a mask is cut; chosen, not measured
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,8 @@ class AttentionMask:
         whose = [int(self.response[b, start]) for start, _ in runs]
         if len(set(whose)) < len(whose):
             raise ValueError(f"row {b}: the tokens of a response must stand side by side, got responses {whose}")
+        if self.mode == "isolated" and whose[0] != PROMPT:
+            raise ValueError(f"row {b}: a record must begin with its prompt, got responses {whose}")
         prompt = runs[0][1]
         for start, stop in runs:
             edges = sorted({start, stop, *(edge for edge in (pictures, seen) if start < edge < stop)})

@@ -12,7 +12,7 @@ it against what autograd really keeps.
 import torch
 
 from yojo.lora import LoraConfig
-from yojo.mask import CHUNK
+from yojo.mask import AttentionMask
 from yojo.molmo2 import Config, Molmo2
 
 
@@ -45,16 +45,18 @@ def training(config: Config, dtype: torch.dtype, lora: LoraConfig, inner: int = 
     return weights(config, dtype) + 4 * 4 * (adapter(config, lora) + head(config, inner))
 
 
-def activations(config: Config, dtype: torch.dtype, lora: LoraConfig, tokens: int, pairs: int) -> int:
-    """Bytes that one micro-batch of `tokens` adds, its attention computing `pairs` of a query and a key: the inputs of
+def activations(config: Config, dtype: torch.dtype, lora: LoraConfig, mask: AttentionMask, pairs: int) -> int:
+    """Bytes that one micro-batch under `mask` adds, its attention computing `pairs` of a query and a key: the inputs of
     all blocks, the inside of one, and the gradients that are wide at the same time, `s` bytes a number."""
     c, s = config.text, dtype.itemsize
     D, heads, inner = c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size
     keys = c.num_key_value_heads * c.head_dim
-    adapters = 2 * s * (2 * D + heads + inner) + 4 * s * lora.r  # which inputs dropout kept, those, A x
+    adapters = 2 * s * (2 * D + heads + inner) + 4 * s * lora.r  # dropout's mask and its output, A x
     attention = s * (2 * (heads + keys) + keys + heads)  # q and k before their norm and turned, v, what comes out
     rest = s * D + 3 * s * inner  # what the second norm reads; up, gate and silu(gate)
     gradients = 2 * s * 2 * inner  # of up and gate, apart and side by side
     per_token = c.num_hidden_layers * s * D + adapters + attention + rest + gradients
-    per_pair = s * (1 + 2 * keys / CHUNK)  # the mask in numbers; a segment may keep its own keys and values
-    return int(tokens * per_token + pairs * per_pair)
+    # a segment with several ranges of keys (an isolated response: its prompt's and its own) copies them side by side
+    apart = [x for row in mask.structured for x in row if len(x.ranges) > 1] if mask.form == "structured" else []
+    copied = 2 * keys * sum(z - a for segment in apart for a, z in segment.ranges)
+    return mask.record.numel() * per_token + s * (pairs + copied)  # pairs: the mask in numbers

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.utils.checkpoint import checkpoint
 
 from yojo.files import InputError
@@ -114,23 +115,18 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = No
     allow bool [..., Q, S]: who may look at whom; None = everybody, or, if causal, at itself and back, the last query
     beside the last key. Query heads share key heads, H / K of them each.
     """
-    allow = None if allow is None else allow.to(q.device)
-    if q.is_cuda and (allow is not None or q.element_size() > 2):
-        # on a GPU only the flash kernel, for half precision and no mask, lets query heads share a key head
+    queries, keys, shared = q.shape[2], k.shape[2], k.shape[1] < q.shape[1]
+    later = causal and queries < keys  # the queries come after some of the keys, or torch's own `is_causal` would do
+    flash = q.is_cuda and allow is None and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, shared))
+    if later and flash:  # this kernel's causal mask is the right one, but only so can it be asked for
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)[0]
+    if later:
+        allow = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    if q.is_cuda and not flash:  # the other kernels of a GPU want a key head for every query head
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    if causal and q.shape[2] < k.shape[2]:
-        allow, causal = lower_right(q.shape[2], k.shape[2], q.device), False
-    shared = k.shape[1] < q.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allow, is_causal=causal, enable_gqa=shared)
-
-
-def lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
-    """The causal mask of the last `queries` of `keys` tokens: bool [queries, keys]; on a GPU its name is enough."""
-    if device.type == "cuda":
-        from torch.nn.attention.bias import causal_lower_right  # takes a second, which no other device has to wait for
-
-        return causal_lower_right(queries, keys)
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        shared = False
+    allow = None if allow is None else allow.to(q.device)
+    return F.scaled_dot_product_attention(q, k, v, allow, is_causal=causal and not later, enable_gqa=shared)
 
 
 def in_pieces(mlp: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

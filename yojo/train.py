@@ -261,8 +261,9 @@ def announce(asks: Sequence[Ask], rm: RewardModel, recipe: Recipe) -> None:
         f"and {longest.tokens:,} at most; {steps} steps of {recipe.records * recipe.fit.accumulate} records"
     )
     held = memory.training(config, dtype, recipe.lora, recipe.inner)
-    pairs, _ = flops.executed(longest.mask(rm.mode), longest.read)
-    more = recipe.records * memory.activations(config, dtype, recipe.lora, longest.tokens, pairs)
+    mask = longest.mask(rm.mode)
+    pairs, _ = flops.executed(mask, longest.read)
+    more = recipe.records * memory.activations(config, dtype, recipe.lora, mask, pairs)
     print(
         f"memory, computed: {held / 1e9:.1f} GB for weights, adapter and optimiser, and {more / 1e9:.1f} GB at most for"
     )
