@@ -121,7 +121,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = No
     if later and flash:  # this kernel's causal mask is the right one, but only so can it be asked for
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)[0]
     if later:
-        allow = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        allow = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     if q.is_cuda and not flash:  # the other kernels of a GPU want a key head for every query head
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         shared = False
