@@ -116,15 +116,20 @@ def test_dense_equals_the_matrix_typed_by_hand(name):
     assert torch.equal(mask.dense[0], matrix(typed))
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["cpu", "gpu"])
-@pytest.mark.parametrize("chunk", [1, 2, masks.CHUNK])
+@pytest.fixture(params=["cpu", "cpu-1", "cpu-2", "gpu", "gpu-1", "gpu-2"])
+def cut(request, monkeypatch):
+    """The segments of a row as for a CPU or a GPU; with a number, of at most so many queries where they are cut."""
+    kind, _, chunk = request.param.partition("-")
+    for name in ("CHUNK", "CHUNK_CUDA") if chunk else ():
+        monkeypatch.setattr(masks, name, int(chunk))
+    return lambda mask: mask.segments(whole=kind == "gpu")[0]
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_structured_covers_exactly_the_same_pairs(name, chunk, whole, monkeypatch):
-    monkeypatch.setattr(masks, "CHUNK", chunk)
-    monkeypatch.setattr(masks, "CHUNK_CUDA", chunk)
+def test_structured_covers_exactly_the_same_pairs(name, cut):
     mask, typed = CASES[name]
     covered = torch.zeros_like(matrix(typed))
-    segments = mask.segments(whole)[0]
+    segments = cut(mask)
     for s in segments:
         covered[s.start : s.stop, s.keys] = s.allow
     assert torch.equal(covered, matrix(typed))
@@ -133,14 +138,10 @@ def test_structured_covers_exactly_the_same_pairs(name, chunk, whole, monkeypatc
     assert all(a[1] == b[0] for a, b in zip(cuts, cuts[1:], strict=False))
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["cpu", "gpu"])
-@pytest.mark.parametrize("chunk", [1, 2, masks.CHUNK])
 @pytest.mark.parametrize("name", CASES)
-def test_a_segment_that_needs_no_mask_really_needs_none(name, chunk, whole, monkeypatch):
+def test_a_segment_that_needs_no_mask_really_needs_none(name, cut):
     """ALL: every key; PAST: the last query beside the last key. Then the kernel is told so, and gets no mask."""
-    monkeypatch.setattr(masks, "CHUNK", chunk)
-    monkeypatch.setattr(masks, "CHUNK_CUDA", chunk)
-    for s in CASES[name][0].segments(whole)[0]:
+    for s in cut(CASES[name][0]):
         full = torch.ones_like(s.allow)
         if s.sees == ALL:
             assert torch.equal(s.allow, full)
