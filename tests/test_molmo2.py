@@ -17,11 +17,21 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
-from yojo import lora
+from yojo import lora, molmo2
 from yojo.checkpoint import load_backbone, read_config, save_backbone
 from yojo.image import ImageConfig, frames_to_patches, images_to_patches
 from yojo.mask import AttentionMask
-from yojo.molmo2 import PIECE, AdapterConfig, Cache, TextConfig, VisionConfig, attend
+from yojo.molmo2 import (
+    PIECE,
+    AdapterConfig,
+    Cache,
+    TextConfig,
+    VisionConfig,
+    attend,
+    kernel_attention,
+    product_attention,
+    softmax_attention,
+)
 
 PATCH, START, END, COL, LOW = 407, 401, 402, 403, 404
 PICTURES = ImageConfig(size=84, margins=(1, 1), max_crops=4)
@@ -308,6 +318,60 @@ def test_attention_repeats_key_heads_in_groups():
     q, k = torch.zeros(1, 4, 1, 2), torch.zeros(1, 2, 1, 2)
     v = torch.tensor([[[[1.0, 1.0]], [[2.0, 2.0]]]])
     assert attend(q, k, v, None)[0, :, 0, 0].tolist() == [1, 1, 2, 2]
+
+
+# Queries, keys, what may be seen: everything, the past, or what a mask says.
+LOOKS = {
+    "all": (5, 9, {}),
+    "past": (9, 9, {"causal": True}),
+    "past, the last queries": (5, 9, {"causal": True}),
+    "some": (5, 9, {"allow": torch.rand(5, 9, generator=torch.Generator().manual_seed(0)) < 0.5}),
+}
+
+
+def qkv(queries, keys, dtype, batch=2):
+    """Six query heads on two key heads, laid out as the network has them."""
+    g = torch.Generator().manual_seed(0)
+    sizes = ((6, queries), (2, keys), (2, keys))
+    return [torch.randn(batch, T, h, 8, generator=g, dtype=torch.float64).to(dtype).transpose(1, 2) for h, T in sizes]
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_plain_products_equal_the_kernel(look):
+    queries, keys, how = LOOKS[look]
+    q, k, v = qkv(queries, keys, torch.float64)
+    kernel = kernel_attention(q, k, v, how.get("allow"), how.get("causal", False))
+    assert (product_attention(q, k, v, **how) - kernel).abs().max() < 1e-12
+
+
+def test_plain_products_round_scores_no_worse_than_their_dtype():
+    """In bf16 they err by about twice what the kernel does, which keeps its scores in float32."""
+    q, k, v = qkv(300, 900, torch.bfloat16)
+    exact = kernel_attention(q.double(), k.double(), v.double(), None, True)
+    errors = [
+        float((way(q, k, v, None, True) - exact).abs().mean() / exact.abs().mean())
+        for way in (kernel_attention, product_attention)
+    ]
+    assert errors[1] < 2.5 * errors[0] < 0.01
+
+
+@pytest.mark.parametrize("lags", [True, False])
+def test_plain_products_are_for_many_scores_in_bfloat16_where_the_kernel_lags(lags, monkeypatch):
+    """And not for training, nor where a query may see nothing."""
+    asked = []
+    monkeypatch.setattr(molmo2, "kernel_lags", lambda: lags)
+    for name in ("kernel_attention", "product_attention"):
+        monkeypatch.setattr(molmo2, name, lambda *_, name=name: asked.append(name))
+    few, many, exact = (qkv(*sizes, dtype, batch=1) for sizes, dtype in (
+        ((100, 200), torch.bfloat16), ((100, 300), torch.bfloat16), ((100, 300), torch.float32)
+    ))  # fmt: skip
+    row = torch.ones(1, 1, 100, 300, dtype=torch.bool)
+    with torch.no_grad():
+        for q, k, v, allow in ((*many, None), (*many, row[0, 0]), (*few, None), (*exact, None), (*many, row)):
+            softmax_attention(q, k, v, allow)
+    softmax_attention(*many)
+    fast = "product_attention" if lags else "kernel_attention"
+    assert asked == [fast, fast, *["kernel_attention"] * 4]
 
 
 def test_defaults_are_the_released_4b(tmp_path):

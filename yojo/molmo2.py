@@ -10,7 +10,8 @@ How it differs from a textbook decoder (facts: the Molmo2 report and `transforme
 - the forward pass returns hidden states after the final norm and never logits: a reward model needs none.
 
 Attribute names are the checkpoint's tensor names, so loading is one strict `load_state_dict` (`checkpoint.py`).
-Precision: norms, rotary angles and softmax run in at least float32 (bf16 goes up, float64 stays).
+Precision: norms, rotary angles and softmax run in at least float32 (bf16 goes up, float64 stays). Only in
+`product_attention` the scores that softmax reads have been rounded to bf16.
 
 Shape alphabet, the same in all files: B batch rows, T tokens, N responses, R read positions, P patches of a view,
 M pooled picture tokens, D decoder width, H query heads, K key/value heads, d head width, V vocabulary.
@@ -21,6 +22,7 @@ See it run: `pytest tests/test_molmo2.py` holds every part against `transformers
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,7 @@ from yojo.lora import Linear
 from yojo.mask import PAST, SOME, AttentionMask, Segment
 
 PIECE = 1024  # tokens that an MLP works on at a time: on a CPU, to fetch memory for more costs as much as to fill it
+PRODUCTS_FROM = 2**16  # scores of one key head: below this, plain products are too many small calls
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,45 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v by torch's kernels, q [B, H, Q, d], k and v [B, K, S, d] -> [B, H, Q, d].
+    """softmax(q k^T / sqrt(d)) v, q [B, H, Q, d], k and v [B, K, S, d] -> [B, H, Q, d], in the fastest way at hand.
 
-    allow bool [..., Q, S]: who may look at whom; None = everybody, or, if causal, at itself and back, the last query
-    beside the last key. Query heads share key heads, H / K of them each.
+    allow bool [Q, S], or [B, 1, Q, S] where a query may see nothing and gets 0: who may look at whom; None = everybody,
+    or, if causal, at itself and back, the last query beside the last key. Query heads share key heads, H / K of them
+    each.
     """
+    many = q.shape[1] // k.shape[1] * q.shape[2] * k.shape[2] >= PRODUCTS_FROM
+    sure = allow is None or allow.ndim == 2  # that every query sees a key
+    if q.dtype == torch.bfloat16 and q.is_cpu and many and sure and not torch.is_grad_enabled() and kernel_lags():
+        return product_attention(q, k, v, allow, causal)
+    return kernel_attention(q, k, v, allow, causal)
+
+
+@cache
+def kernel_lags() -> bool:
+    """Is this a CPU that multiplies bf16 fast, but not by AMX? There plain products take half the time of its kernel,
+    with AMX twice."""
+    able = torch.cpu.get_capabilities()
+    return able.get("avx512_bf16", False) and not able.get("amx_tile", False)
+
+
+def product_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:
+    """`softmax_attention` as it is written, one key head after the other, so that its scores stay in the cache. They
+    are rounded to q's dtype. Every query must see a key."""
+    B, H, Q, d = q.shape
+    K, seen = k.shape[1], k.shape[2]
+    if causal:  # of the keys, only those beside the queries need a mask
+        allow, seen = torch.ones(Q, Q, dtype=torch.bool, device=q.device).tril(), Q
+    out = []
+    for few, key, value in zip(q.reshape(B * K, -1, d), k.flatten(0, 1), v.flatten(0, 1), strict=True):
+        scores = torch.addmm(few.new_zeros(()), few, key.T, beta=0, alpha=d**-0.5)
+        if allow is not None:
+            scores.view(H // K, Q, -1)[..., -seen:].masked_fill_(~allow, -math.inf)
+        out.append(scores.softmax(-1) @ value)
+    return torch.stack(out).view(B, H, Q, d)
+
+
+def kernel_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None, causal: bool) -> Tensor:
+    """`softmax_attention` by torch's kernels."""
     queries, keys, shared = q.shape[2], k.shape[2], k.shape[1] < q.shape[1]
     later = causal and queries < keys  # the queries come after some of the keys, or torch's own `is_causal` would do
     flash = q.is_cuda and allow is None and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, shared))
