@@ -14,6 +14,7 @@ from PIL import Image
 
 from yojo import bench, checkpoint, evaluate, flops, grpo, hacking, preference, pretrain, score, train, votes
 from yojo.cli import WEIGHTS
+from yojo.molmo2 import Molmo2
 
 
 @pytest.fixture
@@ -228,6 +229,8 @@ def test_a_run_is_not_overwritten_and_an_unfinished_one_goes_on(command, refused
     refused("no file nowhere", train, *words, "--overwrite", "--data", "nowhere")
     assert (folder / "rm.training/state.pt").exists(), "a typing error cost the run"
     refused("its mode is 'joint', not 'isolated'", train, *words, "--resume", "--mode", "isolated")
+    monkeypatch.setattr(Molmo2, "fuse", lambda self: None)  # which needs a compiler
+    refused("its compile is None, not True", train, *words, "--resume", "--compile")
     assert command(train, *words, "--resume")[0] == 0
     assert calls == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
     assert (folder / "rm/value_head.safetensors").read_bytes() == before

@@ -359,7 +359,7 @@ def test_plain_products_round_scores_no_worse_than_their_dtype():
 def test_plain_products_are_for_many_scores_in_bfloat16_where_the_kernel_lags(lags, monkeypatch):
     """And not for training, nor where a query may see nothing."""
     asked = []
-    monkeypatch.setattr(molmo2, "kernel_lags", lambda: lags)
+    monkeypatch.setattr(molmo2, "kernel_lags", lambda dtype, device: lags and dtype == torch.bfloat16)
     for name in ("kernel_attention", "product_attention"):
         monkeypatch.setattr(molmo2, name, lambda *_, name=name: asked.append(name))
     few, many, exact = (qkv(*sizes, dtype, batch=1) for sizes, dtype in (

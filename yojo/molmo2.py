@@ -121,17 +121,18 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = No
     """
     many = q.shape[1] // k.shape[1] * q.shape[2] * k.shape[2] >= PRODUCTS_FROM
     sure = allow is None or allow.ndim == 2  # that every query sees a key
-    if q.dtype == torch.bfloat16 and q.is_cpu and many and sure and not torch.is_grad_enabled() and kernel_lags():
+    if kernel_lags(q.dtype, q.device.type) and many and sure and not torch.is_grad_enabled():
         return product_attention(q, k, v, allow, causal)
     return kernel_attention(q, k, v, allow, causal)
 
 
 @cache
-def kernel_lags() -> bool:
-    """Is this a CPU that multiplies bf16 fast, but not by AMX? There plain products take half the time of its kernel,
-    with AMX twice."""
+def kernel_lags(dtype: torch.dtype, device: str) -> bool:
+    """Does torch's kernel take twice the time of plain products? Yes in bf16 on a CPU that multiplies it fast, but not by
+    AMX; with AMX they take twice the kernel's."""
     able = torch.cpu.get_capabilities()
-    return able.get("avx512_bf16", False) and not able.get("amx_tile", False)
+    fast = able.get("avx512_bf16", False) and not able.get("amx_tile", False)
+    return device == "cpu" and dtype == torch.bfloat16 and fast
 
 
 def product_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -22,6 +22,7 @@ from yojo.data import collate, read_records
 from yojo.files import InputError, whole_file
 from yojo.image import FRAMES, INTERVAL, open_video
 from yojo.mask import DRAWN_UP_TO, MODES, draw
+from yojo.molmo2 import kernel_lags
 from yojo.prompt import Encoded
 from yojo.reward import RewardModel
 
@@ -80,13 +81,13 @@ def encode_all(rm: RewardModel, records: Sequence[tuple]) -> Iterator[Encoded]:
 
 def tell(encoded: Encoded, mode: str, rm: RewardModel, prompt: str) -> Encoded:
     """Say what a record is and which form of attention serves it where it stands alone in a batch."""
-    mask = collate([encoded], mode).mask
-    form = "one call under a mask of all pairs"
+    mask, form = collate([encoded], mode).mask, "one call under a mask of all pairs"
+    device, dtype = rm.backbone.device.type, rm.backbone.dtype
     if mask.form == "structured":
-        form = f"{len(mask.structured[0])} segments, a call each"
-    device, dtype = rm.backbone.device.type, str(rm.backbone.dtype).removeprefix("torch.")
+        way = ", a large one by plain products" if kernel_lags(dtype, device) else ""
+        form = f"{len(mask.structured[0])} segments, a call each{way}"
     print(f"{' '.join(prompt.split())[:40]!r}: {len(encoded.ids)} tokens, {encoded.prompt_length} of them prompt and")
-    print(f"{int(encoded.image.sum())} pictures; {dtype} on {device}; attention: {form};")
+    print(f"{int(encoded.image.sum())} pictures; {str(dtype).removeprefix('torch.')} on {device}; attention: {form};")
     print(f"{len(encoded.read)} positions leave the last block")
     return encoded
 

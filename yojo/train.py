@@ -236,6 +236,8 @@ def full(args: argparse.Namespace) -> dict:
     digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
     about = {"mode": args.mode, "loss": args.loss, "seed": args.seed, "data": digest, "records": len(records)}
     about["base"] = rm.fingerprint["weights"]
+    if args.compile:  # sums round otherwise
+        about["compile"] = True
     train(data, recipe, args.seed, "train", training, run=about)
     if not parallel.first():
         raise SystemExit(0)  # the rest is for one
