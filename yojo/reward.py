@@ -157,9 +157,11 @@ class RewardModel(nn.Module):
         records, error = iter(records), None
         while error is None:
             window: list[Encoded] = []
+            held = 0
             try:
-                while len(window) < WINDOW and sum(len(e.ids) for e in window) < WINDOW_TOKENS:
+                while len(window) < WINDOW and held < WINDOW_TOKENS:
                     window.append(next(records))
+                    held += len(window[-1].ids)
             except (StopIteration, InputError) as end:
                 error = end
             yield from self._score_window(window, mode, tokens)
