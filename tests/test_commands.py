@@ -106,7 +106,8 @@ def test_score_says_how_it_computes(command):
     assert "one call under a mask of all pairs;\n4 positions leave the last block" in out
     long = ("--tiny", "--prompt", "word " * 600, "--response", "a", "--response", "b")
     _, out, _ = command(score, *long, "--verbose", "--mode", "isolated")
-    assert "segments, a call each;\n2 positions" in out and "0 pictures; float32 on cpu" in out
+    assert "segments, a call each, in one row with its batch;\n2 positions" in out
+    assert "0 pictures; float32 on cpu" in out
 
 
 def test_score_reads_records(command, tmp_path):

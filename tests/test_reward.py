@@ -253,15 +253,23 @@ def test_batches_cover_every_row_once_within_the_budget(lengths, tokens):
         assert len(batch) == 1 or len(batch) * longest <= tokens, "padding counts"
 
 
+@pytest.mark.parametrize("long", [512, 40])  # tokens beyond which a record is a long one
 @pytest.mark.parametrize("mode", ["joint", "isolated"])
-def test_many_records_of_unequal_length_score_as_each_alone_and_in_their_order(tiny_folder, mode, monkeypatch):
+def test_many_records_of_unequal_length_score_as_each_alone_and_in_their_order(tiny_folder, mode, long, monkeypatch):
+    """Short ones are padded to one length, long ones stand in one row."""
+    shapes = []
     monkeypatch.setattr("yojo.reward.WINDOW", 4)
+    monkeypatch.setattr("yojo.reward.DENSE_UP_TO", long)
+    monkeypatch.setattr("yojo.mask.DENSE_UP_TO", long)
     rm = RewardModel.new(tiny_folder, mode, lora.LoraConfig(r=2))
     picture = noise(3)
     records = [
         rm.processor.encode("x " * (1 + 7 * i % 11), ["a " * (1 + i), "b"], picture if i % 3 else None)
         for i in range(11)
     ]
+    rm.register_forward_pre_hook(lambda _, args: shapes.append(args[0].input_ids.shape))
     many = list(rm.score_all(iter(records), mode, tokens=150))
+    longest = max(len(record.ids) for record in records)
+    assert any(B > 1 for B, _ in shapes) and any(B == 1 and T > longest for B, T in shapes) == (long == 40)
     for record, row in zip(records, many, strict=True):
         assert row == pytest.approx(rm.score_encoded([record], mode)[0], abs=1e-5)

@@ -85,7 +85,7 @@ def tell(encoded: Encoded, mode: str, rm: RewardModel, prompt: str) -> Encoded:
     device, dtype = rm.backbone.device.type, rm.backbone.dtype
     if mask.form == "structured":
         way = ", a large one by plain products" if kernel_lags(dtype, device) else ""
-        form = f"{len(mask.structured[0])} segments, a call each{way}"
+        form = f"{len(mask.structured[0])} segments, a call each{way}, in one row with its batch"
     print(f"{' '.join(prompt.split())[:40]!r}: {len(encoded.ids)} tokens, {encoded.prompt_length} of them prompt and")
     print(f"{int(encoded.image.sum())} pictures; {str(dtype).removeprefix('torch.')} on {device}; attention: {form};")
     print(f"{len(encoded.read)} positions leave the last block")
