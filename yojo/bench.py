@@ -106,8 +106,8 @@ def clock(do: Callable[[], object], device: torch.device) -> float:
 
 
 def take_turns(arms: dict[str, Callable], rounds: int, device: torch.device) -> tuple[dict[str, list[float]], dict]:
-    """Every arm once to warm up and once with its memory watched, then `rounds` rounds, each starting with another arm
-    -> seconds by arm and round, bytes by arm."""
+    """Every arm once to warm up and once with its memory watched, then `rounds` rounds, each in an order of its own, so
+    that no arm always finds the memory that the same other one left -> seconds by arm and round, bytes by arm."""
     above = {}
     for name, arm in arms.items():
         arm()
@@ -115,10 +115,8 @@ def take_turns(arms: dict[str, Callable], rounds: int, device: torch.device) -> 
             arm()
         above[name] = peak.above
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    names = list(arms)
     for i in range(rounds):
-        turn = i % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in random.Random(i).sample(list(arms), len(arms)):
             seconds[name].append(clock(arms[name], device))
     return seconds, above
 
