@@ -293,7 +293,7 @@ def test_an_mlp_in_pieces_equals_the_whole(adapter):
     for p in lora.parameters(model, "a"):
         p.data.normal_()
     mlp, x = model.model.transformer.blocks[0].mlp, torch.randn(2, PIECE // 2 + 7, 32, dtype=torch.float64)
-    with torch.no_grad():  # as when scoring: PIECE tokens at a time at most, whatever the row
+    with torch.no_grad():  # as when scoring: PIECE tokens at a time, whatever the row
         pieces = mlp(x, adapter)
     whole = mlp.whole(x, adapter)
     assert pieces.shape == x.shape and (pieces - whole).abs().max() < 1e-12 * whole.abs().max()

@@ -34,7 +34,7 @@ from yojo.files import InputError
 from yojo.lora import Linear
 from yojo.mask import PAST, SOME, AttentionMask, Segment
 
-PIECE = 1024  # most tokens that an MLP works on at once: on a CPU, to fetch memory for more costs as much as to fill it
+PIECE = 1024  # tokens that an MLP works on at a time: on a CPU, to fetch memory for more costs as much as to fill it
 PRODUCTS_FROM = 2**16  # scores of one key head: below this, plain products are too many small calls
 
 
@@ -168,11 +168,10 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None, caus
 
 
 def in_pieces(mlp: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """mlp(x), x [..., D] -> [..., D]; on a CPU in equal pieces, unless what backward needs is kept anyway."""
+    """mlp(x), x [..., D] -> [..., D]; on a CPU PIECE tokens at a time, unless what backward needs is kept anyway."""
     if x.is_cuda or torch.is_grad_enabled():
         return mlp(x)
-    rows = x.flatten(0, -2)
-    return torch.cat([mlp(few) for few in rows.chunk(1 + len(rows) // PIECE)]).view_as(x)
+    return torch.cat([mlp(few) for few in x.flatten(0, -2).split(PIECE)]).view_as(x)
 
 
 # ---------------------------------------------------------------------------------------------------- vision tower
