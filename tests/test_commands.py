@@ -106,7 +106,7 @@ def test_score_says_how_it_computes(command):
     assert "one call under a mask of all pairs;\n4 positions leave the last block" in out
     long = ("--tiny", "--prompt", "word " * 600, "--response", "a", "--response", "b")
     _, out, _ = command(score, *long, "--verbose", "--mode", "isolated")
-    assert "segments, a call each, in one row with its batch;\n2 positions" in out
+    assert "segments, a call each, in a batch one row for all;\n2 positions" in out
     assert "0 pictures; float32 on cpu" in out
 
 

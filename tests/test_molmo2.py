@@ -346,7 +346,8 @@ def test_plain_products_equal_the_kernel(look):
 
 
 def test_plain_products_round_scores_no_worse_than_their_dtype():
-    """In bf16 they err by about twice what the kernel does, which keeps its scores in float32."""
+    """In bf16, with scores of some -3 to 3, they err by about twice what the kernel does, which keeps its scores in
+    float32. Larger scores are rounded more."""
     q, k, v = qkv(300, 900, torch.bfloat16)
     exact = kernel_attention(q.double(), k.double(), v.double(), None, True)
     errors = [
@@ -358,7 +359,7 @@ def test_plain_products_round_scores_no_worse_than_their_dtype():
 
 @pytest.mark.parametrize("lags", [True, False])
 def test_plain_products_are_for_many_scores_in_bfloat16_where_the_kernel_lags(lags, monkeypatch):
-    """And not for training, nor where a query may see nothing."""
+    """And not for training, nor where a query may see nothing, nor for scores that fill the cache."""
     asked = []
     monkeypatch.setattr(molmo2, "kernel_lags", lambda dtype, device: lags and dtype == torch.bfloat16)
     for name in ("kernel_attention", "product_attention"):
@@ -366,13 +367,26 @@ def test_plain_products_are_for_many_scores_in_bfloat16_where_the_kernel_lags(la
     few, many, exact = (qkv(*sizes, dtype, batch=1) for sizes, dtype in (
         ((100, 200), torch.bfloat16), ((100, 300), torch.bfloat16), ((100, 300), torch.float32)
     ))  # fmt: skip
+    vast = qkv(2400, 2400, torch.bfloat16, batch=1)
     row = torch.ones(1, 1, 100, 300, dtype=torch.bool)
     with torch.no_grad():
-        for q, k, v, allow in ((*many, None), (*many, row[0, 0]), (*few, None), (*exact, None), (*many, row)):
+        softmax_attention(*many)
+        softmax_attention(*many, row[0, 0])
+        for q, k, v, allow in ((*few, None), (*vast, None), (*exact, None), (*many, row)):
             softmax_attention(q, k, v, allow)
     softmax_attention(*many)
     fast = "product_attention" if lags else "kernel_attention"
-    assert asked == [fast, fast, *["kernel_attention"] * 4]
+    assert asked == [fast, fast, *["kernel_attention"] * 5]
+
+
+@pytest.mark.parametrize("able, lags", [
+    ({"avx512_bf16": True}, True), ({"avx512_bf16": True, "amx_tile": True}, False), ({"avx2": True}, False)
+])  # fmt: skip
+def test_the_kernel_lags_on_a_cpu_with_fast_bfloat16_but_without_amx(able, lags, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    lagging = molmo2.kernel_lags.__wrapped__  # without what was found out before
+    assert lagging(torch.bfloat16, "cpu") == lags
+    assert not lagging(torch.float32, "cpu") and not lagging(torch.bfloat16, "cuda")
 
 
 def test_defaults_are_the_released_4b(tmp_path):

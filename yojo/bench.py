@@ -106,8 +106,9 @@ def clock(do: Callable[[], object], device: torch.device) -> float:
 
 
 def take_turns(arms: dict[str, Callable], rounds: int, device: torch.device) -> tuple[dict[str, list[float]], dict]:
-    """Every arm once to warm up and once with its memory watched, then `rounds` rounds, each in an order of its own, so
-    that no arm always finds the memory that the same other one left -> seconds by arm and round, bytes by arm."""
+    """Every arm once to warm up and once with its memory watched, then `rounds` rounds -> seconds by arm and round,
+    bytes by arm. Every other round is in an order drawn anew, the next one in its reverse, so that no arm always finds
+    the memory that the same other one left."""
     above = {}
     for name, arm in arms.items():
         arm()
@@ -115,8 +116,10 @@ def take_turns(arms: dict[str, Callable], rounds: int, device: torch.device) -> 
             arm()
         above[name] = peak.above
     seconds: dict[str, list[float]] = {name: [] for name in arms}
+    order = list(arms)
     for i in range(rounds):
-        for name in random.Random(i).sample(list(arms), len(arms)):
+        order = order[::-1] if i % 2 else random.Random(i).sample(order, len(order))
+        for name in order:
             seconds[name].append(clock(arms[name], device))
     return seconds, above
 

@@ -35,7 +35,7 @@ from yojo.lora import Linear
 from yojo.mask import PAST, SOME, AttentionMask, Segment
 
 PIECE = 1024  # tokens that an MLP works on at a time: on a CPU, to fetch memory for more costs as much as to fill it
-PRODUCTS_FROM = 2**16  # scores of one key head: below this, plain products are too many small calls
+PRODUCTS = range(2**16, 2**24)  # scores of one key head: fewer are too many small calls, more leave the cache
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = No
     or, if causal, at itself and back, the last query beside the last key. Query heads share key heads, H / K of them
     each.
     """
-    many = q.shape[1] // k.shape[1] * q.shape[2] * k.shape[2] >= PRODUCTS_FROM
+    worth = q.shape[1] // k.shape[1] * q.shape[2] * k.shape[2] in PRODUCTS
     sure = allow is None or allow.ndim == 2  # that every query sees a key
-    if kernel_lags(q.dtype, q.device.type) and many and sure and not torch.is_grad_enabled():
+    if kernel_lags(q.dtype, q.device.type) and worth and sure and not torch.is_grad_enabled():
         return product_attention(q, k, v, allow, causal)
     return kernel_attention(q, k, v, allow, causal)
 
@@ -130,9 +130,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = No
 def kernel_lags(dtype: torch.dtype, device: str) -> bool:
     """Does torch's kernel take twice the time of plain products? Yes in bf16 on a CPU that multiplies it fast, but not
     by AMX; with AMX they take twice the kernel's."""
-    able = torch.cpu.get_capabilities()
-    fast = able.get("avx512_bf16", False) and not able.get("amx_tile", False)
-    return device == "cpu" and dtype == torch.bfloat16 and fast
+    able = torch.cpu.get_capabilities() if device == "cpu" and dtype == torch.bfloat16 else {}
+    return able.get("avx512_bf16", False) and not able.get("amx_tile", False)
 
 
 def product_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -80,12 +80,13 @@ def encode_all(rm: RewardModel, records: Sequence[tuple]) -> Iterator[Encoded]:
 
 
 def tell(encoded: Encoded, mode: str, rm: RewardModel, prompt: str) -> Encoded:
-    """Say what a record is and which form of attention serves it where it stands alone in a batch."""
+    """Say what a record is, which form of attention serves it where it stands alone in a batch, and where long ones
+    stand among others."""
     mask, form = collate([encoded], mode).mask, "one call under a mask of all pairs"
     device, dtype = rm.backbone.device.type, rm.backbone.dtype
     if mask.form == "structured":
         way = ", a large one by plain products" if kernel_lags(dtype, device) else ""
-        form = f"{len(mask.structured[0])} segments, a call each{way}, in one row with its batch"
+        form = f"{len(mask.structured[0])} segments, a call each{way}, in a batch one row for all"
     print(f"{' '.join(prompt.split())[:40]!r}: {len(encoded.ids)} tokens, {encoded.prompt_length} of them prompt and")
     print(f"{int(encoded.image.sum())} pictures; {str(dtype).removeprefix('torch.')} on {device}; attention: {form};")
     print(f"{len(encoded.read)} positions leave the last block")
