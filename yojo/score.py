@@ -22,7 +22,6 @@ from yojo.data import collate, read_records
 from yojo.files import InputError, whole_file
 from yojo.image import FRAMES, INTERVAL, open_video
 from yojo.mask import DRAWN_UP_TO, MODES, draw
-from yojo.molmo2 import kernel_lags
 from yojo.prompt import Encoded
 from yojo.reward import RewardModel
 
@@ -83,12 +82,11 @@ def tell(encoded: Encoded, mode: str, rm: RewardModel, prompt: str) -> Encoded:
     """Say what a record is, which form of attention serves it where it stands alone in a batch, and where long ones
     stand among others."""
     mask, form = collate([encoded], mode).mask, "one call under a mask of all pairs"
-    device, dtype = rm.backbone.device.type, rm.backbone.dtype
+    device, dtype = rm.backbone.device.type, str(rm.backbone.dtype).removeprefix("torch.")
     if mask.form == "structured":
-        way = ", a large one by plain products" if kernel_lags(dtype, device) else ""
-        form = f"{len(mask.structured[0])} segments, a call each{way}, in a batch one row for all"
+        form = f"{len(mask.structured[0])} segments, a call each, in a batch one row for all"
     print(f"{' '.join(prompt.split())[:40]!r}: {len(encoded.ids)} tokens, {encoded.prompt_length} of them prompt and")
-    print(f"{int(encoded.image.sum())} pictures; {str(dtype).removeprefix('torch.')} on {device}; attention: {form};")
+    print(f"{int(encoded.image.sum())} pictures; {dtype} on {device}; attention: {form};")
     print(f"{len(encoded.read)} positions leave the last block")
     return encoded
 
