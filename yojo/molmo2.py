@@ -128,8 +128,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = No
 
 @cache
 def kernel_lags(dtype: torch.dtype, device: str) -> bool:
-    """Does torch's kernel take twice the time of plain products? Yes in bf16 on a CPU that multiplies it fast, but not
-    by AMX; with AMX they take twice the kernel's."""
+    """Does torch's kernel take nearly twice the time of plain products? Yes in bf16 on a CPU that multiplies it fast,
+    but not by AMX; with AMX they take twice the kernel's."""
     able = torch.cpu.get_capabilities() if device == "cpu" and dtype == torch.bfloat16 else {}
     return able.get("avx512_bf16", False) and not able.get("amx_tile", False)
 
