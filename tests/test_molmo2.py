@@ -378,16 +378,6 @@ def test_plain_products_are_for_many_scores_in_bfloat16_where_the_kernel_lags(la
     assert asked == [fast, fast, *["kernel_attention"] * 5]
 
 
-@pytest.mark.parametrize("able, lags", [
-    ({"avx512_bf16": True}, True), ({"avx512_bf16": True, "amx_tile": True}, False), ({"avx2": True}, False)
-])  # fmt: skip
-def test_the_kernel_lags_on_a_cpu_with_fast_bfloat16_but_without_amx(able, lags, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-    lagging = molmo2.kernel_lags.__wrapped__  # without what was found out before
-    assert lagging(torch.bfloat16, "cpu") == lags
-    assert not lagging(torch.float32, "cpu") and not lagging(torch.bfloat16, "cuda")
-
-
 def test_defaults_are_the_released_4b(tmp_path):
     from test_image import DATA
 

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from yojo.files import InputError, open_tensors, read_json, read_tensors
+from yojo.product import product
 
 TARGETS = ("att_proj", "attn_out", "ff_proj", "ff_out")
 PREFIX = "base_model.model."
@@ -75,7 +76,7 @@ class Linear(nn.Linear):
         self.adapters = nn.ModuleDict()
 
     def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = product(x, self.weight)
         if adapter not in self.adapters:  # none is active, or the active one sits on other matrices
             return y
         return self.adapters[adapter](x, y)

@@ -22,7 +22,6 @@ See it run: `pytest tests/test_molmo2.py` holds every part against `transformers
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from yojo.files import InputError
 from yojo.lora import Linear
 from yojo.mask import PAST, SOME, AttentionMask, Segment
+from yojo.product import like_zen4
 
 PIECE = 1024  # tokens that an MLP works on at a time: on a CPU, to fetch memory for more costs as much as to fill it
 PRODUCTS = range(2**16, 2**24)  # scores of one key head: fewer are too many small calls, more leave the cache
@@ -126,12 +126,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = No
     return kernel_attention(q, k, v, allow, causal)
 
 
-@cache
 def kernel_lags(dtype: torch.dtype, device: str) -> bool:
     """Does torch's kernel take nearly twice the time of plain products? Yes in bf16 on a CPU that multiplies it fast,
     but not by AMX; with AMX they take twice the kernel's."""
-    able = torch.cpu.get_capabilities() if device == "cpu" and dtype == torch.bfloat16 else {}
-    return able.get("avx512_bf16", False) and not able.get("amx_tile", False)
+    return dtype == torch.bfloat16 and like_zen4(device)
 
 
 def product_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -369,7 +367,8 @@ class Attention(nn.Module):
         self.k_norm = RotaryNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], look, adapter: str | None, past, read) -> Tensor:
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.att_proj(x, adapter).split(self.widths, dim=-1))
+        qkv = self.att_proj(x, adapter).contiguous().split(self.widths, dim=-1)  # a kernel reads head by head
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
         q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q, *angles), self.k_norm(k, *angles), v))
         if past is not None:
             k, v = past.append(k, v)
@@ -378,11 +377,12 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * up, of both side by side. x [..., 2 * inner] -> [..., inner]."""
+    """silu(gate) * up, of both side by side, written over the gate where no gradient is asked for.
+    x [..., 2 * inner] -> [..., inner]."""
 
     def forward(self, x: Tensor) -> Tensor:
         up, gate = x.chunk(2, dim=-1)  # the checkpoint stacks up first, gate second
-        return F.silu(gate).mul_(up)
+        return F.silu(gate, inplace=not torch.is_grad_enabled()).mul_(up)
 
 
 class MLP(nn.Module):

@@ -1,0 +1,88 @@
+"""A product in another layout is the same product, and it is used where it was measured to be faster, nowhere else.
+
+pytest tests/test_product.py
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from yojo import lora, molmo2, product
+from yojo.molmo2 import Cache
+
+LINE = 64  # bytes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 7), (2, 7), (3, 5, 7), (511, 7), (512, 7), (513, 7), (0, 7)])
+def test_turned_it_is_the_same_product(shape):
+    x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(9, 7, dtype=torch.float64)
+    turned = product.turned_product(x, weight)
+    assert turned.shape == (*shape[:-1], 9)
+    assert torch.allclose(turned, F.linear(x, weight), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [2, 16, 17, 420, 1024, 1444, 2048])
+def test_its_rows_begin_at_cache_lines_but_never_at_the_same_place_in_the_cache(tokens):
+    turned = product.turned_product(torch.randn(tokens, 3), torch.randn(5, 3))
+    assert turned.stride(0) == 1
+    apart = turned.stride(1) * turned.itemsize
+    assert apart % LINE == 0 and (apart // LINE) % 2 == 1 and tokens <= turned.stride(1) < tokens + 32
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_it_is_for_several_tokens_and_large_float32_matrices_when_scoring(here, monkeypatch):
+    turned = []
+    monkeypatch.setattr(product, "like_zen4", lambda device: here and device == "cpu")
+    monkeypatch.setattr(product, "turned_product", lambda *_: turned.append(True))
+    large, small = torch.zeros(1024, 1024), torch.zeros(1024, 1023)
+
+    def is_turned(tokens, weight):
+        turned.clear()
+        product.product(torch.zeros(1, tokens, weight.shape[1], dtype=weight.dtype, device=weight.device), weight)
+        return bool(turned)
+
+    with torch.no_grad():
+        assert is_turned(2, large) == here
+        assert not is_turned(1, large)
+        for weight in (small, large.bfloat16(), large.double(), large.to("meta")):
+            assert not is_turned(2, weight)
+    assert not is_turned(2, large)
+
+
+@pytest.mark.parametrize("able, like", [
+    ({"avx512_bf16": True}, True), ({"avx512_bf16": True, "amx_tile": True}, False), ({"avx2": True}, False)
+])  # fmt: skip
+def test_like_zen4_is_a_cpu_with_bfloat16_instructions_but_without_amx(able, like, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    product.like_zen4.cache_clear()
+    try:
+        assert product.like_zen4("cpu") == like and not product.like_zen4("cuda")
+        assert molmo2.kernel_lags(torch.bfloat16, "cpu") == like and not molmo2.kernel_lags(torch.float32, "cpu")
+    finally:
+        product.like_zen4.cache_clear()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("adapter", [None, "a"])
+def test_a_network_of_turned_products_is_the_same_network(adapter, monkeypatch):
+    """Rows, tokens that are read, an adapter beside, and a row after a cache; counted the same, too."""
+    model = random_model()
+    lora.add(model, "a", lora.LoraConfig(r=2, dropout=0), torch.Generator().manual_seed(0))
+    for p in lora.parameters(model, "a"):
+        p.normal_()
+    ids, read = torch.randint(0, 399, (2, 11)), torch.tensor([[0, 4], [1, 10]])
+
+    def hidden():
+        cache = Cache(model.config)
+        with lora.use(model, adapter), FlopCounterMode(display=False) as counter:
+            results = model(ids), model(ids, read=read), model(ids, cache=cache), model(ids[:, :2], cache=cache)
+        return [*results, torch.tensor(counter.get_total_flops())]
+
+    plain = hidden()
+    monkeypatch.setattr(lora, "product", product.turned_product)
+    for ours, theirs in zip(hidden(), plain, strict=True):
+        assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()

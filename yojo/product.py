@@ -1,0 +1,44 @@
+"""One large matrix, many tokens: the same product in two layouts.
+
+    Y = X W^T              X [tokens, in], W [out, in] -> Y [tokens, out], as `F.linear` computes it
+    Y = (W X^T)^T          the same sums, but memory holds Y output by output instead of token by token
+
+On a CPU the second may be the faster one in float32: a little for many tokens, twice for two to four. The rows of W X^T
+must begin at odd multiples of 64 bytes: at whole cache lines, and not at multiples of 4,096 bytes, which the cache
+would keep in the same few places, so that they push each other out.
+
+See it: `pytest tests/test_product.py`; figures in LOG.md, 2026-11-25.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LARGE = 2**20  # numbers in a matrix; for smaller ones `F.linear` is the faster
+LINE = 16  # float32 numbers in a cache line
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] times weight [out, in], transposed -> [..., out], in the layout that is the faster where that is
+    known. The result need not be contiguous."""
+    several = x.numel() > x.shape[-1]
+    fast = x.dtype == torch.float32 and like_zen4(x.device.type) and not torch.is_grad_enabled()
+    return turned_product(x, weight) if fast and several and weight.numel() >= LARGE else F.linear(x, weight)
+
+
+def turned_product(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear(x, weight)` as (W X^T)^T."""
+    rows = x.flatten(0, -2)
+    lines = -(-len(rows) // LINE) | 1  # odd
+    turned = x.new_empty(len(weight), lines * LINE)[:, : len(rows)]
+    return torch.mm(weight, rows.T, out=turned).T.unflatten(0, x.shape[:-1])
+
+
+@cache
+def like_zen4(device: str) -> bool:
+    """Is this a CPU with bfloat16 instructions but without AMX? Fast forms were measured to be fast on one of these, an
+    AMD EPYC (Zen 4)."""
+    able = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return able.get("avx512_bf16", False) and not able.get("amx_tile", False)
