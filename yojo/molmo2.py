@@ -377,12 +377,13 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * up, of both side by side, written over the gate where no gradient is asked for.
+    """silu(gate) * up, of both side by side, written over the gate where nothing needs it any more.
     x [..., 2 * inner] -> [..., inner]."""
 
     def forward(self, x: Tensor) -> Tensor:
         up, gate = x.chunk(2, dim=-1)  # the checkpoint stacks up first, gate second
-        return F.silu(gate, inplace=not torch.is_grad_enabled()).mul_(up)
+        free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()  # a compiler would write all of x anew
+        return F.silu(gate, inplace=free).mul_(up)
 
 
 class MLP(nn.Module):
