@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from yojo import bench, checkpoint, evaluate, flops, grpo, hacking, preference, pretrain, score, train, votes
+from yojo import bench, checkpoint, evaluate, flops, grpo, hacking, preference, pretrain, product, score, train, votes
 from yojo.cli import WEIGHTS
 from yojo.molmo2 import Molmo2
 
@@ -101,13 +101,17 @@ def test_score_names_the_mode_that_was_asked_for(command):
     assert "mode: isolated (trained in joint)" in out
 
 
-def test_score_says_how_it_computes(command):
+def test_score_says_how_it_computes(command, monkeypatch):
     _, out, _ = command(score, "--tiny", "--verbose")
     assert "one call under a mask of all pairs;\n4 positions leave the last block" in out
     long = ("--tiny", "--prompt", "word " * 600, "--response", "a", "--response", "b")
     _, out, _ = command(score, *long, "--verbose", "--mode", "isolated")
     assert "segments, a call each, in a batch one row for all;\n2 positions" in out
-    assert "0 pictures; float32 on cpu" in out
+    assert "0 pictures; float32 on cpu; attention" in out
+    monkeypatch.setattr(product, "LARGE", 1)  # the tiny model's matrices are smaller than those that are turned
+    monkeypatch.setattr(product, "like_zen4", lambda device: True)
+    _, out, _ = command(score, *long, "--verbose")
+    assert "0 pictures; float32 on cpu, products turned; attention" in out
 
 
 def test_score_reads_records(command, tmp_path):

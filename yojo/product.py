@@ -24,8 +24,13 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] times weight [out, in], transposed -> [..., out], in the layout that is the faster where that is
     known. The result need not be contiguous."""
     several = x.numel() > x.shape[-1]
-    fast = x.dtype == torch.float32 and like_zen4(x.device.type) and not torch.is_grad_enabled()
-    return turned_product(x, weight) if fast and several and weight.numel() >= LARGE else F.linear(x, weight)
+    turn = several and not torch.is_grad_enabled() and turns(weight)
+    return turned_product(x, weight) if turn else F.linear(x, weight)
+
+
+def turns(weight: Tensor) -> bool:
+    """Is it faster to turn the products of this matrix with several tokens?"""
+    return weight.dtype == torch.float32 and weight.numel() >= LARGE and like_zen4(weight.device.type)
 
 
 def turned_product(x: Tensor, weight: Tensor) -> Tensor:
