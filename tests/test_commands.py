@@ -111,7 +111,7 @@ def test_score_says_how_it_computes(command, monkeypatch):
     monkeypatch.setattr(product, "LARGE", 1)  # the tiny model's matrices are smaller than those that are turned
     monkeypatch.setattr(product, "like_zen4", lambda device: True)
     _, out, _ = command(score, *long, "--verbose")
-    assert "0 pictures; float32 on cpu, products turned; attention" in out
+    assert "0 pictures; float32 on cpu, large products turned; attention" in out
 
 
 def test_score_reads_records(command, tmp_path):

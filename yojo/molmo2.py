@@ -367,7 +367,7 @@ class Attention(nn.Module):
         self.k_norm = RotaryNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], look, adapter: str | None, past, read) -> Tensor:
-        qkv = self.att_proj(x, adapter).contiguous().split(self.widths, dim=-1)  # a kernel reads head by head
+        qkv = self.att_proj(x, adapter).contiguous().split(self.widths, dim=-1)  # a head's numbers together
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
         q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q, *angles), self.k_norm(k, *angles), v))
         if past is not None:
@@ -377,8 +377,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * up, of both side by side, written over the gate where nothing needs it any more.
-    x [..., 2 * inner] -> [..., inner]."""
+    """silu(gate) * up, of both side by side. x [..., 2 * inner] -> [..., inner]. Where no gradient is asked for it is
+    written over the gate, and x is lost."""
 
     def forward(self, x: Tensor) -> Tensor:
         up, gate = x.chunk(2, dim=-1)  # the checkpoint stacks up first, gate second

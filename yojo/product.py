@@ -3,9 +3,9 @@
     Y = X W^T              X [tokens, in], W [out, in] -> Y [tokens, out], as `F.linear` computes it
     Y = (W X^T)^T          the same sums, but memory holds Y output by output instead of token by token
 
-On a CPU the second may be the faster one in float32: a little for many tokens, twice for two to four. The rows of W X^T
-must begin at odd multiples of 64 bytes: at whole cache lines, and not at multiples of 4,096 bytes, which the cache
-would keep in the same few places, so that they push each other out.
+On a CPU the second may be the faster one in float32: a little for many tokens, 1.4 to 2.4 times for two to four. The
+rows of W X^T must lie an odd number of cache lines apart: whole lines, and not 4,096 bytes, for rows that far apart
+are kept in the same few places of the cache and push each other out.
 
 See it: `pytest tests/test_product.py`; figures in LOG.md, 2026-11-25.
 """
@@ -24,8 +24,9 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] times weight [out, in], transposed -> [..., out], in the layout that is the faster where that is
     known. The result need not be contiguous."""
     several = x.numel() > x.shape[-1]
-    turn = several and not torch.is_grad_enabled() and turns(weight)
-    return turned_product(x, weight) if turn else F.linear(x, weight)
+    if several and turns(weight) and not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)):
+        return turned_product(x, weight)
+    return F.linear(x, weight)
 
 
 def turns(weight: Tensor) -> bool:
@@ -43,7 +44,7 @@ def turned_product(x: Tensor, weight: Tensor) -> Tensor:
 
 @cache
 def like_zen4(device: str) -> bool:
-    """Is this a CPU with bfloat16 instructions but without AMX? Fast forms were measured to be fast on one of these, an
-    AMD EPYC (Zen 4)."""
+    """Is this a CPU with bfloat16 instructions but without AMX? What is chosen by this was measured on one of these
+    only, an AMD EPYC (Zen 4)."""
     able = torch.cpu.get_capabilities() if device == "cpu" else {}
     return able.get("avx512_bf16", False) and not able.get("amx_tile", False)

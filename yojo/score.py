@@ -84,11 +84,12 @@ def tell(encoded: Encoded, mode: str, rm: RewardModel, prompt: str) -> Encoded:
     among others, and which layout of products serves the matrices."""
     mask, form = collate([encoded], mode).mask, "one call under a mask of all pairs"
     device, dtype = rm.backbone.device.type, str(rm.backbone.dtype).removeprefix("torch.")
-    turned = turns(rm.backbone.model.transformer.blocks[0].mlp.ff_proj.weight)
+    if turns(rm.backbone.model.transformer.blocks[0].mlp.ff_proj.weight):
+        device += ", large products turned"
     if mask.form == "structured":
         form = f"{len(mask.structured[0])} segments, a call each, in a batch one row for all"
     print(f"{' '.join(prompt.split())[:40]!r}: {len(encoded.ids)} tokens, {encoded.prompt_length} of them prompt and")
-    print(f"{int(encoded.image.sum())} pictures; {dtype} on {device}{', products turned' * turned}; attention: {form};")
+    print(f"{int(encoded.image.sum())} pictures; {dtype} on {device}; attention: {form};")
     print(f"{len(encoded.read)} positions leave the last block")
     return encoded
 
