@@ -10,8 +10,8 @@ Machines are noisy: the alternatives of one table take turns in the same run, ra
 medians are printed. `load` gives every alternative a process of its own and empties the page cache of the files first.
 Without --weights a random checkpoint is written to a temporary folder and removed.
 
-Share of peak: the time that the block's own four matrices take as bare products, at as many tokens and nothing else,
-over the time of the pass, both per FLOP.
+Share of peak: the time that the block's own four matrices take as bare products by `F.linear`, at as many tokens and
+nothing else, over the time of the pass, both per FLOP. Where the pass multiplies in a faster layout it may exceed 1.
 """
 
 import argparse
