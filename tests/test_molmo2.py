@@ -22,6 +22,7 @@ from yojo.checkpoint import load_backbone, read_config, save_backbone
 from yojo.image import ImageConfig, frames_to_patches, images_to_patches
 from yojo.mask import AttentionMask
 from yojo.molmo2 import (
+    NORMED,
     PIECE,
     AdapterConfig,
     Cache,
@@ -30,6 +31,7 @@ from yojo.molmo2 import (
     attend,
     kernel_attention,
     product_attention,
+    rotary_angles,
     softmax_attention,
 )
 
@@ -376,6 +378,15 @@ def test_plain_products_are_for_many_scores_in_bfloat16_where_the_kernel_lags(la
     softmax_attention(*many)
     fast = "product_attention" if lags else "kernel_attention"
     assert asked == [fast, fast, *["kernel_attention"] * 5]
+
+
+def test_queries_normed_and_rotated_in_pieces_equal_the_whole():
+    attention = random_model().model.transformer.blocks[0].self_attn
+    x, positions = torch.randn(2, NORMED + 7, 4, 8, dtype=torch.float64), torch.arange(2 * NORMED + 14).view(2, -1)
+    angles = rotary_angles(positions, 8, 1e4, x.dtype)
+    with torch.no_grad():
+        pieces = attention.rotated(attention.q_norm, x, angles)
+    assert (pieces - attention.q_norm(x, *angles)).abs().max() < 1e-12
 
 
 def test_defaults_are_the_released_4b(tmp_path):

@@ -35,6 +35,7 @@ from yojo.mask import PAST, SOME, AttentionMask, Segment
 from yojo.product import like_zen4
 
 PIECE = 1024  # tokens that an MLP works on at a time: on a CPU, to fetch memory for more costs as much as to fill it
+NORMED = 256  # tokens whose heads are normed and rotated at a time, for the same reason
 PRODUCTS = range(2**16, 2**24)  # scores of one key head: fewer are too many small calls, more leave the cache
 
 
@@ -164,11 +165,11 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None, caus
     return F.scaled_dot_product_attention(q, k, v, allow, is_causal=causal and not later, enable_gqa=shared)
 
 
-def in_pieces(mlp: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """mlp(x), x [..., D] -> [..., D]; on a CPU PIECE tokens at a time, unless what backward needs is kept anyway."""
-    if x.is_cuda or torch.is_grad_enabled():
-        return mlp(x)
-    return torch.cat([mlp(few) for few in x.flatten(0, -2).split(PIECE)]).view_as(x)
+def in_pieces(do: Callable[..., Tensor], size: int, *xs: Tensor) -> Tensor:
+    """do(*xs), all [tokens, ...]; on a CPU `size` tokens at a time, unless what backward needs is kept anyway."""
+    if xs[0].is_cuda or torch.is_grad_enabled():
+        return do(*xs)
+    return torch.cat([do(*few) for few in zip(*(x.split(size) for x in xs), strict=True)])
 
 
 # ---------------------------------------------------------------------------------------------------- vision tower
@@ -199,7 +200,10 @@ class VisionMLP(nn.Module):
         self.w2 = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return in_pieces(lambda few: self.w2(F.gelu(self.w1(few), approximate="tanh")), x)
+        return in_pieces(self.whole, PIECE, x.flatten(0, -2)).view_as(x)
+
+    def whole(self, x: Tensor) -> Tensor:
+        return self.w2(F.gelu(self.w1(x), approximate="tanh"))
 
 
 class VisionBlock(nn.Module):
@@ -313,13 +317,13 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (a, b) = (x_i, x_{i + d/2}) by its angle: (a cos - b sin, b cos + a sin). x [B, T, heads, d]."""
+    """Turn each pair (a, b) = (x_i, x_{i + d/2}) by its angle: (a cos - b sin, b cos + a sin). x [..., heads, d]."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1)
 
 
 class RotaryNorm(RMSNorm):
-    """What a query or a key goes through: its head's norm, then its rotation. x [B, T, heads, d]."""
+    """What a query or a key goes through: its head's norm, then its rotation. x [..., heads, d]."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return rotate(super().forward(x), cos, sin)
@@ -369,11 +373,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], look, adapter: str | None, past, read) -> Tensor:
         qkv = self.att_proj(x, adapter).contiguous().split(self.widths, dim=-1)  # a head's numbers together
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
-        q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q, *angles), self.k_norm(k, *angles), v))
+        q, k = (self.rotated(norm, y, angles) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         if past is not None:
             k, v = past.append(k, v)
         out = attend(q, k, v, look, read).transpose(1, 2).flatten(2)
         return self.attn_out(pick(out, read), adapter)
+
+    def rotated(self, norm: RotaryNorm, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        return in_pieces(norm, NORMED, *(y.flatten(0, 1) for y in (x, *angles))).view_as(x)
 
 
 class SwiGLU(nn.Module):
@@ -397,7 +405,7 @@ class MLP(nn.Module):
         return self.ff_out(self.act(self.ff_proj(x, adapter)), adapter)
 
     def forward(self, x: Tensor, adapter: str | None) -> Tensor:
-        return in_pieces(lambda few: self.whole(few, adapter), x)
+        return in_pieces(lambda few: self.whole(few, adapter), PIECE, x.flatten(0, -2)).view_as(x)
 
 
 class Block(nn.Module):
