@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from yojo import checkpoint, evaluate, grpo, train
 from yojo.cli import WEIGHTS
@@ -96,6 +98,7 @@ def start(kind: Kind, words: list, quiet: Path) -> int:
     if process:
         return process
     status = 1
+    tqdm.set_lock(threading.RLock())  # its own lock is shared by forks, and one that is killed may hold it
     try:
         with open(quiet, "w", encoding="utf-8") as file:
             os.dup2(file.fileno(), 1)
