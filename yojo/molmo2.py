@@ -35,7 +35,7 @@ from yojo.mask import PAST, SOME, AttentionMask, Segment
 from yojo.product import like_zen4
 
 PIECE = 1024  # tokens that an MLP works on at a time: on a CPU, to fetch memory for more costs as much as to fill it
-NORMED = 256  # tokens whose heads are normed and rotated at a time, for the same reason
+NORMED = 2**20  # numbers that are normed and rotated at a time, for the same reason: queries of 256 tokens of the 4B
 PRODUCTS = range(2**16, 2**24)  # scores of one key head: fewer are too many small calls, more leave the cache
 
 
@@ -381,7 +381,7 @@ class Attention(nn.Module):
         return self.attn_out(pick(out, read), adapter)
 
     def rotated(self, norm: RotaryNorm, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        return in_pieces(norm, NORMED, *(y.flatten(0, 1) for y in (x, *angles))).view_as(x)
+        return in_pieces(norm, NORMED // x.shape[2:].numel(), *(y.flatten(0, 1) for y in (x, *angles))).view_as(x)
 
 
 class SwiGLU(nn.Module):
