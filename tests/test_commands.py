@@ -8,13 +8,16 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 from PIL import Image
 
 from yojo import bench, checkpoint, evaluate, flops, grpo, hacking, preference, pretrain, product, score, train, votes
 from yojo.cli import WEIGHTS
 from yojo.molmo2 import Molmo2
+from yojo.reward import RewardModel
 
 
 @pytest.fixture
@@ -112,6 +115,9 @@ def test_score_says_how_it_computes(command, monkeypatch):
     monkeypatch.setattr(product, "like_zen4", lambda device: True)
     _, out, _ = command(score, *long, "--verbose")
     assert "0 pictures; float32 on cpu, large products turned; attention" in out
+    monkeypatch.setattr(RewardModel, "load", partial(RewardModel.load, dtype=torch.bfloat16))
+    _, out, _ = command(score, *long, "--verbose")
+    assert "0 pictures; bfloat16 on cpu, products cut to 1024 tokens; attention" in out
 
 
 def test_score_reads_records(command, tmp_path):

@@ -379,14 +379,14 @@ def test_plain_products_are_for_many_scores_in_bfloat16_where_the_kernel_lags(la
     assert asked == [fast, fast, *["kernel_attention"] * 5]
 
 
-def test_queries_normed_and_rotated_in_pieces_equal_the_whole(monkeypatch):
-    monkeypatch.setattr(molmo2, "NORMED", 5 * 4 * 8)  # five tokens at a time
+def test_heads_in_pieces_equal_the_whole(monkeypatch):
     attention = random_model().model.transformer.blocks[0].self_attn
-    x, positions = torch.randn(2, 6, 4, 8, dtype=torch.float64), torch.arange(12).view(2, -1)
-    angles = rotary_angles(positions, 8, 1e4, x.dtype)
+    qkv = torch.randn(12, sum(attention.widths), dtype=torch.float64)
+    cos, sin = (y[0] for y in rotary_angles(torch.arange(12)[None], 8, 1e4, qkv.dtype))
     with torch.no_grad():
-        pieces = attention.rotated(attention.q_norm, x, angles)
-    assert (pieces - attention.q_norm(x, *angles)).abs().max() < 1e-12
+        pieces = molmo2.in_pieces(attention.heads, 5, qkv.T.contiguous().T, cos, sin)  # as of a turned product
+    for ours, whole in zip(pieces, attention.heads(qkv, cos, sin), strict=True):
+        assert ours.is_contiguous() and (ours - whole).abs().max() < 1e-12
 
 
 def test_defaults_are_the_released_4b(tmp_path):

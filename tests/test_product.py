@@ -1,4 +1,4 @@
-"""A product in another layout is the same product, and it is used where it was measured to be faster, nowhere else.
+"""A product in another layout, or cut, is the same product, and used where it was measured to be faster, only there.
 
 pytest tests/test_product.py
 """
@@ -33,26 +33,38 @@ def test_its_rows_begin_at_cache_lines_an_odd_number_of_them_apart(tokens):
     assert rest == 0 and lines % 2 == 1 and tokens <= turned.stride(1) < tokens + 32
 
 
-@pytest.mark.parametrize("here", [True, False])
-def test_it_is_for_several_tokens_and_large_float32_matrices_when_scoring(here, monkeypatch):
-    turned = []
-    monkeypatch.setattr(product, "like_zen4", lambda device: here and device == "cpu")
-    monkeypatch.setattr(product, "turned_product", lambda *_: turned.append(True))
-    large, small = torch.zeros(1024, 1024), torch.zeros(1024, 1023)
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7), (3, 5, 7), (0, 7)])
+def test_cut_it_is_the_same_product(shape, monkeypatch):
+    monkeypatch.setattr(product, "PIECE", 5)
+    x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(9, 7, dtype=torch.float64)
+    cut = product.cut_product(x, weight)
+    assert cut.shape == (*shape[:-1], 9) and cut.is_contiguous()
+    assert torch.allclose(cut, F.linear(x, weight), rtol=0, atol=1e-12)
 
-    def is_turned(tokens, weight):
-        turned.clear()
+
+@pytest.mark.parametrize("here", [True, False])
+def test_when_scoring_large_float32_matrices_are_turned_and_many_tokens_of_bfloat16_cut(here, monkeypatch):
+    used = []
+    monkeypatch.setattr(product, "like_zen4", lambda device: here and device == "cpu")
+    for name in ("turned", "cut"):
+        monkeypatch.setattr(product, f"{name}_product", lambda *_, name=name: used.append(name))
+    large, small, many = torch.zeros(1024, 1024), torch.zeros(1024, 1023), product.PIECE + 1
+    half = torch.zeros(1, 8, dtype=torch.bfloat16)
+
+    def way(tokens, weight):
+        used.clear()
         product.product(torch.zeros(1, tokens, weight.shape[1], dtype=weight.dtype, device=weight.device), weight)
-        return bool(turned)
+        return used[0] if used else "plain"
 
     with torch.no_grad():
-        assert is_turned(2, large) == here
-        assert not is_turned(1, large)
-        for weight in (small, large.bfloat16(), large.double(), large.to("meta")):
-            assert not is_turned(2, weight)
+        assert way(2, large) == ("turned" if here else "plain") and way(1, large) == "plain"
+        assert way(many, half) == ("cut" if here else "plain") and way(many - 1, half) == "plain"
+        for weight in (small, small.double(), large.double(), large.to("meta"), half.to("meta")):
+            assert way(many, weight) == "plain"
         with torch.autocast("cpu", torch.bfloat16):
-            assert not is_turned(2, large)
-    assert not is_turned(2, large)
+            assert way(many, large) == way(many, half) == "plain"
+    assert way(many, large) == way(many, half) == "plain"
 
 
 @pytest.mark.parametrize("able, like", [
@@ -69,9 +81,11 @@ def test_like_zen4_is_a_cpu_with_bfloat16_instructions_but_without_amx(able, lik
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("way", [product.turned_product, product.cut_product])
 @pytest.mark.parametrize("adapter", [None, "a"])
-def test_a_network_of_turned_products_is_the_same_network(adapter, monkeypatch):
+def test_a_network_of_such_products_is_the_same_network(way, adapter, monkeypatch):
     """Rows, tokens that are read, an adapter beside, and a row after a cache; counted the same, too."""
+    monkeypatch.setattr(product, "PIECE", 5)
     model = random_model()
     lora.add(model, "a", lora.LoraConfig(r=2, dropout=0), torch.Generator().manual_seed(0))
     for p in lora.parameters(model, "a"):
@@ -85,6 +99,6 @@ def test_a_network_of_turned_products_is_the_same_network(adapter, monkeypatch):
         return [*results, torch.tensor(counter.get_total_flops())]
 
     plain = hidden()
-    monkeypatch.setattr(lora, "product", product.turned_product)
+    monkeypatch.setattr(lora, "product", way)
     for ours, theirs in zip(hidden(), plain, strict=True):
         assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()

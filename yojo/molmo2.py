@@ -32,10 +32,9 @@ from torch.utils.checkpoint import checkpoint
 from yojo.files import InputError
 from yojo.lora import Linear
 from yojo.mask import PAST, SOME, AttentionMask, Segment
-from yojo.product import like_zen4
+from yojo.product import PIECE, like_zen4
 
-PIECE = 1024  # tokens that an MLP works on at a time: on a CPU, to fetch memory for more costs as much as to fill it
-NORMED = 2**20  # numbers that are normed and rotated at a time, for the same reason: queries of 256 tokens of the 4B
+NORMED = 2**20  # numbers that are normed and rotated at a time: queries, keys and values of 170 tokens of the 4B
 PRODUCTS = range(2**16, 2**24)  # scores of one key head: fewer are too many small calls, more leave the cache
 
 
@@ -165,11 +164,13 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None, caus
     return F.scaled_dot_product_attention(q, k, v, allow, is_causal=causal and not later, enable_gqa=shared)
 
 
-def in_pieces(do: Callable[..., Tensor], size: int, *xs: Tensor) -> Tensor:
-    """do(*xs), all [tokens, ...]; on a CPU `size` tokens at a time, unless what backward needs is kept anyway."""
-    if xs[0].is_cuda or torch.is_grad_enabled():
+def in_pieces(do: Callable, size: int, *xs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """do(*xs), all [tokens, ...]; on a CPU, where to fetch memory for more costs as much as to fill it, `size` tokens
+    at a time, unless what backward needs is kept anyway."""
+    if xs[0].is_cuda or torch.is_grad_enabled() or len(xs[0]) <= size:
         return do(*xs)
-    return torch.cat([do(*few) for few in zip(*(x.split(size) for x in xs), strict=True)])
+    pieces = [do(*few) for few in zip(*(x.split(size) for x in xs), strict=True)]
+    return torch.cat(pieces) if isinstance(pieces[0], Tensor) else tuple(map(torch.cat, zip(*pieces, strict=True)))
 
 
 # ---------------------------------------------------------------------------------------------------- vision tower
@@ -371,17 +372,19 @@ class Attention(nn.Module):
         self.k_norm = RotaryNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], look, adapter: str | None, past, read) -> Tensor:
-        qkv = self.att_proj(x, adapter).contiguous().split(self.widths, dim=-1)  # a head's numbers together
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
-        q, k = (self.rotated(norm, y, angles) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        rows = (y.flatten(0, 1) for y in (self.att_proj(x, adapter), *angles))
+        q, k, v = in_pieces(self.heads, NORMED // sum(self.widths), *rows)
+        q, k, v = (y.unflatten(0, x.shape[:2]).transpose(1, 2) for y in (q, k, v))
         if past is not None:
             k, v = past.append(k, v)
         out = attend(q, k, v, look, read).transpose(1, 2).flatten(2)
         return self.attn_out(pick(out, read), adapter)
 
-    def rotated(self, norm: RotaryNorm, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        return in_pieces(norm, NORMED // x.shape[2:].numel(), *(y.flatten(0, 1) for y in (x, *angles))).view_as(x)
+    def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What att_proj made of some tokens, and their angles [tokens, 1, d/2] -> q, k, v, each [tokens, heads, d]."""
+        qkv = qkv.contiguous().split(self.widths, dim=-1)  # a head's numbers together
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
+        return self.q_norm(q, cos, sin), self.k_norm(k, cos, sin), v
 
 
 class SwiGLU(nn.Module):

@@ -22,7 +22,7 @@ from yojo.data import collate, read_records
 from yojo.files import InputError, whole_file
 from yojo.image import FRAMES, INTERVAL, open_video
 from yojo.mask import DRAWN_UP_TO, MODES, draw
-from yojo.product import turns
+from yojo.product import PIECE, cuts, turns
 from yojo.prompt import Encoded
 from yojo.reward import RewardModel
 
@@ -81,11 +81,14 @@ def encode_all(rm: RewardModel, records: Sequence[tuple]) -> Iterator[Encoded]:
 
 def tell(encoded: Encoded, mode: str, rm: RewardModel, prompt: str) -> Encoded:
     """Say what a record is, which form of attention serves it where it stands alone in a batch, where long ones stand
-    among others, and which layout of products serves the matrices."""
+    among others, and how the decoder's matrices are multiplied."""
     mask, form = collate([encoded], mode).mask, "one call under a mask of all pairs"
     device, dtype = rm.backbone.device.type, str(rm.backbone.dtype).removeprefix("torch.")
-    if turns(rm.backbone.model.transformer.blocks[0].mlp.ff_proj.weight):
+    matrix = rm.backbone.model.transformer.blocks[0].mlp.ff_proj.weight
+    if turns(matrix):
         device += ", large products turned"
+    if cuts(matrix):
+        device += f", products cut to {PIECE} tokens"
     if mask.form == "structured":
         form = f"{len(mask.structured[0])} segments, a call each, in a batch one row for all"
     print(f"{' '.join(prompt.split())[:40]!r}: {len(encoded.ids)} tokens, {encoded.prompt_length} of them prompt and")
