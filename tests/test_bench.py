@@ -12,7 +12,6 @@ import torch
 
 from yojo import bench, flops
 from yojo.checkpoint import shape_config, write_random
-from yojo.molmo2 import attend, softmax_attention
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +40,6 @@ def test_every_alternative_gives_the_same_scores(setting, n, R):
     torch.testing.assert_close(s.head(released.hidden_states[-1][0, ends]), joint, **close)
 
 
-def test_the_kernel_is_the_sum_it_stands_for():
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, h, 12, 8, generator=g, dtype=torch.float64) for h in (6, 2, 2))
-    every = [x.repeat_interleave(3, dim=1) for x in (k, v)]
-    scores = q @ every[0].mT / 8**0.5
-    back = torch.ones(12, 12, dtype=torch.bool).tril()
-    looks = {"everybody": (None, False, scores), "back": (None, True, scores.masked_fill(~back, -torch.inf))}
-    looks["a mask"] = (back.mT, False, scores.masked_fill(~back.mT, -torch.inf))
-    for allow, causal, left in looks.values():
-        assert (softmax_attention(q, k, v, allow, causal) - left.softmax(-1) @ every[1]).abs().max() < 1e-12
-    few = attend(q[:, :, 8:], k, v, None)  # the last queries beside the last keys
-    assert (few - attend(q, k, v, None)[:, :, 8:]).abs().max() < 1e-12
-    half = [x.bfloat16() for x in (q, k, v)]
-    assert (attend(*half, None) - attend(q, k, v, None)).abs().max() < 0.03
-
-
 SMALL = ("--shape", "tiny", "--rounds", 1, "--prompt-tokens", 60, "--response-tokens", 10, "--n", 2)
 
 
@@ -64,11 +47,30 @@ def test_score_prints_a_row_for_every_alternative(command, tmp_path):
     status, out, err = command(bench, "score", *SMALL, "--dtypes", "float32", "--json", tmp_path / "r.json")
     assert status == 0, err
     rows = json.loads((tmp_path / "r.json").read_text())
-    assert [row["arm"] for row in rows][-2:] == ["one pass, isolated", "one pass, joint"] and len(rows) == 5
+    arms = ["N separate passes", "one padded batch of N", bench.CACHED, "one pass, isolated", "one pass, joint"]
+    assert [row["arm"] for row in rows] == [*arms, "N separate passes, and the picture"]
     assert all(row["arm"] in out for row in rows)
+    assert rows[4]["times_joint"] == rows[2]["times_cached"] == 1
+    assert [row["arm"] for row in rows if "of_peak" in row] == arms[3:]
     ask = flops.Ask(60, 24, (11, 11))
     joint = sum(flops.one_pass(shape_config("tiny"), ask, "joint").values())
     assert rows[0]["counted"] == pytest.approx(flops.separate(shape_config("tiny"), ask) / joint, rel=0.01)
+    picture = flops.seen(shape_config("tiny"), flops.Ask(60, 24, (11, 11), 2, 18))
+    both = (flops.separate(shape_config("tiny"), ask) + picture) / (joint + picture)
+    assert rows[5]["counted"] == pytest.approx(both, rel=0.01)
+
+
+def test_alternatives_take_turns(monkeypatch):
+    """Every round has each arm once, every other one is its forerunner's reverse, and a ratio is a median of rounds."""
+    calls, now = [], iter(range(1000))
+    arms = {name: lambda name=name: calls.append(name) for name in "abc"}
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(now) ** 2)
+    seconds, _ = bench.take_turns(arms, 4, torch.device("cpu"), 0)
+    rounds = [calls[i : i + 3] for i in range(6, 18, 3)]  # before these each once to warm up, once for its memory
+    assert len(calls) == 18 and all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert rounds[1] == rounds[0][::-1] and rounds[3] == rounds[2][::-1]
+    assert [seconds[name][0] for name in rounds[0]] == [1, 5, 9]  # (2 i + 1)^2 - (2 i)^2 of the i-th call
+    assert bench.ratio({"a": [1, 9, 4], "b": [1, 3, 1]}, "a", "b") == 3
 
 
 def test_several_prompts_are_measured_on_one_model(command, tmp_path):
@@ -76,7 +78,7 @@ def test_several_prompts_are_measured_on_one_model(command, tmp_path):
     status, _, err = command(bench, "score", *words, "--json", tmp_path / "r.json")
     assert status == 0, err
     rows = json.loads((tmp_path / "r.json").read_text())
-    assert [row["prompt_tokens"] for row in rows] == 5 * [60] + 5 * [90]
+    assert [row["prompt_tokens"] for row in rows] == 6 * [60] + 6 * [90]
 
 
 def test_sorted_batches_give_the_scores_of_one_by_one(command, tmp_path):
@@ -118,7 +120,8 @@ def test_train_and_load_run(command):
     "words, why",
     [
         (("score", "--n", "0", "--shape", "tiny"), "count from 1"),
-        (("score", "--prompt-tokens", "5", "--shape", "tiny"), "the picture alone takes"),
+        (("score", "--prompt-tokens", "5", "--shape", "tiny"), "at least 27, with the picture's 25, at most 4096"),
+        (("score", "--prompt-tokens", "60", "5000", "--shape", "tiny"), "--prompt-tokens 5000: at least 27"),
         (("score", "--layers", "99"), "--layers 99: molmo2-4b has 1 to 36"),
         (("score", "--device", "cuda", "--shape", "tiny"), "torch sees no CUDA device"),
         (("load", "--rounds", "0"), "count from 1"),

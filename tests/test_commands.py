@@ -3,21 +3,33 @@
 pytest tests/test_commands.py
 """
 
+import argparse
 import json
 import math
 import re
 import shutil
 from dataclasses import replace
-from functools import partial
 
 import pytest
-import torch
 from PIL import Image
 
-from yojo import bench, checkpoint, evaluate, flops, grpo, hacking, preference, pretrain, product, score, train, votes
+from yojo import (
+    bench,
+    checkpoint,
+    evaluate,
+    flops,
+    grpo,
+    hacking,
+    molmo2,
+    preference,
+    pretrain,
+    product,
+    score,
+    train,
+    votes,
+)
 from yojo.cli import WEIGHTS
 from yojo.molmo2 import Molmo2
-from yojo.reward import RewardModel
 
 
 @pytest.fixture
@@ -83,9 +95,20 @@ def test_train_refuses(refused, words, why):
 
 
 @pytest.mark.parametrize("module", [bench, checkpoint, evaluate, flops, grpo, hacking, pretrain, score, train, votes])
-def test_help_explains_every_option(command, module):
+def test_help_explains_every_option(command, module, monkeypatch):
     status, out, _ = command(module, "--help")
     assert status == 0 and "--seed" in out and "--json" in out
+    parsers, init = [], argparse.ArgumentParser.__init__
+
+    def remember(self, **options):
+        init(self, **options)
+        parsers.append(self)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "__init__", remember)
+    command(module, "--help")
+    for parser in parsers:
+        for action in parser._actions:
+            assert action.help or not action.option_strings, f"{parser.prog} {action.option_strings}"
 
 
 def test_score_tiny_prints_a_ranked_table(command, tmp_path):
@@ -109,15 +132,16 @@ def test_score_says_how_it_computes(command, monkeypatch):
     assert "one call under a mask of all pairs;\n4 positions leave the last block" in out
     long = ("--tiny", "--prompt", "word " * 600, "--response", "a", "--response", "b")
     _, out, _ = command(score, *long, "--verbose", "--mode", "isolated")
-    assert "segments, a call each, in a batch one row for all;\n2 positions" in out
-    assert "0 pictures; float32 on cpu; attention" in out
-    monkeypatch.setattr(product, "LARGE", 1)  # the tiny model's matrices are smaller than those that are turned
-    monkeypatch.setattr(product, "like_zen4", lambda device: True)
+    assert "a call each, by torch's kernel, in a batch one row for all;\n2 positions" in out
+    assert "0 pictures; float32 on cpu, matrices by linear; attention" in out
+    monkeypatch.setattr(product, "LARGE", 1)  # the tiny model's matrices are all small
+    for module in (product, molmo2):
+        monkeypatch.setattr(module, "bf16_without_amx", lambda device: True)
     _, out, _ = command(score, *long, "--verbose")
-    assert "0 pictures; float32 on cpu, large products turned; attention" in out
-    monkeypatch.setattr(RewardModel, "load", partial(RewardModel.load, dtype=torch.bfloat16))
-    _, out, _ = command(score, *long, "--verbose")
-    assert "0 pictures; bfloat16 on cpu, products cut to 1024 tokens; attention" in out
+    assert "0 pictures; float32 on cpu, matrices by column_major_product; attention" in out
+    _, out, _ = command(score, *long, "--verbose", "--dtype", "bfloat16")
+    assert "0 pictures; bfloat16 on cpu, matrices by product_in_pieces; attention" in out
+    assert "segments, a call each, by plain products" in out
 
 
 def test_score_reads_records(command, tmp_path):

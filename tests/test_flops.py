@@ -11,7 +11,7 @@ import torch
 from conftest import TINY
 from torch.utils.flop_counter import FlopCounterMode
 
-from yojo import flops, lora
+from yojo import flops, lora, molmo2
 from yojo.image import ImageConfig, choose_tiling, images_to_patches, measure
 from yojo.lora import LoraConfig
 from yojo.mask import DENSE_UP_TO, MODES
@@ -68,6 +68,19 @@ def test_the_decoder_at_4b(name, mode):
     assert counted(lambda: run_pass(model, head, ASKS[name], mode)) == expected
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["image", "long"])
+def test_the_ways_of_scoring_cost_the_same(name, mode, monkeypatch):
+    """Without gradients tokens go in pieces, and attention by plain products where torch's kernel lags."""
+    monkeypatch.setattr(molmo2, "kernel_lags", lambda dtype, device: True)
+    for constant, value in (("PRODUCTS", range(10**9)), ("PIECE", 7), ("NORMED", 500)):
+        monkeypatch.setattr(molmo2, constant, value)
+    model, head = network(TINY)
+    expected = sum(flops.one_pass(TINY, ASKS[name], mode, INNER).values())
+    assert counted(lambda: run_pass(model, head, ASKS[name], mode)) == expected
+
+
 @pytest.mark.parametrize("config", [TINY, Config()], ids=["tiny", "4b"])
 @pytest.mark.parametrize("views, tokens, window", [(1, 9, 4), (3, 27, 4), (4, 16, 9)])
 def test_tower_and_connector(config, views, tokens, window):
@@ -98,10 +111,12 @@ def test_a_training_step(config, name, mode, checkpointing):
     model.train().checkpointing = checkpointing
     mask, read = ask.mask(mode), len(ask.responses)
     tokens, pairs = mask.record.shape[1], flops.executed(mask, ask.read)
-    expected = sum(flops.one_pass(config, ask, mode, INNER, LORA).values())
-    expected += flops.backward(config, LORA, INNER, tokens, read, pairs)
+    expected = sum(flops.one_pass(config, ask, mode, INNER, LORA.r).values())
+    expected += flops.backward(config, LORA.r, INNER, tokens, read, pairs)
     if checkpointing:
-        expected += flops.recomputation(config, LORA, tokens, read, pairs)
+        expected += flops.recomputation(config, LORA.r, tokens, read, pairs)
+        whole = flops.training_step(config, ask, mode, LORA.r, INNER)
+        assert whole == expected + flops.tower(config, ask.views) + flops.connector(config, ask.pooled, 4)
     assert counted(lambda: run_pass(model, head, ask, mode).sum().backward()) == expected
 
 
@@ -110,8 +125,10 @@ def test_a_training_step(config, name, mode, checkpointing):
 def test_needed_pairs_are_the_ones_of_the_mask(name, mode):
     ask = ASKS[name]
     mask = ask.mask(mode)
-    pairs = flops.needed(ask.prompt, ask.pictures, ask.responses, mode)
-    assert pairs == int(mask.dense.sum()) <= flops.executed(mask, ask.read)[0]
+    pairs, last = flops.needed(ask.prompt, ask.pictures, ask.responses, mode)
+    done, done_last = flops.executed(mask, ask.read)
+    assert pairs == int(mask.dense.sum()) <= done
+    assert last == int(mask.dense[0, [t for _, t in ask.read]].sum()) <= done_last
 
 
 @pytest.mark.parametrize("size", [(84, 84), (300, 70), (1000, 1300), (2000, 112), (100, 2000)])

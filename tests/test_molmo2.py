@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
-from yojo import lora, molmo2
+from yojo import lora, molmo2, product
 from yojo.checkpoint import load_backbone, read_config, save_backbone
 from yojo.image import ImageConfig, frames_to_patches, images_to_patches
 from yojo.mask import AttentionMask
@@ -30,7 +30,6 @@ from yojo.molmo2 import (
     attend,
     kernel_attention,
     product_attention,
-    rotary_angles,
     softmax_attention,
 )
 
@@ -379,14 +378,41 @@ def test_plain_products_are_for_many_scores_in_bfloat16_where_the_kernel_lags(la
     assert asked == [fast, fast, *["kernel_attention"] * 5]
 
 
+def test_the_kernel_is_the_sum_it_stands_for():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 12, 8, generator=g, dtype=torch.float64) for h in (6, 2, 2))
+    every = [x.repeat_interleave(3, dim=1) for x in (k, v)]
+    scores = q @ every[0].mT / 8**0.5
+    back = torch.ones(12, 12, dtype=torch.bool).tril()
+    looks = {"everybody": (None, False, scores), "back": (None, True, scores.masked_fill(~back, -torch.inf))}
+    looks["a mask"] = (back.mT, False, scores.masked_fill(~back.mT, -torch.inf))
+    for allow, causal, left in looks.values():
+        assert (softmax_attention(q, k, v, allow, causal) - left.softmax(-1) @ every[1]).abs().max() < 1e-12
+    few = attend(q[:, :, 8:], k, v, None)  # the last queries beside the last keys
+    assert (few - attend(q, k, v, None)[:, :, 8:]).abs().max() < 1e-12
+    half = [x.bfloat16() for x in (q, k, v)]
+    assert (attend(*half, None) - attend(q, k, v, None)).abs().max() < 0.03
+
+
+@torch.no_grad()
 def test_heads_in_pieces_equal_the_whole(monkeypatch):
-    attention = random_model().model.transformer.blocks[0].self_attn
-    qkv = torch.randn(12, sum(attention.widths), dtype=torch.float64)
-    cos, sin = (y[0] for y in rotary_angles(torch.arange(12)[None], 8, 1e4, qkv.dtype))
-    with torch.no_grad():
-        pieces = molmo2.in_pieces(attention.heads, 5, qkv.T.contiguous().T, cos, sin)  # as of a turned product
-    for ours, whole in zip(pieces, attention.heads(qkv, cos, sin), strict=True):
-        assert ours.is_contiguous() and (ours - whole).abs().max() < 1e-12
+    """Norm and rotation five tokens at a time, over the rows of a batch, also of a column-major product."""
+    model = random_model()
+    ids, attention = torch.randint(0, 399, (2, 6)), model.model.transformer.blocks[0].self_attn
+    whole, heads, seen = model(ids), molmo2.Attention.heads, []
+    monkeypatch.setattr(molmo2, "NORMED", 5 * sum(attention.widths))
+    monkeypatch.setattr(molmo2.Attention, "heads", lambda self, *xs: (seen.append(len(xs[0])), heads(self, *xs))[1])
+    assert (model(ids) - whole).abs().max() < 1e-12 and seen == [5, 5, 2] * len(model.model.transformer.blocks)
+    monkeypatch.setattr(lora, "product", product.column_major_product)
+    assert (model(ids) - whole).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_a_cache_holds_keys_and_values_and_no_queries():
+    model, cache = random_model(), Cache(TINY)
+    model(torch.randint(0, 399, (1, 6)), cache=cache)
+    for x in (y for layer in cache.layers for y in (layer.k, layer.v)):
+        assert x.untyped_storage().nbytes() == x.nbytes
 
 
 def test_defaults_are_the_released_4b(tmp_path):

@@ -10,8 +10,8 @@ Machines are noisy: the alternatives of one table take turns in the same run, ra
 medians are printed. `load` gives every alternative a process of its own and empties the page cache of the files first.
 Without --weights a random checkpoint is written to a temporary folder and removed.
 
-Share of peak: the time that the block's own four matrices take as bare products by `F.linear`, at as many tokens and
-nothing else, over the time of the pass, both per FLOP. Where the pass multiplies in a faster layout it may exceed 1.
+Tokens per second are the answers'. Share of peak: FLOPs per second of the pass, over those of the block's own four
+matrices alone, by `F.linear` and at as many tokens. It may exceed 1 where the pass knows a faster way to multiply.
 """
 
 import argparse
@@ -34,10 +34,11 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from yojo import flops, lora, shapes
 from yojo.checkpoint import SHAPES, load_backbone, read_config, shape_config, shards, write_random
-from yojo.cli import COMPILE, WEIGHTS, Parser, run
+from yojo.cli import COMPILE, DTYPES, WEIGHTS, Parser, run
 from yojo.data import Batch, collate
 from yojo.files import InputError
 from yojo.lora import LoraConfig
@@ -47,8 +48,10 @@ from yojo.molmo2 import Cache, Molmo2
 from yojo.prompt import Ask, Encoded, Processor
 from yojo.reward import ADAPTER, RewardModel, ValueHead
 
+SEPARATE, CACHED, JOINT = "N separate passes", "prompt once, batch of N after it", "one pass, joint"
 QUESTION = "Which of these answers describes the picture best?"
 PICTURE = (1024, 768)
+PEERS = {"load": ("transformers",), "score": ("transformers",), "train": ("transformers", "peft")}
 
 # -------------------------------------------------------------------------------------------------------- instruments
 
@@ -105,7 +108,9 @@ def clock(do: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def take_turns(arms: dict[str, Callable], rounds: int, device: torch.device) -> tuple[dict[str, list[float]], dict]:
+def take_turns(
+    arms: dict[str, Callable], rounds: int, device: torch.device, seed: int
+) -> tuple[dict[str, list[float]], dict]:
     """Every arm once to warm up and once with its memory watched, then `rounds` rounds -> seconds by arm and round,
     bytes by arm. Every other round is in an order drawn anew, the next one in its reverse, so that no arm always finds
     the memory that the same other one left."""
@@ -116,9 +121,9 @@ def take_turns(arms: dict[str, Callable], rounds: int, device: torch.device) -> 
             arm()
         above[name] = peak.above
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    order = list(arms)
-    for i in range(rounds):
-        order = order[::-1] if i % 2 else random.Random(i).sample(order, len(order))
+    order, rng = list(arms), random.Random(seed)
+    for i in tqdm(range(rounds), "rounds", delay=2, leave=False):
+        order = order[::-1] if i % 2 else rng.sample(order, len(order))
         for name in order:
             seconds[name].append(clock(arms[name], device))
     return seconds, above
@@ -163,8 +168,6 @@ def checkpoint(args: argparse.Namespace) -> Iterator[Path]:
 def load(args: argparse.Namespace) -> list[dict]:
     """Each arm in a process of its own, the order turned round every round."""
     arms = [clone_all, load_ours] + ([load_theirs] if args.peer else [])
-    if args.peer:
-        peer_package("transformers")
     rows: dict[str, list[dict]] = {arm.__name__: [] for arm in arms}
     device = torch.device(args.device)
     with checkpoint(args) as folder:
@@ -269,11 +272,12 @@ def clone_all(folder: Path, args: argparse.Namespace, pipe) -> None:
 
 
 def question(folder: Path, n: int) -> tuple[Processor, Encoded]:
-    """One noise picture, n answers of about a hundred words."""
+    """One picture of noise, n answers of about a hundred words."""
     rng, config = random.Random(0), read_config(folder)
     processor = Processor.from_folder(folder, config.text.max_position_embeddings)
     small = processor.images.size < 300
-    picture = Image.effect_noise((84, 84) if small else PICTURE, 60).convert("RGB")
+    width, height = (84, 84) if small else PICTURE
+    picture = Image.frombytes("RGB", (width, height), rng.randbytes(3 * width * height))
     words = "small large red blue green star circle cross square left right centre".split()
     answers = [" ".join(rng.choices(words, k=10 if small else 100)) for _ in range(n)]
     return processor, processor.encode(QUESTION, answers, picture)
@@ -368,9 +372,9 @@ class Setting:
 
     def ask(self, P: int) -> "Setting":
         """A prompt of P tokens."""
-        marks = int(self.encoded.image.sum())
-        if P < marks + 2:
-            raise InputError(f"--prompt-tokens {P}: the picture alone takes {marks}, give {marks + 2} or more")
+        marks, room = int(self.encoded.image.sum()), self.config.text.max_position_embeddings
+        if not marks + 2 <= P <= room:
+            raise InputError(f"--prompt-tokens {P}: at least {marks + 2}, with the picture's {marks}, at most {room}")
         self.generator = torch.Generator().manual_seed(self.seed)
         self.prompt = torch.cat([self.encoded.ids[: marks + 1], self.draw(P - marks - 1)])
         self.image = torch.isin(self.prompt, self.processor.image_ids)
@@ -424,11 +428,11 @@ def arms_of(s: Setting, n: int, R: int, peer) -> dict[str, Callable]:
         return s.head(s.backbone(tails, positions=positions, read=ends, cache=cache))
 
     arms = {
-        "N separate passes": lambda: [s.run(batch) for batch in each],
+        SEPARATE: lambda: [s.run(batch) for batch in each],
         "one padded batch of N": lambda: s.run(padded),
-        "prompt once, batch of N after it": cached,
+        CACHED: cached,
         "one pass, isolated": lambda: s.run(rows["isolated"]),
-        "one pass, joint": lambda: s.run(rows["joint"]),
+        JOINT: lambda: s.run(rows["joint"]),
     }
     if peer is not None:
         batch = rows["joint"]
@@ -441,7 +445,7 @@ def arms_of(s: Setting, n: int, R: int, peer) -> dict[str, Callable]:
 
 def peak_rate(s: Setting, tokens: int) -> Callable[[], object]:
     """The block's four matrices as bare products: their FLOPs over the seconds this takes is the peak."""
-    sizes = flops.shapes(s.config.text).values()
+    sizes = s.config.text.matrices.values()
     inputs = {m: torch.randn(tokens, m, device=s.device).to(s.backbone.dtype) for m, _ in sizes}
     matrices = [torch.randn(n, m, device=s.device).to(s.backbone.dtype) for m, n in sizes]
     return lambda: [torch.nn.functional.linear(inputs[w.shape[1]], w) for w in matrices]
@@ -453,14 +457,14 @@ def score(args: argparse.Namespace) -> list[dict]:
         for name in args.dtypes:
             dtype = getattr(torch, name)
             s, peer = Setting(folder, args, dtype), load_peer(folder, args, dtype)
+            s.ask(min(args.prompt_tokens)).ask(max(args.prompt_tokens))  # refused before anything is measured
             c, looking = s.config.text, median(clock(s.see, s.device) for _ in range(3))
             print(f"\n{hardware(s.device)}; {name}; {c.num_hidden_layers} blocks of width {c.hidden_size}, ", end="")
             print(f"R = {args.response_tokens}; medians of {args.rounds} rounds")
-            print(f"looking at the picture, once for either side: {looking:.2f} s")
-            s.ask(min(args.prompt_tokens))  # too few are refused before anything is measured
+            print(f"looking at the picture: {looking:.2f} s")
             for P in args.prompt_tokens:
                 for n in args.n:
-                    table += score_n(s.ask(P), n, args, peer, name)
+                    table += score_n(s.ask(P), n, args, peer, name, looking)
             del s, peer
             gc.collect()
     return table
@@ -469,52 +473,46 @@ def score(args: argparse.Namespace) -> list[dict]:
 def load_peer(folder: Path, args: argparse.Namespace, dtype: torch.dtype):
     if not args.peer:
         return None
-    peer_package("transformers")
     from transformers import Molmo2ForConditionalGeneration
 
     return Molmo2ForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(args.device).eval()
 
 
-def score_n(s: Setting, n: int, args: argparse.Namespace, peer, dtype: str) -> list[dict]:
+def score_n(s: Setting, n: int, args: argparse.Namespace, peer, dtype: str, looking: float) -> list[dict]:
     R, P = args.response_tokens, len(s.prompt)
-    ask = Ask(P, int(s.image.sum()), (R + 1,) * n)
+    views, window = len(s.pictures.patches), s.pictures.pooling.shape[1]
+    ask = Ask(P, int(s.image.sum()), (R + 1,) * n, views, len(s.features), window)
     arms = arms_of(s, n, R, peer)
-    arms["bare products"] = peak_rate(s, ask.tokens)
-    seconds, above = take_turns(arms, args.rounds, s.device)
-    count = {mode: sum(flops.one_pass(s.config, ask, mode).values()) for mode in MODES}
-    counted = {"N separate passes": flops.separate(s.config, ask), "one pass, isolated": count["isolated"]}
-    counted["one pass, joint"] = count["joint"]
-    bare = sum(2 * ask.tokens * a * b for a, b in flops.shapes(s.config.text).values())
-    rows = []
-    title = f"P = {P}, N = {n}"
-    columns = {"s": 8, "tokens/s": 10, "GB above": 10, "x joint": 9, "counted": 9, "of peak": 9}
-    print(f"\n{title:34s}" + "".join(f"{name:>{width}s}" for name, width in columns.items()))
-    for name in arms:
-        if name == "bare products":
-            continue
-        row = {
-            "dtype": dtype,
-            "prompt_tokens": P,
-            "n": n,
-            "arm": name,
-            "seconds": median(seconds[name]),
-            "above": above[name],
-        }
+    seconds, above = take_turns(arms | {"bare": peak_rate(s, ask.tokens)}, args.rounds, s.device, args.seed)
+    bare = sum(2 * ask.tokens * a * b for a, b in s.config.text.matrices.values())
+    one = {f"one pass, {mode}": sum(flops.one_pass(s.config, ask, mode).values()) for mode in MODES}
+    counted = {SEPARATE: flops.separate(s.config, ask), **one}
+    rows = [{"arm": name, "seconds": median(seconds[name]), "above": above[name]} for name in arms]
+    for row in rows:
         row["tokens_per_s"] = n * R / row["seconds"]
-        row["times_joint"] = ratio(seconds, name, "one pass, joint")
-        if name in counted:
-            row["counted"] = counted[name] / counted["one pass, joint"]
-            row["of_peak"] = counted[name] / bare * ratio(seconds, "bare products", name)
-        rows.append(row)
-        cells = [format(row[k], ".2f") if k in row else "-" for k in ("times_joint", "counted", "of_peak")]
-        print(
-            f"{name:34s}{row['seconds']:8.3f}{row['tokens_per_s']:10.0f}{row['above'] / 1e9:10.3f}"
-            + "".join(f"{c:>9s}" for c in cells)
-        )
-    against = "one pass, isolated"
-    print("isolated over joint", f"{ratio(seconds, against, 'one pass, joint'):.3f};", end=" ")
-    print("isolated over prompt-cached", f"{ratio(seconds, against, 'prompt once, batch of N after it'):.3f}")
-    return rows
+        row["times_joint"], row["times_cached"] = (ratio(seconds, row["arm"], to) for to in (JOINT, CACHED))
+        if row["arm"] in counted:
+            row["counted"] = counted[row["arm"]] / counted[JOINT]
+        if row["arm"] in one:  # the others multiply other numbers of tokens
+            row["of_peak"] = counted[row["arm"]] / bare * ratio(seconds, "bare", row["arm"])
+    seen, both = flops.seen(s.config, ask), {"arm": f"{SEPARATE}, and the picture"}
+    plus = {name: [t + looking for t in seconds[name]] for name in (SEPARATE, JOINT)}
+    both |= {"seconds": median(plus[SEPARATE]), "times_joint": ratio(plus, SEPARATE, JOINT)}
+    both["counted"] = (counted[SEPARATE] + seen) / (counted[JOINT] + seen)
+    rows.append(both)
+    print_score(f"P = {P}, N = {n}", rows)
+    return [{"dtype": dtype, "prompt_tokens": P, "n": n, **row} for row in rows]
+
+
+def print_score(title: str, rows: list[dict]) -> None:
+    columns = {"seconds": ".3f", "tokens_per_s": ".0f", "above": ".3f", "times_joint": ".2f", "times_cached": ".2f"}
+    columns |= {"counted": ".2f", "of_peak": ".2f"}
+    titles = ["above, GB" if key == "above" else key.replace("_", " ") for key in columns]
+    print(f"\n{title:34s}" + "".join(f"{title:>13s}" for title in titles))
+    for row in rows:
+        scaled = row | ({"above": row["above"] / 1e9} if "above" in row else {})
+        cells = [format(scaled[key], form) if key in scaled else "-" for key, form in columns.items()]
+        print(f"{row['arm']:34s}" + "".join(f"{cell:>13s}" for cell in cells))
 
 
 # -------------------------------------------------------------------------------------------------------------- train
@@ -553,7 +551,6 @@ def train_n(folder: Path, args: argparse.Namespace, name: str, n: int) -> list[d
 
     arms = {"ours": ours}
     if args.peer:
-        peer_package("peft")
         from peft import LoraConfig as PeftConfig
         from peft import get_peft_model
 
@@ -567,9 +564,9 @@ def train_n(folder: Path, args: argparse.Namespace, name: str, n: int) -> list[d
         arms["our trunk in peft"] = lambda: step(wrapped, parameters)
         arms["their trunk in peft"] = their_step(s, load_peer(folder, args, s.backbone.dtype), batch, ranks, config)
     arms["bare products"] = peak_rate(s, ask.tokens)
-    seconds, above = take_turns(arms, args.rounds, s.device)
-    tokens, count = ask.tokens, flops.training_step(s.config, ask, "joint", config, 1024)
-    bare = sum(2 * tokens * a * b for a, b in flops.shapes(s.config.text).values())
+    seconds, above = take_turns(arms, args.rounds, s.device, args.seed)
+    tokens, count = ask.tokens, flops.training_step(s.config, ask, "joint", config.r, 1024)
+    bare = sum(2 * tokens * a * b for a, b in s.config.text.matrices.values())
     print(f"\n{hardware(s.device)}; {name}; one step of {n} answers, {tokens} tokens; {count / 1e12:.2f} TFLOPs")
     rows = []
     for arm in arms:
@@ -615,7 +612,7 @@ def batch(args: argparse.Namespace) -> list[dict]:
         scores["sorted"] = list(rm.score_all(records))
 
     arms = {"one by one": single, "sorted batches": sorted_}
-    seconds, above = take_turns(arms, args.rounds, torch.device(args.device))
+    seconds, above = take_turns(arms, args.rounds, torch.device(args.device), args.seed)
     apart = max(abs(a - b) for x, y in zip(*scores.values(), strict=True) for a, b in zip(x, y, strict=True))
     lengths = sorted(len(record.ids) for record in records)
     print(f"{hardware(torch.device(args.device))}; {args.n} records of {lengths[0]} to {lengths[-1]} tokens")
@@ -680,7 +677,8 @@ def their_step(s: Setting, peer, batch: Batch, ranks: Tensor, config: LoraConfig
 
 
 def check(args: argparse.Namespace) -> None:
-    sizes = [*(args.n if isinstance(args.n, list) else [args.n]), args.rounds, getattr(args, "response_tokens", 1)]
+    sizes = args.n if isinstance(args.n, list) else [args.n]
+    sizes = sizes + [getattr(args, name, 1) for name in ("rounds", "response_tokens")]
     if min(sizes) < 1:
         raise InputError("--n, --response-tokens and --rounds count from 1")
 
@@ -701,27 +699,28 @@ def main() -> None:
         ("drift", "what bfloat16 changes"),
     ):
         sub = commands.add_parser(name, help=what)
-        sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-        sub.add_argument("--rounds", type=int, default=2 if name == "load" else 5, help="turns of every alternative")
+        sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
+        if name != "drift":
+            sub.add_argument("--rounds", type=int, default=2 if name == "load" else 5, help="turns of each alternative")
         if name in ("batch", "drift"):
-            count = 256 if name == "batch" else 500
-            sub.add_argument("--n", type=int, default=count, metavar="N", help=f"records (default: {count})")
+            sub.add_argument("--n", type=int, default=256 if name == "batch" else 500, metavar="N", help="records")
             continue
         sub.add_argument("--weights", type=Path, metavar="DIR", help="a checkpoint; else a random one is written")
-        sub.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="of the random one (default: molmo2-4b)")
+        sub.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="of the random one")
         sub.add_argument("--layers", type=int, metavar="K", help="its decoder blocks, where not all")
         sub.add_argument("--vision-layers", type=int, metavar="K", help="its vision layers, where not all")
         sub.add_argument("--peer", action="store_true", help="measure transformers or peft beside it")
         sub.add_argument("--compile", **COMPILE)
         if name == "load":
-            sub.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-            sub.add_argument("--n", type=int, default=4, metavar="N", help="answers (default: 4)")
-        else:
-            sub.add_argument("--dtypes", choices=("bfloat16", "float32"), nargs="+", default=["float32", "bfloat16"])
-            sub.add_argument("--n", type=int, nargs="+", default=[2, 4, 8] if name == "score" else [4], metavar="N")
-            several = {"nargs": "+", "default": [1040]} if name == "score" else {"default": 1040}
-            sub.add_argument("--prompt-tokens", type=int, metavar="P", **several)
-            sub.add_argument("--response-tokens", type=int, default=100, metavar="R")
+            sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="what to compute in")
+            sub.add_argument("--n", type=int, default=4, metavar="N", help="answers")
+            continue
+        many = {"nargs": "+"} if name == "score" else {}
+        sub.add_argument("--dtypes", choices=DTYPES, nargs="+", default=[*DTYPES], help="what to compute in")
+        counts, tokens = ([2, 4, 8], [1040]) if name == "score" else ([4], 1040)
+        sub.add_argument("--n", type=int, nargs="+", default=counts, metavar="N", help="answers")
+        sub.add_argument("--prompt-tokens", type=int, default=tokens, metavar="P", help="with the picture's", **many)
+        sub.add_argument("--response-tokens", type=int, default=100, metavar="R", help="of each answer")
     args = parser.parse_args()
     run(lambda: begin(args), parser, args)
 
@@ -730,6 +729,8 @@ def begin(args: argparse.Namespace) -> list[dict]:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device")
     check(args)
+    for package in PEERS[args.command] if getattr(args, "peer", False) else ():
+        peer_package(package)
     commands = {"load": load, "score": score, "train": train, "batch": batch, "drift": drift}
     return commands[args.command](args)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from yojo import memory
-from yojo.cli import WEIGHTS, Parser, run
+from yojo.cli import DTYPES, WEIGHTS, Parser, run
 from yojo.files import InputError, check_tensors, open_tensors, read_json, whole_folder, write_json
 from yojo.image import ImageConfig, preprocessor_json
 from yojo.lora import LoraConfig
@@ -493,10 +493,8 @@ def main() -> None:
     write = commands.add_parser("random", help="write random weights in the released layout")
     write.add_argument("--shape", choices=SHAPES, required=True, help="whose shape")
     write.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    write.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the files (default: float32)"
-    )
-    write.add_argument("--shards", type=int, default=4, metavar="K", help="number of weight files (default: 4)")
+    write.add_argument("--dtype", choices=DTYPES, default="float32", help="of the files")
+    write.add_argument("--shards", type=int, default=4, metavar="K", help="number of weight files")
     write.add_argument("--layers", type=int, metavar="K", help="decoder blocks, where not all")
     write.add_argument("--vision-layers", type=int, metavar="K", help="vision layers, where not all")
     write.add_argument("--overwrite", action="store_true", help="replace what --out holds")

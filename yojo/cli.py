@@ -16,6 +16,8 @@ COMPILE = {
     "help": "fuse norms, rotation and SwiGLU by torch.compile: the first passes take some 20 s longer, and networks of "
     "the 4B one's width less time after that, small ones more",
 }
+DTYPES = ("float32", "bfloat16")
+DTYPE = {"choices": DTYPES, "help": "what to compute in; if not given, float32 on a CPU and bfloat16 on CUDA"}
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # relative to the package, not to the current folder
 
 
@@ -34,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 class _Sub(argparse.ArgumentParser):
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
         self.add_argument("--seed", type=seed, default=argparse.SUPPRESS, help="seed of everything random (default: 0)")
         self.add_argument(
             "--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="write the results to FILE"

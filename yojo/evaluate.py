@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from yojo import metrics
-from yojo.cli import COMPILE, Parser, run
+from yojo.cli import COMPILE, DTYPE, Parser, run
 from yojo.files import InputError, add_line, read_lines, whole_file
 from yojo.mask import MODES
 from yojo.reward import RewardModel, digest
@@ -414,6 +414,7 @@ def main() -> None:
     parser.add_argument("--permutations", type=int, default=1, metavar="K", help="orders to show each item in")
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep the scores there, and go on from them")
     parser.add_argument("--overwrite", action="store_true", help="start --out over")
+    parser.add_argument("--dtype", **DTYPE)
     parser.add_argument("--compile", **COMPILE)
     parser.add_argument("--keep-going", action="store_true", help="leave bad rows out, and list them")
     args = parser.parse_args()
@@ -424,7 +425,8 @@ def begin(args: argparse.Namespace) -> dict | list[dict]:
     if args.permutations < 1:
         raise InputError(f"--permutations {args.permutations}: at least 1")
     if args.tiny:
-        if args.model or args.data or args.out or args.mode or args.map or args.compile or args.permutations > 1:
+        own = (args.model, args.data, args.out, args.mode, args.map, args.dtype, args.compile)
+        if any(own) or args.permutations > 1:
             raise InputError("--tiny brings its own models, data and orders: leave the other options out")
         from yojo.ablation import tables
 
@@ -438,7 +440,8 @@ def begin(args: argparse.Namespace) -> dict | list[dict]:
             raise InputError(f"--map {word}: NAME=FIELD, NAME one of {', '.join(FIELDS[args.format])}, category")
         mapping[name] = named
     items, left_out = read_items(args.data, args.format, mapping, args.keep_going)
-    rm = RewardModel.load(args.model, args.base, device="cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", args.dtype and getattr(torch, args.dtype)
+    rm = RewardModel.load(args.model, args.base, dtype, device)
     about = {"model": digest(args.model), "base": rm.fingerprint, "pictures": str(rm.processor.images)}
     about |= {"device": rm.backbone.device.type, "dtype": str(rm.backbone.dtype)}
     if args.compile:

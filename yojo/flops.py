@@ -20,22 +20,9 @@ from yojo.checkpoint import SHAPES, shape_config
 from yojo.cli import Parser, run
 from yojo.files import InputError
 from yojo.image import ImageConfig, measure
-from yojo.lora import LoraConfig
 from yojo.mask import DENSE_UP_TO, MODES, AttentionMask
-from yojo.molmo2 import Config, TextConfig
+from yojo.molmo2 import Config
 from yojo.prompt import Ask, Markup
-
-
-def shapes(c: TextConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of the four matrices of a block."""
-    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    return {
-        "att_proj": (c.hidden_size, queries + 2 * keys),
-        "attn_out": (queries, c.hidden_size),
-        "ff_proj": (c.hidden_size, 2 * c.intermediate_size),
-        "ff_out": (c.intermediate_size, c.hidden_size),
-    }
-
 
 # ---------------------------------------------------------------------------------------------------------- forward
 
@@ -64,7 +51,7 @@ def each(config: Config, tokens: int, read: int) -> list[tuple[str, int, int, in
     return [
         (name, *size, read if block == c.num_hidden_layers - 1 and name != "att_proj" else tokens)
         for block in range(c.num_hidden_layers)
-        for name, size in shapes(c).items()
+        for name, size in c.matrices.items()
     ]
 
 
@@ -72,9 +59,9 @@ def matrices(config: Config, tokens: int, read: int) -> int:
     return sum(2 * t * m * n for _, m, n, t in each(config, tokens, read))
 
 
-def adapter(config: Config, lora: LoraConfig, tokens: int, read: int) -> int:
-    """Down to r and up again, beside every target."""
-    return sum(2 * t * lora.r * (m + n) for name, m, n, t in each(config, tokens, read) if name in lora.targets)
+def adapter(config: Config, r: int, tokens: int, read: int) -> int:
+    """Down to r and up again, beside every matrix."""
+    return sum(2 * t * r * (m + n) for _, m, n, t in each(config, tokens, read))
 
 
 def attention(config: Config, pairs: int, last: int) -> int:
@@ -101,37 +88,37 @@ def executed(mask: AttentionMask, read: Sequence[tuple[int, int]]) -> tuple[int,
     return sum(size.values()), sum(pairs for s, pairs in size.items() if s.holds(read))
 
 
-def needed(prompt: int, pictures: int, responses: Sequence[int], mode: str) -> int:
-    """Pairs that one record's mask allows. Causal: the t-th token looks at t; picture tokens, `pictures` of them one
-    after the other, look at the later ones too; a response looks at the prompt, and joint at the ones before it."""
-    pairs = prompt * (prompt + 1) // 2 + pictures * (pictures - 1) // 2
+def needed(prompt: int, pictures: int, responses: Sequence[int], mode: str) -> tuple[int, int]:
+    """Pairs that one record's mask allows in a block, and in the last one. Causal: the t-th token looks at t; picture
+    tokens, `pictures` of them one after the other, look at the later ones too; a response looks at the prompt, and
+    joint at the ones before it. In the last block only the token before each separator looks."""
+    pairs, last = prompt * (prompt + 1) // 2 + pictures * (pictures - 1) // 2, 0
     before = prompt
     for R in responses:
         pairs += R * before + R * (R + 1) // 2
+        last += before + R - 1
         before += R if mode == "joint" else 0
-    return pairs
+    return pairs, last
 
 
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def backward(config: Config, lora: LoraConfig, inner: int, tokens: int, read: int, pairs: tuple[int, int]) -> int:
+def backward(config: Config, r: int, inner: int, tokens: int, read: int, pairs: tuple[int, int]) -> int:
     """A frozen matrix passes its gradient on (1 product); one that learns also gets its own (2); both factors of
     attention get theirs (2 for each forward product). The embeddings ask for none: the first block's first matrix, and
     the adapter's beside it, pass nothing on."""
-    first = shapes(config.text)["att_proj"]
-    spared = 2 * tokens * first[0] * first[1] + 2 * tokens * first[0] * lora.r * ("att_proj" in lora.targets)
-    learned = adapter(config, lora, tokens, read) + head(config, inner, read)
+    first = config.text.matrices["att_proj"]
+    spared = 2 * tokens * first[0] * (first[1] + r)
+    learned = adapter(config, r, tokens, read) + head(config, inner, read)
     return matrices(config, tokens, read) + 2 * learned + 2 * attention(config, *pairs) - spared
 
 
-def recomputation(config: Config, lora: LoraConfig, tokens: int, read: int, pairs: tuple[int, int]) -> int:
+def recomputation(config: Config, r: int, tokens: int, read: int, pairs: tuple[int, int]) -> int:
     """Activation checkpointing runs every block again, up to the last thing that its backward needs: the product with
     the adapter's up-matrix at the end of a block is not repeated."""
-    ends = [t for name, _, _, t in each(config, tokens, read) if name == "ff_out" and name in lora.targets]
-    unrepeated = sum(2 * t * lora.r * config.text.hidden_size for t in ends)
-    forward = matrices(config, tokens, read) + adapter(config, lora, tokens, read) + attention(config, *pairs)
-    return forward - unrepeated
+    forward = matrices(config, tokens, read) + adapter(config, r, tokens, read) + attention(config, *pairs)
+    return forward - sum(2 * t * r * n for name, _, n, t in each(config, tokens, read) if name == "ff_out")
 
 
 # --------------------------------------------------------------------------------------------------------- one record
@@ -139,18 +126,18 @@ def recomputation(config: Config, lora: LoraConfig, tokens: int, read: int, pair
 
 def seen(config: Config, ask: Ask) -> int:
     """Tower and connector: what has to be done once, however often the pictures are read."""
-    return (tower(config, ask.views) if ask.views else 0) + connector(config, ask.pooled, ask.window)
+    return tower(config, ask.views) + connector(config, ask.pooled, ask.window)
 
 
-def one_pass(config: Config, ask: Ask, mode: str, inner: int = 1024, lora: LoraConfig | None = None) -> dict[str, int]:
-    """FLOPs of the decoder and the head, without the pictures, by part."""
+def one_pass(config: Config, ask: Ask, mode: str, inner: int = 1024, r: int = 0) -> dict[str, int]:
+    """FLOPs of the decoder, an adapter of rank r and the head, without the pictures, by part."""
     mask, read = ask.mask(mode), len(ask.responses)
-    parts = {
+    return {
         "matrices": matrices(config, mask.record.shape[1], read),
         "attention": attention(config, *executed(mask, ask.read)),
+        "adapter": adapter(config, r, mask.record.shape[1], read),
         "head": head(config, inner, read),
     }
-    return parts | ({"adapter": adapter(config, lora, mask.record.shape[1], read)} if lora else {})
 
 
 def separate(config: Config, ask: Ask, inner: int = 1024) -> int:
@@ -159,14 +146,14 @@ def separate(config: Config, ask: Ask, inner: int = 1024) -> int:
     return sum(sum(one_pass(config, a, "joint", inner).values()) for a in alone)
 
 
-def training_step(config: Config, ask: Ask, mode: str, lora: LoraConfig, inner: int) -> int:
+def training_step(config: Config, ask: Ask, mode: str, r: int, inner: int) -> int:
     """One record of a training step with activation checkpointing, its pictures included."""
     tokens, read, pairs = ask.tokens, len(ask.responses), executed(ask.mask(mode), ask.read)
     return (
         seen(config, ask)
-        + sum(one_pass(config, ask, mode, inner, lora).values())
-        + backward(config, lora, inner, tokens, read, pairs)
-        + recomputation(config, lora, tokens, read, pairs)
+        + sum(one_pass(config, ask, mode, inner, r).values())
+        + backward(config, r, inner, tokens, read, pairs)
+        + recomputation(config, r, tokens, read, pairs)
     )
 
 
@@ -201,6 +188,9 @@ def table(args) -> list[dict]:
     tokens = sum(picture_tokens(grid, Markup()) for _, grid in measured)  # without the words "Image 1" of several
     pooled = sum(a * b + c * d for _, (a, b, c, d) in measured)
     views, P, R = sum(views for views, _ in measured), tokens + args.prompt_tokens, args.response_tokens + 1
+    room = config.text.max_position_embeddings
+    if P + max(args.n) * R > room:
+        raise InputError(f"{max(args.n)} responses of {R} after {P} prompt tokens: the model has {room} positions")
     print(f"{args.shape}: prompt of {P} tokens, {tokens} of them pictures ({views} views); responses of {R}, separator")
     print("included. TFLOPs of decoder and head; the pictures are looked at once by either side.\n")
     print("  N   N passes      joint   isolated   ratio  N(P+R)/(P+NR)     needed")
@@ -210,16 +200,13 @@ def table(args) -> list[dict]:
         one = {mode: sum(one_pass(config, ask, mode).values()) for mode in MODES}
         row = {"n": n, "n_passes": separate(config, ask), **one}
         row |= {"ratio": row["n_passes"] / row["isolated"], "limit": n * (P + R) / (P + n * R)}
-        pairs = {mode: needed(P, tokens, ask.responses, mode) for mode in MODES}
-        last = {"isolated": n * (P + R - 1), "joint": sum(P + (i + 1) * R - 1 for i in range(n))}  # what is read looks
-        row |= {
-            f"{mode}_needed": one_pass(config, ask, mode)["matrices"] + attention(config, pairs[mode], last[mode])
-            for mode in MODES
-        }
+        parts = one_pass(config, ask, "isolated")
+        parts["attention"] = attention(config, *needed(P, tokens, ask.responses, "isolated"))
+        row["needed"] = sum(parts.values())
         rows.append(row)
         print(
             f"{n:3d} {row['n_passes'] / 1e12:10.3f} {row['joint'] / 1e12:10.3f} {row['isolated'] / 1e12:10.3f} "
-            f"{row['ratio']:7.2f} {row['limit']:14.2f} {row['isolated_needed'] / 1e12:10.3f}"
+            f"{row['ratio']:7.2f} {row['limit']:14.2f} {row['needed'] / 1e12:10.3f}"
         )
     print(f"\nratio: N passes over one pass, isolated. For large N it tends to (P + R) / R = {(P + R) / R:.2f}.")
     print("needed: isolated, with no pair of tokens computed that the mask hides.")

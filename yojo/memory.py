@@ -25,14 +25,7 @@ def weights(config: Config, dtype: torch.dtype) -> int:
 def adapter(config: Config, lora: LoraConfig) -> int:
     """Parameters of an adapter: r (in + out) for each matrix it sits on."""
     c = config.text
-    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    shapes = {
-        "att_proj": (c.hidden_size, queries + 2 * keys),
-        "attn_out": (queries, c.hidden_size),
-        "ff_proj": (c.hidden_size, 2 * c.intermediate_size),
-        "ff_out": (c.intermediate_size, c.hidden_size),
-    }
-    return c.num_hidden_layers * lora.r * sum(sum(shapes[target]) for target in lora.targets)
+    return c.num_hidden_layers * lora.r * sum(sum(c.matrices[target]) for target in lora.targets)
 
 
 def head(config: Config, inner: int) -> int:

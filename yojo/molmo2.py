@@ -32,9 +32,10 @@ from torch.utils.checkpoint import checkpoint
 from yojo.files import InputError
 from yojo.lora import Linear
 from yojo.mask import PAST, SOME, AttentionMask, Segment
-from yojo.product import PIECE, like_zen4
+from yojo.product import bf16_without_amx
 
-NORMED = 2**20  # numbers that are normed and rotated at a time: queries, keys and values of 170 tokens of the 4B
+PIECE = 1024  # tokens that an MLP works on at a time
+NORMED = 2**20  # numbers of queries, keys and values that are normed and rotated at a time: 170 tokens of the 4B
 PRODUCTS = range(2**16, 2**24)  # scores of one key head: fewer are too many small calls, more leave the cache
 
 
@@ -53,6 +54,17 @@ class TextConfig:
     max_position_embeddings: int = 36864
     rope_theta: float = 5_000_000.0
     rms_norm_eps: float = 1e-6
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of the four matrices of a block."""
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        return {
+            "att_proj": (self.hidden_size, queries + 2 * keys),
+            "attn_out": (queries, self.hidden_size),
+            "ff_proj": (self.hidden_size, 2 * self.intermediate_size),
+            "ff_out": (self.intermediate_size, self.hidden_size),
+        }
 
     @property
     def rows(self) -> int:
@@ -129,7 +141,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = No
 def kernel_lags(dtype: torch.dtype, device: str) -> bool:
     """Does torch's kernel take nearly twice the time of plain products? Yes in bf16 on a CPU that multiplies it fast,
     but not by AMX; with AMX they take twice the kernel's."""
-    return dtype == torch.bfloat16 and like_zen4(device)
+    return dtype == torch.bfloat16 and bf16_without_amx(device)
 
 
 def product_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -165,8 +177,8 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None, caus
 
 
 def in_pieces(do: Callable, size: int, *xs: Tensor) -> Tensor | tuple[Tensor, ...]:
-    """do(*xs), all [tokens, ...]; on a CPU, where to fetch memory for more costs as much as to fill it, `size` tokens
-    at a time, unless what backward needs is kept anyway."""
+    """do(*xs), all [tokens, ...]; on a CPU without gradients `size` tokens at a time: to fetch pages for large
+    temporaries costs as much as to fill them."""
     if xs[0].is_cuda or torch.is_grad_enabled() or len(xs[0]) <= size:
         return do(*xs)
     pieces = [do(*few) for few in zip(*(x.split(size) for x in xs), strict=True)]
@@ -457,8 +469,8 @@ class LayerCache:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.k is not None:
             k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
-        self.k, self.v = k, v
-        return k, v
+        self.k, self.v = k.contiguous(), v.contiguous()  # a view of v would keep the queries, too
+        return self.k, self.v
 
 
 class Cache:

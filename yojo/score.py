@@ -17,12 +17,13 @@ import torch
 from tqdm import tqdm
 
 from yojo import shapes
-from yojo.cli import COMPILE, WEIGHTS, Parser, run
+from yojo.cli import COMPILE, DTYPE, WEIGHTS, Parser, run
 from yojo.data import collate, read_records
 from yojo.files import InputError, whole_file
 from yojo.image import FRAMES, INTERVAL, open_video
 from yojo.mask import DRAWN_UP_TO, MODES, draw
-from yojo.product import PIECE, cuts, turns
+from yojo.molmo2 import kernel_lags
+from yojo.product import way
 from yojo.prompt import Encoded
 from yojo.reward import RewardModel
 
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--response", action="append", default=[], metavar="TEXT", help="a candidate answer; repeat")
     parser.add_argument("--data", type=Path, metavar="FILE", help="JSONL records to score instead")
     parser.add_argument("--mode", choices=MODES, help="attention, where not the one the model was trained in")
+    parser.add_argument("--dtype", **DTYPE)
     parser.add_argument("--compile", **COMPILE)
     parser.add_argument("--verbose", action="store_true", help="say how every record is computed")
     parser.add_argument("--draw-mask", type=Path, metavar="FILE", help="draw the first record's mask as a PNG")
@@ -83,16 +85,14 @@ def tell(encoded: Encoded, mode: str, rm: RewardModel, prompt: str) -> Encoded:
     """Say what a record is, which form of attention serves it where it stands alone in a batch, where long ones stand
     among others, and how the decoder's matrices are multiplied."""
     mask, form = collate([encoded], mode).mask, "one call under a mask of all pairs"
-    device, dtype = rm.backbone.device.type, str(rm.backbone.dtype).removeprefix("torch.")
-    matrix = rm.backbone.model.transformer.blocks[0].mlp.ff_proj.weight
-    if turns(matrix):
-        device += ", large products turned"
-    if cuts(matrix):
-        device += f", products cut to {PIECE} tokens"
+    backbone, T = rm.backbone, len(encoded.ids)
+    device, dtype = backbone.device.type, str(backbone.dtype).removeprefix("torch.")
+    multiply = way(backbone.model.transformer.blocks[0].self_attn.att_proj.weight, T).__name__
     if mask.form == "structured":
-        form = f"{len(mask.structured[0])} segments, a call each, in a batch one row for all"
-    print(f"{' '.join(prompt.split())[:40]!r}: {len(encoded.ids)} tokens, {encoded.prompt_length} of them prompt and")
-    print(f"{int(encoded.image.sum())} pictures; {dtype} on {device}; attention: {form};")
+        by = "plain products" if kernel_lags(backbone.dtype, device) else "torch's kernel"
+        form = f"{len(mask.structured[0])} segments, a call each, by {by}, in a batch one row for all"
+    print(f"{' '.join(prompt.split())[:40]!r}: {T} tokens, {encoded.prompt_length} of them prompt and")
+    print(f"{int(encoded.image.sum())} pictures; {dtype} on {device}, matrices by {multiply}; attention: {form};")
     print(f"{len(encoded.read)} positions leave the last block")
     return encoded
 
@@ -101,7 +101,8 @@ def load(args: argparse.Namespace) -> RewardModel:
     if args.tiny == (args.model is not None):
         raise InputError("give either --tiny or --model DIR")
     folder = WEIGHTS / ("tiny-rm-isolated" if args.mode == "isolated" else "tiny-rm") if args.tiny else args.model
-    return RewardModel.load(folder, args.base, device="cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", args.dtype and getattr(torch, args.dtype)
+    return RewardModel.load(folder, args.base, dtype, device)
 
 
 def asked(args: argparse.Namespace) -> Sequence[tuple]:

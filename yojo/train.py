@@ -271,7 +271,7 @@ def announce(asks: Sequence[Ask], rm: RewardModel, recipe: Recipe) -> None:
     )
     print(f"the activations of {recipe.records} record(s): {(held + more) / 1e9:.1f} GB")
     some = random.Random(0).sample(asks, min(len(asks), 100))
-    cost = metrics.mean([flops.training_step(config, ask, rm.mode, recipe.lora, recipe.inner) for ask in some])
+    cost = metrics.mean([flops.training_step(config, ask, rm.mode, recipe.lora.r, recipe.inner) for ask in some])
     print(f"a step, computed: {cost * recipe.records * recipe.fit.accumulate / 1e12:,.1f} TFLOPs")
 
 
