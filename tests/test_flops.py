@@ -6,6 +6,8 @@ The networks stand on the meta device, where nothing is computed and attention f
 the counter knows. That is also why the 4B network can be counted in a second.
 """
 
+import json
+
 import pytest
 import torch
 from conftest import TINY
@@ -162,3 +164,31 @@ def test_the_ratio_is_n_at_first_and_tends_to_the_prompts_share():
         ratio[n] = flops.separate(config, ask, INNER) / sum(flops.one_pass(config, ask, "isolated", INNER).values())
     assert ratio[1] == pytest.approx(1, rel=0.01) and ratio[2] == pytest.approx(2, rel=0.03)
     assert ratio[2] < ratio[64] < ratio[2000] and ratio[2000] == pytest.approx(61, rel=0.1)
+
+
+def test_the_command_prints_what_is_counted(command, tmp_path):
+    words = ("--image", "1024x768", "--prompt-tokens", 40, "--response-tokens", 200, "--n", 1, 4)
+    status, out, err = command(flops, *words, "--json", tmp_path / "f.json")
+    assert status == 0, err
+    one, four = json.loads((tmp_path / "f.json").read_text())
+    assert one["n_passes"] == one["joint"] and four["n_passes"] == 4 * one["n_passes"]
+    ask = flops.Ask(1022, 982, (201,) * 4)
+    assert four["joint"] == sum(flops.one_pass(Config(), ask, "joint").values())
+    assert four["needed"] < four["isolated"] < four["joint"] and four["ratio"] == four["n_passes"] / four["isolated"]
+    assert f"{four['needed'] / 1e12:.3f}" in out and "4.459 TFLOPs, once" in out
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        (("--n", "2", "0"), "count from 1"),
+        (("--prompt-tokens", "0"), "count from 1"),
+        (("--image", "0x5"), "--image 0x5: give width x height"),
+        (("--image", "84x84", "--shape", "tiny"), "--image goes with --shape molmo2-4b only"),
+        (("--n", "180"), "180 responses of 201 after 40 prompt tokens: the model has 36864 positions"),
+        (("--prompt-tokens", "1000000000"), "the model has 36864 positions"),
+    ],
+)
+def test_bad_input_gets_one_line(command, words, why):
+    status, _, err = command(flops, *words)
+    assert status == 2 and why in err and len(err.splitlines()) == 1
