@@ -26,7 +26,7 @@ PIECE = 1024  # tokens
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """X W^T. x [..., in], weight [out, in], of one dtype -> [..., out], which need not be contiguous."""
-    plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")  # the ways that they know
+    plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")  # which have rules for `F.linear`
     return F.linear(x, weight) if plain else way(weight, x.shape[:-1].numel())(x, weight)
 
 
