@@ -106,6 +106,7 @@ def test_help_explains_every_option(command, module, monkeypatch):
 
     monkeypatch.setattr(argparse.ArgumentParser, "__init__", remember)
     command(module, "--help")
+    assert parsers
     for parser in parsers:
         for action in parser._actions:
             assert action.help or not action.option_strings, f"{parser.prog} {action.option_strings}"

@@ -75,12 +75,15 @@ def test_the_decoder_at_4b(name, mode):
 @pytest.mark.parametrize("name", ["image", "long"])
 def test_the_ways_of_scoring_cost_the_same(name, mode, monkeypatch):
     """Without gradients tokens go in pieces, and attention by plain products where torch's kernel lags."""
+    by_products, plain = [], molmo2.product_attention
+    monkeypatch.setattr(molmo2, "product_attention", lambda *xs: by_products.append(1) or plain(*xs))
     monkeypatch.setattr(molmo2, "kernel_lags", lambda dtype, device: True)
     for constant, value in (("PRODUCTS", range(10**9)), ("PIECE", 7), ("NORMED", 500)):
         monkeypatch.setattr(molmo2, constant, value)
     model, head = network(TINY)
     expected = sum(flops.one_pass(TINY, ASKS[name], mode, INNER).values())
     assert counted(lambda: run_pass(model, head, ASKS[name], mode)) == expected
+    assert bool(by_products) == (name == "long")  # a short row has one mask of all pairs
 
 
 @pytest.mark.parametrize("config", [TINY, Config()], ids=["tiny", "4b"])
