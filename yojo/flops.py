@@ -130,7 +130,7 @@ def seen(config: Config, ask: Ask) -> int:
 
 
 def one_pass(config: Config, ask: Ask, mode: str, inner: int = 1024, r: int = 0) -> dict[str, int]:
-    """FLOPs of the decoder, an adapter of rank r beside all its matrices, and the head, without the pictures, by part."""
+    """FLOPs of the decoder, an adapter of rank r beside every matrix, and the head, by part; no pictures."""
     mask, read = ask.mask(mode), len(ask.responses)
     return {
         "matrices": matrices(config, mask.record.shape[1], read),
