@@ -20,10 +20,9 @@ from yojo import (
     flops,
     grpo,
     hacking,
-    molmo2,
+    ops,
     preference,
     pretrain,
-    product,
     score,
     train,
     votes,
@@ -135,9 +134,8 @@ def test_score_says_how_it_computes(command, monkeypatch):
     _, out, _ = command(score, *long, "--verbose", "--mode", "isolated")
     assert "a call each, by torch's kernel, in a batch one row for all;\n2 positions" in out
     assert "0 pictures; float32 on cpu, matrices by linear; attention" in out
-    monkeypatch.setattr(product, "LARGE", 1)  # the tiny model's matrices are all small
-    for module in (product, molmo2):
-        monkeypatch.setattr(module, "bf16_without_amx", lambda device: True)
+    monkeypatch.setattr(ops, "LARGE", 1)  # the tiny model's matrices are all small
+    monkeypatch.setattr(ops, "bf16_without_amx", lambda device: True)
     _, out, _ = command(score, *long, "--verbose")
     assert "0 pictures; float32 on cpu, matrices by column_major_product; attention" in out
     _, out, _ = command(score, *long, "--verbose", "--dtype", "bfloat16")

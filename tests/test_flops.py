@@ -13,7 +13,7 @@ import torch
 from conftest import TINY
 from torch.utils.flop_counter import FlopCounterMode
 
-from yojo import flops, lora, molmo2
+from yojo import flops, lora, ops
 from yojo.image import ImageConfig, choose_tiling, images_to_patches, measure
 from yojo.lora import LoraConfig
 from yojo.mask import DENSE_UP_TO, MODES
@@ -75,11 +75,11 @@ def test_the_decoder_at_4b(name, mode):
 @pytest.mark.parametrize("name", ["image", "long"])
 def test_the_ways_of_scoring_cost_the_same(name, mode, monkeypatch):
     """Without gradients tokens go in pieces, and attention by plain products where torch's kernel lags."""
-    by_products, plain = [], molmo2.product_attention
-    monkeypatch.setattr(molmo2, "product_attention", lambda *xs: by_products.append(1) or plain(*xs))
-    monkeypatch.setattr(molmo2, "kernel_lags", lambda dtype, device: True)
+    by_products, plain = [], ops.product_attention
+    monkeypatch.setattr(ops, "product_attention", lambda *xs: by_products.append(1) or plain(*xs))
+    monkeypatch.setattr(ops, "kernel_lags", lambda dtype, device: True)
     for constant, value in (("PRODUCTS", range(10**9)), ("PIECE", 7), ("NORMED", 500)):
-        monkeypatch.setattr(molmo2, constant, value)
+        monkeypatch.setattr(ops, constant, value)
     model, head = network(TINY)
     expected = sum(flops.one_pass(TINY, ASKS[name], mode, INNER).values())
     assert counted(lambda: run_pass(model, head, ASKS[name], mode)) == expected

@@ -13,9 +13,9 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from yojo import mask as masks
-from yojo import molmo2
+from yojo import ops
 from yojo.mask import ALL, PAST, SOME, AttentionMask, draw
-from yojo.molmo2 import attend, softmax_attention
+from yojo.ops import attention, softmax_attention
 
 
 def make(kinds, mode, record=None):
@@ -176,7 +176,7 @@ class Calls(TorchDispatchMode):
 
 def test_on_a_gpu_a_causal_segment_is_one_call_of_the_flash_kernel(monkeypatch):
     """Tensors that only pretend to be on a GPU, and a flash kernel that pretends to be there, for half precision."""
-    monkeypatch.setattr(molmo2, "can_use_flash_attention", lambda params: params.query.dtype == torch.bfloat16)
+    monkeypatch.setattr(ops, "can_use_flash_attention", lambda params: params.query.dtype == torch.bfloat16)
     names = {}
     for dtype in (torch.bfloat16, torch.float32):
         with FakeTensorMode():
@@ -210,9 +210,9 @@ def qkv(T, seed=0, grad=False):
 def test_all_views_give_the_same_attention(mode):
     mask = batch_mask(mode)
     q, k, v = qkv(9)
-    dense = attend(q, k, v, mask.dense[:, None])
+    dense = attention(q, k, v, mask.dense[:, None])
     for whole in (False, True):
-        assert (attend(q, k, v, mask.segments(whole)) - dense).abs().max() < 1e-12
+        assert (attention(q, k, v, mask.segments(whole)) - dense).abs().max() < 1e-12
     blocks = flex_attention(q, k, v, block_mask=mask.block_sparse(), enable_gqa=True)
     assert (blocks - dense).abs().max() < 1e-12
 
@@ -223,7 +223,7 @@ def test_structured_has_the_gradients_of_dense(mode):
     grads = []
     for look in (mask.dense[:, None], mask.segments(whole=False), mask.segments(whole=True)):
         inputs = qkv(9, grad=True)
-        attend(*inputs, look).square().sum().backward()
+        attention(*inputs, look).square().sum().backward()
         grads.append([x.grad for x in inputs])
     dense = grads.pop(0)
     assert all((a - b).abs().max() < 1e-12 for other in grads for a, b in zip(other, dense, strict=True))
@@ -233,7 +233,7 @@ def test_a_fully_masked_row_gives_zeros_never_nan():
     mask = make("P1..", "joint")
     q, k, v = (x[:1] for x in qkv(4))
     for look in (mask.dense[:, None], mask.structured):
-        out = attend(q, k, v, look)
+        out = attention(q, k, v, look)
         assert torch.equal(out[:, :, 2:], torch.zeros_like(out[:, :, 2:])) and out.isfinite().all()
     model = random_model()
     assert model(torch.tensor([[1, 2, 0, 0]]), mask=mask).isfinite().all()

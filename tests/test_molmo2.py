@@ -17,21 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
-from yojo import lora, molmo2, product
+from yojo import lora, molmo2, ops
 from yojo.checkpoint import load_backbone, read_config, save_backbone
 from yojo.image import ImageConfig, frames_to_patches, images_to_patches
 from yojo.mask import AttentionMask
-from yojo.molmo2 import (
-    PIECE,
-    AdapterConfig,
-    Cache,
-    TextConfig,
-    VisionConfig,
-    attend,
-    kernel_attention,
-    product_attention,
-    softmax_attention,
-)
+from yojo.molmo2 import AdapterConfig, Cache, TextConfig, VisionConfig
+from yojo.ops import PIECE, attention, kernel_attention, product_attention, softmax_attention
 
 PATCH, START, END, COL, LOW = 407, 401, 402, 403, 404
 PICTURES = ImageConfig(size=84, margins=(1, 1), max_crops=4)
@@ -318,7 +309,7 @@ def test_attention_repeats_key_heads_in_groups():
     """With grouped queries, query heads 0 and 1 read key head 0, and 2 and 3 read key head 1."""
     q, k = torch.zeros(1, 4, 1, 2), torch.zeros(1, 2, 1, 2)
     v = torch.tensor([[[[1.0, 1.0]], [[2.0, 2.0]]]])
-    assert attend(q, k, v, None)[0, :, 0, 0].tolist() == [1, 1, 2, 2]
+    assert attention(q, k, v, None)[0, :, 0, 0].tolist() == [1, 1, 2, 2]
 
 
 # Queries, keys, what may be seen: everything, the past, or what a mask says.
@@ -360,9 +351,9 @@ def test_plain_products_round_scores_no_worse_than_their_dtype():
 def test_plain_products_are_for_many_scores_in_bfloat16_where_the_kernel_lags(lags, monkeypatch):
     """And not for training, nor where a query may see nothing, nor for scores that fill the cache."""
     asked = []
-    monkeypatch.setattr(molmo2, "kernel_lags", lambda dtype, device: lags and dtype == torch.bfloat16)
+    monkeypatch.setattr(ops, "kernel_lags", lambda dtype, device: lags and dtype == torch.bfloat16)
     for name in ("kernel_attention", "product_attention"):
-        monkeypatch.setattr(molmo2, name, lambda *_, name=name: asked.append(name))
+        monkeypatch.setattr(ops, name, lambda *_, name=name: asked.append(name))
     few, many, exact = (qkv(*sizes, dtype, batch=1) for sizes, dtype in (
         ((100, 200), torch.bfloat16), ((100, 300), torch.bfloat16), ((100, 300), torch.float32)
     ))  # fmt: skip
@@ -388,10 +379,10 @@ def test_the_kernel_is_the_sum_it_stands_for():
     looks["a mask"] = (back.mT, False, scores.masked_fill(~back.mT, -torch.inf))
     for allow, causal, left in looks.values():
         assert (softmax_attention(q, k, v, allow, causal) - left.softmax(-1) @ every[1]).abs().max() < 1e-12
-    few = attend(q[:, :, 8:], k, v, None)  # the last queries beside the last keys
-    assert (few - attend(q, k, v, None)[:, :, 8:]).abs().max() < 1e-12
+    few = attention(q[:, :, 8:], k, v, None)  # the last queries beside the last keys
+    assert (few - attention(q, k, v, None)[:, :, 8:]).abs().max() < 1e-12
     half = [x.bfloat16() for x in (q, k, v)]
-    assert (attend(*half, None) - attend(q, k, v, None)).abs().max() < 0.03
+    assert (attention(*half, None) - attention(q, k, v, None)).abs().max() < 0.03
 
 
 @torch.no_grad()
@@ -400,10 +391,10 @@ def test_heads_in_pieces_equal_the_whole(monkeypatch):
     model = random_model()
     ids, attention = torch.randint(0, 399, (2, 6)), model.model.transformer.blocks[0].self_attn
     whole, heads, seen = model(ids), molmo2.Attention.heads, []
-    monkeypatch.setattr(molmo2, "NORMED", 5 * sum(attention.widths))
+    monkeypatch.setattr(ops, "NORMED", 5 * sum(attention.widths))
     monkeypatch.setattr(molmo2.Attention, "heads", lambda self, *xs: (seen.append(len(xs[0])), heads(self, *xs))[1])
     assert (model(ids) - whole).abs().max() < 1e-12 and seen == [5, 5, 2] * len(model.model.transformer.blocks)
-    monkeypatch.setattr(lora, "product", product.column_major_product)
+    monkeypatch.setattr(ops, "linear", ops.column_major_product)
     assert (model(ids) - whole).abs().max() < 1e-12
 
 

@@ -3,12 +3,7 @@
 Start with `tutorials/00_one_pass.md`; the file list in README.md is the order in which data flows.
 """
 
-import os
 from importlib import import_module
-
-# Torch takes memory from the system 4 kB at a time unless it is told before its first tensor to ask for large pages. A
-# pass makes tensors of tens of megabytes, and fetching them is up to a tenth of its time.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # Each name is imported when it is first used, so that `python -m yojo.checkpoint` runs that module once, not twice.
 _WHERE = {

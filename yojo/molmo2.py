@@ -20,23 +20,17 @@ See it run: `pytest tests/test_molmo2.py` holds every part against `transformers
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.utils.checkpoint import checkpoint
 
+from yojo import ops
 from yojo.files import InputError
 from yojo.lora import Linear
-from yojo.mask import PAST, SOME, AttentionMask, Segment
-from yojo.product import bf16_without_amx
-
-PIECE = 1024  # tokens that an MLP works on at a time
-NORMED = 2**20  # numbers of queries, keys and values that are normed and rotated at a time: 170 tokens of the 4B
-PRODUCTS = range(2**16, 2**24)  # scores of one key head: fewer are too many small calls, more leave the cache
+from yojo.mask import AttentionMask
 
 
 @dataclass(frozen=True)
@@ -124,67 +118,6 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, q [B, H, Q, d], k and v [B, K, S, d] -> [B, H, Q, d], in the fastest way at hand.
-
-    allow bool [Q, S], or [B, 1, Q, S] where a query may see nothing and gets 0: who may look at whom; None = everybody,
-    or, if causal, at itself and back, the last query beside the last key. Query heads share key heads, H / K of them
-    each.
-    """
-    worth = q.shape[1] // k.shape[1] * q.shape[2] * k.shape[2] in PRODUCTS
-    sure = allow is None or allow.ndim == 2  # that every query sees a key
-    if kernel_lags(q.dtype, q.device.type) and worth and sure and not torch.is_grad_enabled():
-        return product_attention(q, k, v, allow, causal)
-    return kernel_attention(q, k, v, allow, causal)
-
-
-def kernel_lags(dtype: torch.dtype, device: str) -> bool:
-    """Does torch's kernel take nearly twice the time of plain products? Yes in bf16 on a CPU that multiplies it fast,
-    but not by AMX; with AMX they take twice the kernel's."""
-    return dtype == torch.bfloat16 and bf16_without_amx(device)
-
-
-def product_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:
-    """`softmax_attention` as it is written, one key head after the other, so that its scores stay in the cache. They
-    are rounded to q's dtype. Every query must see a key."""
-    B, H, Q, d = q.shape
-    K, seen = k.shape[1], k.shape[2]
-    if causal:  # of the keys, only those beside the queries need a mask
-        allow, seen = torch.ones(Q, Q, dtype=torch.bool, device=q.device).tril(), Q
-    out = []
-    for few, key, value in zip(q.reshape(B * K, -1, d), k.flatten(0, 1), v.flatten(0, 1), strict=True):
-        scores = torch.addmm(few.new_zeros(()), few, key.T, beta=0, alpha=d**-0.5)
-        if allow is not None:
-            scores.view(H // K, Q, -1)[..., -seen:].masked_fill_(~allow, -math.inf)
-        out.append(scores.softmax(-1) @ value)
-    return torch.stack(out).view(B, H, Q, d)
-
-
-def kernel_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None, causal: bool) -> Tensor:
-    """`softmax_attention` by torch's kernels."""
-    queries, keys, shared = q.shape[2], k.shape[2], k.shape[1] < q.shape[1]
-    later = causal and queries < keys  # the queries come after some of the keys, or torch's own `is_causal` would do
-    flash = q.is_cuda and allow is None and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, shared))
-    if later and flash:  # this kernel's causal mask is the right one, but only so can it be asked for
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)[0]
-    if later:
-        allow = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    if q.is_cuda and not flash:  # the other kernels of a GPU want a key head for every query head
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        shared = False
-    allow = None if allow is None else allow.to(q.device)
-    return F.scaled_dot_product_attention(q, k, v, allow, is_causal=causal and not later, enable_gqa=shared)
-
-
-def in_pieces(do: Callable, size: int, *xs: Tensor) -> Tensor | tuple[Tensor, ...]:
-    """do(*xs), all [tokens, ...]; on a CPU without gradients `size` tokens at a time: to fetch pages for large
-    temporaries costs as much as to fill them."""
-    if xs[0].is_cuda or torch.is_grad_enabled() or len(xs[0]) <= size:
-        return do(*xs)
-    pieces = [do(*few) for few in zip(*(x.split(size) for x in xs), strict=True)]
-    return torch.cat(pieces) if isinstance(pieces[0], Tensor) else tuple(map(torch.cat, zip(*pieces, strict=True)))
-
-
 # ---------------------------------------------------------------------------------------------------- vision tower
 
 
@@ -203,7 +136,7 @@ class VisionAttention(nn.Module):
         """x [B, Q, width_in], keys [B, S, width_in], mask bool [B, 1, Q, S] -> [B, Q, width_out]."""
         ways = ((self.wq, x), (self.wk, keys), (self.wv, keys))
         q, k, v = (w(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for w, y in ways)
-        return self.wo(softmax_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.wo(ops.softmax_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class VisionMLP(nn.Module):
@@ -213,7 +146,7 @@ class VisionMLP(nn.Module):
         self.w2 = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return in_pieces(self.whole, PIECE, x.flatten(0, -2)).view_as(x)
+        return ops.in_pieces(self.whole, ops.PIECE, x.flatten(0, -2)).view_as(x)
 
     def whole(self, x: Tensor) -> Tensor:
         return self.w2(F.gelu(self.w1(x), approximate="tanh"))
@@ -342,32 +275,6 @@ class RotaryNorm(RMSNorm):
         return rotate(super().forward(x), cos, sin)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, look: "Tensor | list[list[Segment]] | None", read: Tensor | None = None
-) -> Tensor:
-    """Softmax attention, q [B, H, T, d], k and v [B, K, S, d] -> [B, H, T, d].
-
-    look: None = causal, the last query beside the last key; bool [B, 1, T, S]; or the mask's structured form, of which
-    segments that hold no (row, index) of read [R, 2] are left at zero. None = all are computed.
-    """
-    if isinstance(look, list):
-        asked = None if read is None else read.tolist()
-        k, v = k.contiguous(), v.contiguous()  # head by head, as the kernel reads them, once for all segments
-        segments = [attend_segment(q, k, v, s, s.holds(asked)) for row in look for s in row]
-        return torch.cat(segments).unflatten(0, (len(look), -1)).transpose(1, 2)
-    return softmax_attention(q, k, v, look, causal=look is None)
-
-
-def attend_segment(q: Tensor, k: Tensor, v: Tensor, s: Segment, asked: bool) -> Tensor:
-    """One segment's queries at its keys -> [Q, H, d]. Padding, which has no keys, and what is not asked for give 0."""
-    q = q[s.b, None, :, s.start : s.stop]
-    if not s.ranges or not asked:
-        return torch.zeros_like(q[0].transpose(0, 1))
-    k, v = ([x[s.b, None, :, a:z] for a, z in s.ranges] for x in (k, v))
-    k, v = (x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (k, v))
-    return softmax_attention(q, k, v, s.allow if s.sees == SOME else None, causal=s.sees == PAST)[0].transpose(0, 1)
-
-
 def pick(x: Tensor, read: Tensor | None) -> Tensor:
     """x [B, T, D] at the (row, index) pairs of read [R, 2] -> [R, D]; None = all of it."""
     return x if read is None else x[read[:, 0], read[:, 1]]
@@ -385,11 +292,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], look, adapter: str | None, past, read) -> Tensor:
         rows = (y.flatten(0, 1) for y in (self.att_proj(x, adapter), *angles))
-        q, k, v = in_pieces(self.heads, NORMED // sum(self.widths), *rows)
+        q, k, v = ops.in_pieces(self.heads, ops.NORMED // sum(self.widths), *rows)
         q, k, v = (y.unflatten(0, x.shape[:2]).transpose(1, 2) for y in (q, k, v))
         if past is not None:
             k, v = past.append(k, v)
-        out = attend(q, k, v, look, read).transpose(1, 2).flatten(2)
+        out = ops.attention(q, k, v, look, read).transpose(1, 2).flatten(2)
         return self.attn_out(pick(out, read), adapter)
 
     def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -400,13 +307,10 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * up, of both side by side. x [..., 2 * inner] -> [..., inner]. Where no gradient is asked for it is
-    written over the gate, and x is lost."""
+    """silu(gate) * up, of both side by side. x [..., 2 * inner] -> [..., inner]. A module, so that `fuse` finds it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        up, gate = x.chunk(2, dim=-1)  # the checkpoint stacks up first, gate second
-        free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()  # a compiler would write all of x anew
-        return F.silu(gate, inplace=free).mul_(up)
+        return ops.swiglu(x)
 
 
 class MLP(nn.Module):
@@ -420,7 +324,7 @@ class MLP(nn.Module):
         return self.ff_out(self.act(self.ff_proj(x, adapter)), adapter)
 
     def forward(self, x: Tensor, adapter: str | None) -> Tensor:
-        return in_pieces(lambda few: self.whole(few, adapter), PIECE, x.flatten(0, -2)).view_as(x)
+        return ops.in_pieces(lambda few: self.whole(few, adapter), ops.PIECE, x.flatten(0, -2)).view_as(x)
 
 
 class Block(nn.Module):
@@ -516,7 +420,6 @@ class Molmo2(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model.transformer.ln_f.weight.dtype
 
-    @torch.no_grad()
     def fuse(self) -> None:
         """From here on norms, rotation and SwiGLU are one pass over memory each, made by `torch.compile`.
 
@@ -525,19 +428,9 @@ class Molmo2(nn.Module):
         In bf16 a fused norm rounds once, at its end, where the plain one rounds before its weight too. A copy of the
         model is plain again.
         """
-        import torch._dynamo as dynamo  # takes a second, which no other use has to wait for
-
-        # One program each for rows and for picked tokens, one and many, with and without a gradient: more than the 8 of
-        # a function that torch allows before it goes on without.
-        dynamo.config.recompile_limit = max(32, dynamo.config.recompile_limit)
-        for part in self.modules():
-            if isinstance(part, (RMSNorm, SwiGLU)):
-                part.compile(dynamic=True)
         norm = self.model.transformer.ln_f
-        try:
-            norm(norm.weight.repeat(2, 1))
-        except dynamo.exc.TorchDynamoException as error:
-            raise InputError(f"torch.compile can't compile here: {str(error).splitlines()[0]}") from None
+        parts = [part for part in self.modules() if isinstance(part, (RMSNorm, SwiGLU))]
+        ops.fuse(parts, lambda: norm(norm.weight.repeat(2, 1)))
 
     def see(self, patches: Tensor, pooling: Tensor) -> Tensor:
         """Pictures to features, in the order of their <im_patch> tokens.

@@ -22,8 +22,7 @@ from yojo.data import collate, read_records
 from yojo.files import InputError, whole_file
 from yojo.image import FRAMES, INTERVAL, open_video
 from yojo.mask import DRAWN_UP_TO, MODES, draw
-from yojo.molmo2 import kernel_lags
-from yojo.product import way
+from yojo.ops import kernel_lags, way
 from yojo.prompt import Encoded
 from yojo.reward import RewardModel
 

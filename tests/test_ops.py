@@ -1,6 +1,6 @@
 """Column-major, or in pieces, a product is the same, and it is used where it was measured to be faster, only there.
 
-pytest tests/test_product.py
+pytest tests/test_ops.py
 """
 
 import pytest
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import random_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from yojo import lora, molmo2, product
+from yojo import lora, ops
 from yojo.molmo2 import Cache
 
 LINE_BYTES = 64
@@ -19,7 +19,7 @@ LINE_BYTES = 64
 @pytest.mark.parametrize("shape", [(1, 7), (2, 7), (3, 5, 7), (16, 7), (17, 7), (32, 7), (0, 7)])
 def test_column_major_it_is_the_same_product(shape):
     x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(9, 7, dtype=torch.float64)
-    y = product.column_major_product(x, weight)
+    y = ops.column_major_product(x, weight)
     assert y.shape == (*shape[:-1], 9)
     assert torch.allclose(y, F.linear(x, weight), rtol=0, atol=1e-12)
 
@@ -27,7 +27,7 @@ def test_column_major_it_is_the_same_product(shape):
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [2, 16, 17, 420, 1024, 1444, 2048])
 def test_its_columns_begin_at_cache_lines_an_odd_number_of_them_apart(tokens):
-    y = product.column_major_product(torch.randn(tokens, 3), torch.randn(5, 3))
+    y = ops.column_major_product(torch.randn(tokens, 3), torch.randn(5, 3))
     assert y.stride(0) == 1 and y.data_ptr() % LINE_BYTES == 0
     lines, rest = divmod(y.stride(1) * y.itemsize, LINE_BYTES)
     assert rest == 0 and lines % 2 == 1 and tokens <= y.stride(1) < tokens + 32
@@ -36,9 +36,9 @@ def test_its_columns_begin_at_cache_lines_an_odd_number_of_them_apart(tokens):
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7), (3, 5, 7), (0, 7)])
 def test_in_pieces_it_is_the_same_product(shape, monkeypatch):
-    monkeypatch.setattr(product, "PIECE", 5)
+    monkeypatch.setattr(ops, "PIECE", 5)
     x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(9, 7, dtype=torch.float64)
-    y = product.product_in_pieces(x, weight)
+    y = ops.product_in_pieces(x, weight)
     assert y.shape == (*shape[:-1], 9) and y.is_contiguous()
     assert torch.allclose(y, F.linear(x, weight), rtol=0, atol=1e-12)
 
@@ -46,15 +46,15 @@ def test_in_pieces_it_is_the_same_product(shape, monkeypatch):
 @pytest.mark.parametrize("here", [True, False])
 def test_when_scoring_large_float32_matrices_and_many_tokens_of_bfloat16_go_other_ways(here, monkeypatch):
     used = []
-    monkeypatch.setattr(product, "bf16_without_amx", lambda device: here and device == "cpu")
+    monkeypatch.setattr(ops, "bf16_without_amx", lambda device: here and device == "cpu")
     for name in ("column_major_product", "product_in_pieces"):
-        monkeypatch.setattr(product, name, lambda *_, name=name: used.append(name))
-    large, small, many = torch.zeros(1024, 1024), torch.zeros(1024, 1023), product.PIECE + 1
+        monkeypatch.setattr(ops, name, lambda *_, name=name: used.append(name))
+    large, small, many = torch.zeros(1024, 1024), torch.zeros(1024, 1023), ops.PIECE + 1
     half = torch.zeros(1, 8, dtype=torch.bfloat16)
 
     def way(tokens, weight):
         used.clear()
-        product.product(torch.zeros(1, tokens, weight.shape[1], dtype=weight.dtype, device=weight.device), weight)
+        ops.linear(torch.zeros(1, tokens, weight.shape[1], dtype=weight.dtype, device=weight.device), weight)
         return used[0] if used else "linear"
 
     with torch.no_grad():
@@ -72,20 +72,20 @@ def test_when_scoring_large_float32_matrices_and_many_tokens_of_bfloat16_go_othe
 ])  # fmt: skip
 def test_bf16_without_amx_is_a_cpu_with_bfloat16_instructions_but_without_amx(able, like, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-    product.bf16_without_amx.cache_clear()
+    ops.bf16_without_amx.cache_clear()
     try:
-        assert product.bf16_without_amx("cpu") == like and not product.bf16_without_amx("cuda")
-        assert molmo2.kernel_lags(torch.bfloat16, "cpu") == like and not molmo2.kernel_lags(torch.float32, "cpu")
+        assert ops.bf16_without_amx("cpu") == like and not ops.bf16_without_amx("cuda")
+        assert ops.kernel_lags(torch.bfloat16, "cpu") == like and not ops.kernel_lags(torch.float32, "cpu")
     finally:
-        product.bf16_without_amx.cache_clear()
+        ops.bf16_without_amx.cache_clear()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", [product.column_major_product, product.product_in_pieces])
+@pytest.mark.parametrize("way", [ops.column_major_product, ops.product_in_pieces])
 @pytest.mark.parametrize("adapter", [None, "a"])
 def test_a_network_of_such_products_is_the_same_network(way, adapter, monkeypatch):
     """Rows, tokens that are read, an adapter beside, and a row after a cache; counted the same, too."""
-    monkeypatch.setattr(product, "PIECE", 5)
+    monkeypatch.setattr(ops, "PIECE", 5)
     model = random_model()
     lora.add(model, "a", lora.LoraConfig(r=2, dropout=0), torch.Generator().manual_seed(0))
     for p in lora.parameters(model, "a"):
@@ -99,6 +99,6 @@ def test_a_network_of_such_products_is_the_same_network(way, adapter, monkeypatc
         return [*results, torch.tensor(counter.get_total_flops())]
 
     plain = hidden()
-    monkeypatch.setattr(lora, "product", way)
+    monkeypatch.setattr(ops, "linear", way)
     for ours, theirs in zip(hidden(), plain, strict=True):
         assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
