@@ -1,9 +1,11 @@
-"""Who may look at whom, compared with 0/1 matrices typed by hand.
+"""Who may attend to whom, compared with 0/1 matrices typed by hand.
 
     pytest tests/test_mask.py
 
 Rows are queries, columns are keys. In the comments P = prompt, I = picture token, 1..3 = response, . = padding.
 """
+
+import random
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from yojo import mask as masks
 from yojo import ops
-from yojo.mask import ALL, PAST, SOME, AttentionMask, draw
+from yojo.mask import AttentionMask, draw
 from yojo.ops import attention, softmax_attention
 
 
@@ -116,49 +118,85 @@ def test_dense_equals_the_matrix_typed_by_hand(name):
     assert torch.equal(mask.dense[0], matrix(typed))
 
 
-@pytest.fixture(params=["cpu", "cpu-1", "cpu-2", "gpu", "gpu-1", "gpu-2"])
-def cut(request, monkeypatch):
-    """The segments of a row as for a CPU or a GPU; with a number, of at most so many queries where they are cut."""
-    kind, _, chunk = request.param.partition("-")
-    for name in ("CHUNK", "CHUNK_CUDA") if chunk else ():
-        monkeypatch.setattr(masks, name, int(chunk))
-    return lambda mask: mask.segments(whole=kind == "gpu")[0]
+def covered(runs, T):
+    """The pairs that a list of runs stands for, bool [T, T]; no query may be in two runs."""
+    pairs, times = torch.zeros(T, T, dtype=torch.bool), torch.zeros(T, dtype=torch.long)
+    for run in runs:
+        keys = torch.cat([torch.arange(a, z) for a, z in ops.reach(run)])
+        every = torch.ones(run.stop - run.start, len(keys), dtype=torch.bool)
+        # what the kernel is told: no mask, or causal with the last query beside the last key
+        pairs[run.start : run.stop, keys] = every.tril(len(keys) - len(every)) if run.causal else every
+        times[run.start : run.stop] += 1
+    assert times.max() <= 1
+    return pairs
+
+
+def on_a_gpu(mask):
+    """The calls that a GPU would get."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        return ops.calls(mask)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_structured_covers_exactly_the_same_pairs(name, cut):
+def test_runs_and_the_calls_made_of_them_cover_exactly_the_same_pairs(name, monkeypatch):
     mask, typed = CASES[name]
-    covered = torch.zeros_like(matrix(typed))
-    segments = cut(mask)
-    for s in segments:
-        covered[s.start : s.stop, s.keys] = s.allow
-    assert torch.equal(covered, matrix(typed))
-    cuts = [(s.start, s.stop) for s in segments]
-    assert cuts[0][0] == 0 and cuts[-1][1] == len(typed.split("\n"))
-    assert all(a[1] == b[0] for a, b in zip(cuts, cuts[1:], strict=False))
+    T = mask.record.shape[1]
+    for runs in (mask.runs, ops.calls(mask), on_a_gpu(mask)):
+        assert torch.equal(covered(runs, T), matrix(typed))
+    for queries in (1, 2, 3):
+        monkeypatch.setattr(ops, "QUERIES", queries)
+        assert torch.equal(covered(ops.calls(mask), T), matrix(typed))
+        assert all(run.stop - run.start <= queries for run in ops.calls(mask))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_segment_that_needs_no_mask_really_needs_none(name, cut):
-    """ALL: every key; PAST: the last query beside the last key. Then the kernel is told so, and gets no mask."""
-    for s in cut(CASES[name][0]):
-        full = torch.ones_like(s.allow)
-        if s.sees == ALL:
-            assert torch.equal(s.allow, full)
-        if s.sees == PAST:
-            assert torch.equal(s.allow, full.tril(s.allow.shape[1] - s.allow.shape[0]))
+def random_row(rng):
+    """Records of prompts, pictures and responses, of one to four tokens each; one row in five in any order."""
+    tokens = []
+    for record in range(rng.randint(1, 3)):
+        for _ in range(rng.randint(1, 4)):
+            tokens += [(record, -1, rng.random() < 0.4)] * rng.randint(1, 4)
+        for response in range(rng.randint(0, 4)):
+            tokens += [(record, response, False)] * rng.randint(1, 4)
+    tokens += [(-1, -1, False)] * rng.randint(0, 3)
+    if rng.random() < 0.2:
+        rng.shuffle(tokens)
+    record, response, image = (torch.tensor([column]) for column in zip(*tokens, strict=True))
+    return AttentionMask(record, response, image, rng.choice(masks.MODES))
+
+
+def test_runs_cover_the_pairs_of_3000_random_rows(monkeypatch):
+    rng = random.Random(0)
+    for _ in range(3000):
+        mask = random_row(rng)
+        monkeypatch.setattr(ops, "QUERIES", rng.choice((1, 2, 3, 128)))
+        for runs in (mask.runs, ops.calls(mask), on_a_gpu(mask)):
+            assert torch.equal(covered(runs, mask.record.shape[1]), mask.dense[0]), mask
+
+
+def test_tokens_of_one_kind_make_a_run_and_the_predicate_is_asked_once_for_all_of_them(monkeypatch):
+    """8,000 tokens, four runs: a mask of 4 x 4 says everything."""
+    asked, allow = [], AttentionMask.allow
+    monkeypatch.setattr(AttentionMask, "allow", lambda *a: (asked.append(allow(*a).shape), allow(*a))[1])
+    mask = make("P" * 10 + "I" * 3000 + "1" * 3000 + "2" * 1990, "isolated")
+    assert mask.runs == [
+        (0, 0, 10, [], True),
+        (0, 10, 3010, [(0, 3010)], False),
+        (0, 3010, 6010, [(0, 3010)], True),
+        (0, 6010, 8000, [(0, 3010)], True),
+    ]
+    assert asked == [(4, 4)]
 
 
 @pytest.mark.parametrize("mode", masks.MODES)
-def test_with_one_picture_no_mask_is_needed_at_all(mode):
-    """Text, 3,000 picture tokens, text, two responses of 2,000: on a GPU one call each, joint one for all behind the
-    picture; only pictures with text between them (numbered ones, videos) ask the predicate."""
-    kinds = "P" * 10 + "I" * 3000 + "P" * 20 + "1" * 2000 + "2" * 2000
-    behind = [(PAST, 3010, 7030)] if mode == "joint" else [(PAST, 3010, 3030), (PAST, 3030, 5030), (PAST, 5030, 7030)]
-    segments = make(kinds, mode).segments(whole=True)[0]
-    assert [(s.sees, s.start, s.stop) for s in segments] == [(PAST, 0, 10), (ALL, 10, 3010), *behind]
-    between = [s.sees for s in make("PIPIP1", mode).segments(whole=True)[0]]
-    assert between == ([PAST, SOME, PAST] if mode == "joint" else [PAST, SOME, PAST, PAST])
+def test_on_a_gpu_a_record_with_one_picture_takes_few_calls(mode):
+    """Text, 3,000 picture tokens, text, two responses of 2,000. A GPU's kernel passes over what a causal call hides:
+    joint, all that stands behind the picture is one call; isolated, the prompt's end and the first response are one
+    call, and so is every other response."""
+    mask = make("P" * 10 + "I" * 3000 + "P" * 20 + "1" * 2000 + "2" * 2000, mode)
+    behind = [(3010, 7030)] if mode == "joint" else [(3010, 5030), (5030, 7030)]
+    assert [(run.start, run.stop) for run in on_a_gpu(mask)] == [(0, 10), (10, 3010), *behind]
+    assert all(run.stop - run.start <= ops.QUERIES for run in ops.calls(mask))
 
 
 class Calls(TorchDispatchMode):
@@ -207,44 +245,50 @@ def qkv(T, seed=0, grad=False):
 
 
 @pytest.mark.parametrize("mode", masks.MODES)
-def test_all_views_give_the_same_attention(mode):
+def test_all_forms_give_the_same_attention(mode, monkeypatch):
     mask = batch_mask(mode)
     q, k, v = qkv(9)
     dense = attention(q, k, v, mask.dense[:, None])
-    for whole in (False, True):
-        assert (attention(q, k, v, mask.segments(whole)) - dense).abs().max() < 1e-12
+    assert (attention(q, k, v, mask) - dense).abs().max() < 1e-12
+    monkeypatch.setattr(ops, "DENSE_UP_TO", 0)
+    for queries in (1, 2, 128):
+        monkeypatch.setattr(ops, "QUERIES", queries)
+        assert (attention(q, k, v, mask) - dense).abs().max() < 1e-12
     blocks = flex_attention(q, k, v, block_mask=mask.block_sparse(), enable_gqa=True)
     assert (blocks - dense).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("mode", masks.MODES)
-def test_structured_has_the_gradients_of_dense(mode):
+def test_runs_have_the_gradients_of_dense(mode, monkeypatch):
     mask = batch_mask(mode)
     grads = []
-    for look in (mask.dense[:, None], mask.segments(whole=False), mask.segments(whole=True)):
+    for dense_up_to, queries in ((512, 128), (0, 128), (0, 2)):
+        monkeypatch.setattr(ops, "DENSE_UP_TO", dense_up_to)
+        monkeypatch.setattr(ops, "QUERIES", queries)
         inputs = qkv(9, grad=True)
-        attention(*inputs, look).square().sum().backward()
+        attention(*inputs, mask).square().sum().backward()
         grads.append([x.grad for x in inputs])
     dense = grads.pop(0)
     assert all((a - b).abs().max() < 1e-12 for other in grads for a, b in zip(other, dense, strict=True))
 
 
-def test_a_fully_masked_row_gives_zeros_never_nan():
+def test_a_fully_masked_row_gives_zeros_never_nan(monkeypatch):
     mask = make("P1..", "joint")
     q, k, v = (x[:1] for x in qkv(4))
-    for look in (mask.dense[:, None], mask.structured):
-        out = attention(q, k, v, look)
+    for dense_up_to in (0, 512):
+        monkeypatch.setattr(ops, "DENSE_UP_TO", dense_up_to)
+        out = attention(q, k, v, mask)
         assert torch.equal(out[:, :, 2:], torch.zeros_like(out[:, :, 2:])) and out.isfinite().all()
     model = random_model()
     assert model(torch.tensor([[1, 2, 0, 0]]), mask=mask).isfinite().all()
 
 
 @pytest.mark.parametrize("mode", masks.MODES)
-def test_the_network_is_the_same_under_dense_and_structured(mode, monkeypatch):
+def test_the_network_is_the_same_under_dense_and_runs(mode, monkeypatch):
     mask, model = batch_mask(mode), random_model()
     ids = torch.randint(0, TINY.text.vocab_size, (3, 9))
     dense = model(ids, mask=mask)
-    monkeypatch.setattr(masks, "DENSE_UP_TO", 0)
+    monkeypatch.setattr(ops, "DENSE_UP_TO", 0)
     assert (model(ids, mask=mask) - dense).abs().max() < 1e-12
 
 
@@ -255,18 +299,13 @@ def test_wrong_shapes_and_modes_are_named():
         AttentionMask(torch.zeros(1, 2), torch.zeros(1, 3), torch.zeros(1, 2), "joint")
 
 
-def test_what_does_not_stand_side_by_side_is_refused_by_the_structured_form():
-    """It would lose the keys that stand elsewhere; the dense form knows no such limit."""
-    torn = make("P121", "isolated")
-    assert torn.dense[0, 3].tolist() == [True, True, False, True]
-    with pytest.raises(ValueError, match=r"side by side, got responses \[-1, 0, 1, 0\]"):
-        _ = torn.structured
-    with pytest.raises(ValueError, match=r"must begin with its prompt, got responses \[0, -1\]"):
-        _ = make("11PP", "isolated").structured
+def test_rows_in_any_order_are_exact():
+    """A response in two pieces, a response before its prompt, a record in two pieces: no form cares."""
     record = torch.tensor([[0, 1, 0]])
     torn = AttentionMask(record, torch.full_like(record, -1), torch.zeros_like(record, dtype=torch.bool), "joint")
-    with pytest.raises(ValueError, match=r"side by side, got records \[0, 1, 0\]"):
-        _ = torn.structured
+    for mask in (make("P121", "isolated"), make("11PP", "isolated"), torn):
+        assert torch.equal(covered(ops.calls(mask), mask.record.shape[1]), mask.dense[0])
+    assert make("P121", "isolated").dense[0, 3].tolist() == [True, True, False, True]
 
 
 def test_the_picture_shows_the_matrix():

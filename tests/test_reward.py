@@ -259,8 +259,7 @@ def test_many_records_of_unequal_length_score_as_each_alone_and_in_their_order(t
     """Short ones are padded to one length, long ones stand in one row."""
     shapes = []
     monkeypatch.setattr("yojo.reward.WINDOW", 4)
-    monkeypatch.setattr("yojo.reward.DENSE_UP_TO", long)
-    monkeypatch.setattr("yojo.mask.DENSE_UP_TO", long)
+    monkeypatch.setattr("yojo.ops.DENSE_UP_TO", long)
     rm = RewardModel.new(tiny_folder, mode, lora.LoraConfig(r=2))
     picture = noise(3)
     records = [

@@ -19,7 +19,8 @@ from yojo import shapes
 from yojo.cli import WEIGHTS
 from yojo.data import collate
 from yojo.lora import LoraConfig
-from yojo.mask import DENSE_UP_TO, MODES
+from yojo.mask import MODES
+from yojo.ops import DENSE_UP_TO
 from yojo.reward import RewardModel
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}

@@ -16,11 +16,12 @@ See it: `pytest tests/test_flops.py` holds each form against the counter, on the
 import re
 from collections.abc import Sequence
 
+from yojo import ops
 from yojo.checkpoint import SHAPES, shape_config
 from yojo.cli import Parser, run
 from yojo.files import InputError
 from yojo.image import ImageConfig, measure
-from yojo.mask import DENSE_UP_TO, MODES, AttentionMask
+from yojo.mask import MODES, AttentionMask
 from yojo.molmo2 import Config
 from yojo.prompt import Ask, Markup
 
@@ -79,13 +80,13 @@ def head(config: Config, inner: int, read: int) -> int:
 
 
 def executed(mask: AttentionMask, read: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Pairs that are computed in a block, and in the last one: all of a short batch, else each segment's queries with
-    its keys; the last block passes over segments in which nothing is read."""
+    """Pairs that are computed in a block, and in the last one: all of a short batch, else each call's queries with its
+    keys; the last block leaves out calls in which nothing is read."""
     B, T = mask.record.shape
-    if T <= DENSE_UP_TO:
+    if not ops.by_runs(T):
         return B * T * T, B * T * T
-    size = {s: (s.stop - s.start) * sum(z - a for a, z in s.ranges) for row in mask.structured for s in row}
-    return sum(size.values()), sum(pairs for s, pairs in size.items() if s.holds(read))
+    runs = [(run, (run.stop - run.start) * sum(z - a for a, z in ops.reach(run))) for run in ops.calls(mask)]
+    return sum(pairs for _, pairs in runs), sum(pairs for run, pairs in runs if ops.holds(run, read))
 
 
 def needed(prompt: int, pictures: int, responses: Sequence[int], mode: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ it against what autograd really keeps.
 
 import torch
 
+from yojo import ops
 from yojo.lora import LoraConfig
 from yojo.mask import AttentionMask
 from yojo.molmo2 import Config, Molmo2
@@ -49,7 +50,7 @@ def activations(config: Config, dtype: torch.dtype, lora: LoraConfig, mask: Atte
     rest = s * D + 3 * s * inner  # what the second norm reads; up, gate and silu(gate)
     gradients = 2 * s * 2 * inner  # of up and gate, apart and side by side
     per_token = c.num_hidden_layers * s * D + adapters + attention + rest + gradients
-    # a segment with several ranges of keys (an isolated response: its prompt's and its own) copies them side by side
-    apart = [x for row in mask.structured for x in row if len(x.ranges) > 1] if mask.form == "structured" else []
-    copied = 2 * keys * sum(z - a for segment in apart for a, z in segment.ranges)
+    # a call with several ranges of keys (an isolated response: its prompt's and its own) copies them side by side
+    ranges = [ops.reach(run) for run in ops.calls(mask)] if ops.by_runs(mask.record.shape[1]) else []
+    copied = 2 * keys * sum(z - a for apart in ranges if len(apart) > 1 for a, z in apart)
     return mask.record.numel() * per_token + s * (pairs + copied)  # pairs: the mask in numbers

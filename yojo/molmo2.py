@@ -136,7 +136,7 @@ class VisionAttention(nn.Module):
         """x [B, Q, width_in], keys [B, S, width_in], mask bool [B, 1, Q, S] -> [B, Q, width_out]."""
         ways = ((self.wq, x), (self.wk, keys), (self.wv, keys))
         q, k, v = (w(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for w, y in ways)
-        return self.wo(ops.softmax_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.wo(ops.attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class VisionMLP(nn.Module):
@@ -290,13 +290,13 @@ class Attention(nn.Module):
         self.q_norm = RotaryNorm(c.head_dim, c.rms_norm_eps)
         self.k_norm = RotaryNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], look, adapter: str | None, past, read) -> Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask, adapter: str | None, past, read) -> Tensor:
         rows = (y.flatten(0, 1) for y in (self.att_proj(x, adapter), *angles))
         q, k, v = ops.in_pieces(self.heads, ops.NORMED // sum(self.widths), *rows)
         q, k, v = (y.unflatten(0, x.shape[:2]).transpose(1, 2) for y in (q, k, v))
         if past is not None:
             k, v = past.append(k, v)
-        out = ops.attention(q, k, v, look, read).transpose(1, 2).flatten(2)
+        out = ops.attention(q, k, v, mask, mask is None, read).transpose(1, 2).flatten(2)
         return self.attn_out(pick(out, read), adapter)
 
     def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -340,8 +340,8 @@ class Block(nn.Module):
         self.ff_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], look, adapter: str | None, past, read) -> Tensor:
-        x = pick(x, read) + self.self_attn(self.attn_norm(x), angles, look, adapter, past, read)
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask, adapter: str | None, past, read) -> Tensor:
+        x = pick(x, read) + self.self_attn(self.attn_norm(x), angles, mask, adapter, past, read)
         return x + self.mlp(self.ff_norm(x), adapter)
 
 
@@ -476,12 +476,11 @@ class Molmo2(nn.Module):
             positions = torch.arange(past, past + T, device=input_ids.device).expand(B, T)
         c, decoder = self.config.text, self.model.transformer
         x = self.embed(input_ids, features)
-        look = None if mask is None else mask.view()
         angles = rotary_angles(positions, c.head_dim, c.rope_theta, x.dtype)
         for i, block in enumerate(decoder.blocks):
             # the last block computes only what is read: beyond it no token is looked at by another
             last = read if i == len(decoder.blocks) - 1 else None
-            args = (x, angles, look, self.adapter, None if cache is None else cache.layers[i], last)
+            args = (x, angles, mask, self.adapter, None if cache is None else cache.layers[i], last)
             x = (
                 checkpoint(block, *args, use_reentrant=False)
                 if self.checkpointing and torch.is_grad_enabled()

@@ -10,7 +10,7 @@ See it: `pytest tests/test_ops.py`; figures in LOG.md.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from yojo.files import InputError
-from yojo.mask import PAST, SOME, Segment
+from yojo.mask import AttentionMask, Run, joined
 
 # Torch takes memory from the system 4 kB at a time unless it is told before its first tensor to ask for large pages. A
 # pass makes tensors of tens of megabytes, and fetching them is up to a tenth of its time.
@@ -29,6 +29,8 @@ LARGE = 2**20  # numbers in a matrix; for smaller ones `F.linear` is the faster
 LINE = 16  # float32 numbers in a cache line
 PIECE = 1024  # tokens that an MLP, or a bfloat16 product, works on at a time
 NORMED = 2**20  # numbers of queries, keys and values that are normed and rotated at a time: 170 tokens of the 4B
+DENSE_UP_TO = 512  # tokens in a row; beyond this a [T, T] mask costs more than a call for every run
+QUERIES = 128  # of a call, at most: fewer make more calls, more compute more in vain
 PRODUCTS = range(2**16, 2**24)  # scores of one key head: fewer are too many small calls, more leave the cache
 
 
@@ -73,29 +75,82 @@ def bf16_without_amx(device: str) -> bool:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, look: "Tensor | list[list[Segment]] | None", read: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask | Tensor | None = None,
+    causal: bool = False,
+    read: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention, q [B, H, T, d], k and v [B, K, S, d] -> [B, H, T, d].
+    """softmax(q k^T / sqrt(d)) v.  q [B, H, Q, d], k and v [B, K, S, d] -> [B, H, Q, d]; H / K query heads share a key
+    head.
 
-    look: None = causal, the last query beside the last key; bool [B, 1, T, S]; or the mask's structured form, of which
-    segments that hold no (row, index) of read [R, 2] are left at zero. None = all are computed.
+    mask: an `AttentionMask` of Q = S tokens, or bool [B, 1, Q, S]; a query that may attend to nothing gets 0. None =
+    everybody attends to everybody, or, if causal, to itself and back, the last query beside the last key. read int
+    [R, 2]: the only (row, index) that are asked for; others may be left at 0.
     """
-    if isinstance(look, list):
-        asked = None if read is None else read.tolist()
-        k, v = k.contiguous(), v.contiguous()  # head by head, as the kernel reads them, once for all segments
-        segments = [attend_segment(q, k, v, s, s.holds(asked)) for row in look for s in row]
-        return torch.cat(segments).unflatten(0, (len(look), -1)).transpose(1, 2)
-    return softmax_attention(q, k, v, look, causal=look is None)
+    if not isinstance(mask, AttentionMask):
+        return softmax_attention(q, k, v, mask, causal)
+    if not by_runs(q.shape[2]):
+        return softmax_attention(q, k, v, mask.dense[:, None])
+    (B, H, T, d), wanted = q.shape, None if read is None else read.tolist()
+    k, v = k.contiguous(), v.contiguous()  # head by head, as the kernel reads them, once for all calls
+    parts, end = [], 0  # of all rows, one after the other; where no call stands, 0
+    for run in calls(mask):
+        if holds(run, wanted):
+            start = run.row * T + run.start
+            parts += [q.new_zeros(start - end, H, d), attend(q, k, v, run)]
+            end = start + run.stop - run.start
+    parts.append(q.new_zeros(B * T - end, H, d))
+    return torch.cat(parts).unflatten(0, (B, T)).transpose(1, 2)
 
 
-def attend_segment(q: Tensor, k: Tensor, v: Tensor, s: Segment, asked: bool) -> Tensor:
-    """One segment's queries at its keys -> [Q, H, d]. Padding, which has no keys, and what is not asked for give 0."""
-    q = q[s.b, None, :, s.start : s.stop]
-    if not s.ranges or not asked:
-        return torch.zeros_like(q[0].transpose(0, 1))
-    k, v = ([x[s.b, None, :, a:z] for a, z in s.ranges] for x in (k, v))
+def by_runs(tokens: int) -> bool:
+    """Are rows of so many tokens computed run by run? Short ones are in one call, under a mask of all pairs."""
+    return tokens > DENSE_UP_TO
+
+
+def calls(mask: AttentionMask) -> list[Run]:
+    """The runs of a mask, as a kernel computes them: a causal run that attends to all of the one before it is one with
+    that; on a CPU, whose kernel computes all keys of a call for all its queries, runs are cut."""
+    runs: list[Run] = []
+    for run in mask.runs:
+        if runs and goes_on(runs[-1], run):
+            runs[-1] = runs[-1]._replace(stop=run.stop)
+        else:
+            runs.append(run)
+    return runs if mask.record.is_cuda else [piece for run in runs for piece in cut(run)]
+
+
+def goes_on(last: Run, run: Run) -> bool:
+    """Are these two side by side one causal run?"""
+    side_by_side = (last.row, last.stop) == (run.row, run.start)
+    return side_by_side and last.causal and run.causal and run.keys == reach(last)
+
+
+def cut(run: Run) -> Iterator[Run]:
+    """A run in pieces of at most QUERIES tokens, which attend to the pieces before them as to other keys."""
+    for start in range(run.start, run.stop, QUERIES):
+        keys = joined([*run.keys, (run.start, start)]) if run.causal else run.keys
+        yield run._replace(start=start, stop=min(start + QUERIES, run.stop), keys=keys)
+
+
+def reach(run: Run) -> list[tuple[int, int]]:
+    """All keys that a run's last token attends to; if the run is causal its own come last."""
+    return joined([*run.keys, (run.start, run.stop)]) if run.causal else run.keys
+
+
+def holds(run: Run, read: Sequence[Sequence[int]] | None) -> bool:
+    """Is one of these (row, index) in the run? None = all tokens are asked for."""
+    return read is None or any(row == run.row and run.start <= t < run.stop for row, t in read)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
+    """One run's queries at its keys -> [tokens, H, d]."""
+    q = q[run.row, None, :, run.start : run.stop]
+    k, v = ([x[run.row, None, :, a:z] for a, z in reach(run)] for x in (k, v))
     k, v = (x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (k, v))
-    return softmax_attention(q, k, v, s.allow if s.sees == SOME else None, causal=s.sees == PAST)[0].transpose(0, 1)
+    return softmax_attention(q, k, v, None, run.causal)[0].transpose(0, 1)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:

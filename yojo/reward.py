@@ -31,11 +31,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from yojo import lora
+from yojo import lora, ops
 from yojo.checkpoint import fingerprint, load_backbone
 from yojo.data import Batch, collate
 from yojo.files import InputError, read_json, read_pickle, read_tensors, whole_folder, write_json
-from yojo.mask import DENSE_UP_TO, MODES
+from yojo.mask import MODES
 from yojo.molmo2 import Molmo2
 from yojo.prompt import SEPARATOR, Encoded, Processor
 
@@ -144,9 +144,9 @@ class RewardModel(nn.Module):
     def score_encoded(
         self, records: Sequence[Encoded], mode: str | None = None, features: Tensor | None = None
     ) -> list[list[float]]:
-        """Scores of several encoded records, read in one batch. Long ones, computed segment by segment anyway, stand in
-        one row, which needs no padding."""
-        rows = [records] if max(len(e.ids) for e in records) > DENSE_UP_TO else records
+        """Scores of several encoded records, read in one batch. Long ones, which are computed run by run anyway,
+        stand in one row, which needs no padding."""
+        rows = [records] if ops.by_runs(max(len(e.ids) for e in records)) else records
         batch = collate(rows, mode or self.mode, self.backbone.config.pad_id).to(self.backbone.device)
         return [s.tolist() for s in self(batch, features).split(batch.counts)]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from yojo import shapes
+from yojo import ops, shapes
 from yojo.cli import COMPILE, DTYPE, WEIGHTS, Parser, run
 from yojo.data import collate, read_records
 from yojo.files import InputError, whole_file
@@ -87,9 +87,9 @@ def tell(encoded: Encoded, mode: str, rm: RewardModel, prompt: str) -> Encoded:
     backbone, T = rm.backbone, len(encoded.ids)
     device, dtype = backbone.device.type, str(backbone.dtype).removeprefix("torch.")
     multiply = way(backbone.model.transformer.blocks[0].self_attn.att_proj.weight, T).__name__
-    if mask.form == "structured":
+    if ops.by_runs(T):
         by = "plain products" if kernel_lags(backbone.dtype, device) else "torch's kernel"
-        form = f"{len(mask.structured[0])} segments, a call each, by {by}, in a batch one row for all"
+        form = f"{len(ops.calls(mask))} segments, a call each, by {by}, in a batch one row for all"
     print(f"{' '.join(prompt.split())[:40]!r}: {T} tokens, {encoded.prompt_length} of them prompt and")
     print(f"{int(encoded.image.sum())} pictures; {dtype} on {device}, matrices by {multiply}; attention: {form};")
     print(f"{len(encoded.read)} positions leave the last block")
