@@ -20,7 +20,6 @@ from yojo import (
     flops,
     grpo,
     hacking,
-    ops,
     preference,
     pretrain,
     score,
@@ -125,22 +124,6 @@ def test_score_tiny_prints_a_ranked_table(command, tmp_path):
 def test_score_names_the_mode_that_was_asked_for(command):
     _, out, _ = command(score, "--model", WEIGHTS / "tiny-rm", "--mode", "isolated", *ONE)
     assert "mode: isolated (trained in joint)" in out
-
-
-def test_score_says_how_it_computes(command, monkeypatch):
-    _, out, _ = command(score, "--tiny", "--verbose")
-    assert "one call under a mask of all pairs;\n4 positions leave the last block" in out
-    long = ("--tiny", "--prompt", "word " * 600, "--response", "a", "--response", "b")
-    _, out, _ = command(score, *long, "--verbose", "--mode", "isolated")
-    assert "a call each, by torch's kernel, in a batch one row for all;\n2 positions" in out
-    assert "0 pictures; float32 on cpu, matrices by linear; attention" in out
-    monkeypatch.setattr(ops, "LARGE", 1)  # the tiny model's matrices are all small
-    monkeypatch.setattr(ops, "bf16_without_amx", lambda device: True)
-    _, out, _ = command(score, *long, "--verbose")
-    assert "0 pictures; float32 on cpu, matrices by column_major_product; attention" in out
-    _, out, _ = command(score, *long, "--verbose", "--dtype", "bfloat16")
-    assert "0 pictures; bfloat16 on cpu, matrices by product_in_pieces; attention" in out
-    assert "segments, a call each, by plain products" in out
 
 
 def test_score_reads_records(command, tmp_path):

@@ -79,7 +79,7 @@ def test_the_ways_of_scoring_cost_the_same(name, mode, monkeypatch):
     by_products, plain = [], ops.product_attention
     monkeypatch.setattr(ops, "product_attention", lambda *xs: by_products.append(1) or plain(*xs))
     monkeypatch.setattr(ops, "kernel_lags", lambda dtype, device: True)
-    for constant, value in (("PRODUCTS", range(10**9)), ("PIECE", 7), ("NORMED", 500)):
+    for constant, value in (("SCORES", range(10**9)), ("PIECE", 7), ("NUMBERS", 500)):
         monkeypatch.setattr(ops, constant, value)
     model, head = network(TINY)
     expected = sum(flops.one_pass(TINY, ASKS[name], mode, INNER).values())

@@ -122,7 +122,7 @@ def covered(runs, T):
     """The pairs that a list of runs stands for, bool [T, T]; no query may be in two runs."""
     pairs, times = torch.zeros(T, T, dtype=torch.bool), torch.zeros(T, dtype=torch.long)
     for run in runs:
-        keys = torch.cat([torch.arange(a, z) for a, z in ops.reach(run)])
+        keys = torch.cat([torch.arange(a, z) for a, z in run.reach])
         every = torch.ones(run.stop - run.start, len(keys), dtype=torch.bool)
         # what the kernel is told: no mask, or causal with the last query beside the last key
         pairs[run.start : run.stop, keys] = every.tril(len(keys) - len(every)) if run.causal else every

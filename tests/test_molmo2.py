@@ -17,12 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
-from yojo import lora, molmo2, ops
 from yojo.checkpoint import load_backbone, read_config, save_backbone
 from yojo.image import ImageConfig, frames_to_patches, images_to_patches
 from yojo.mask import AttentionMask
 from yojo.molmo2 import AdapterConfig, Cache, TextConfig, VisionConfig
-from yojo.ops import PIECE, attention, kernel_attention, product_attention, softmax_attention
 
 PATCH, START, END, COL, LOW = 407, 401, 402, 403, 404
 PICTURES = ImageConfig(size=84, margins=(1, 1), max_crops=4)
@@ -269,27 +267,6 @@ def test_only_the_rows_asked_for_are_read():
     assert torch.allclose(model(ids, read=torch.tensor([[1, 3], [0, 6]])), hidden[[1, 0], [3, 6]], atol=1e-12)
 
 
-def test_the_towers_mlp_in_pieces_equals_the_whole():
-    mlp = random_model().model.vision_backbone.image_vit.transformer["resblocks"][0].feed_forward
-    x = torch.randn(3, PIECE // 2 + 7, 24, dtype=torch.float64)
-    with torch.no_grad():
-        pieces = mlp(x)
-    assert (pieces - mlp(x)).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("adapter", [None, "a"])
-def test_an_mlp_in_pieces_equals_the_whole(adapter):
-    model = random_model()
-    lora.add(model, "a", lora.LoraConfig(r=2, dropout=0), torch.Generator().manual_seed(0))
-    for p in lora.parameters(model, "a"):
-        p.data.normal_()
-    mlp, x = model.model.transformer.blocks[0].mlp, torch.randn(2, PIECE // 2 + 7, 32, dtype=torch.float64)
-    with torch.no_grad():  # as when scoring: PIECE tokens at a time, whatever the row
-        pieces = mlp(x, adapter)
-    whole = mlp.whole(x, adapter)
-    assert pieces.shape == x.shape and (pieces - whole).abs().max() < 1e-12 * whole.abs().max()
-
-
 def test_norms_and_angles_run_in_at_least_float32():
     model = random_model(dtype=torch.bfloat16)
     norm = model.model.transformer.ln_f
@@ -303,99 +280,6 @@ def test_features_must_fit_their_tokens():
     model = random_model()
     with pytest.raises(ValueError, match="2 <im_patch> tokens but 0 picture features"):
         model(torch.tensor([[1, PATCH, PATCH]]))
-
-
-def test_attention_repeats_key_heads_in_groups():
-    """With grouped queries, query heads 0 and 1 read key head 0, and 2 and 3 read key head 1."""
-    q, k = torch.zeros(1, 4, 1, 2), torch.zeros(1, 2, 1, 2)
-    v = torch.tensor([[[[1.0, 1.0]], [[2.0, 2.0]]]])
-    assert attention(q, k, v, None)[0, :, 0, 0].tolist() == [1, 1, 2, 2]
-
-
-# Queries, keys, what may be seen: everything, the past, or what a mask says.
-LOOKS = {
-    "all": (5, 9, {}),
-    "past": (9, 9, {"causal": True}),
-    "past, the last queries": (5, 9, {"causal": True}),
-    "some": (5, 9, {"allow": torch.rand(5, 9, generator=torch.Generator().manual_seed(0)) < 0.5}),
-}
-
-
-def qkv(queries, keys, dtype, batch=2):
-    """Six query heads on two key heads, laid out as the network has them."""
-    g = torch.Generator().manual_seed(0)
-    sizes = ((6, queries), (2, keys), (2, keys))
-    return [torch.randn(batch, T, h, 8, generator=g, dtype=torch.float64).to(dtype).transpose(1, 2) for h, T in sizes]
-
-
-@pytest.mark.parametrize("look", LOOKS)
-def test_plain_products_equal_the_kernel(look):
-    queries, keys, how = LOOKS[look]
-    q, k, v = qkv(queries, keys, torch.float64)
-    kernel = kernel_attention(q, k, v, how.get("allow"), how.get("causal", False))
-    assert (product_attention(q, k, v, **how) - kernel).abs().max() < 1e-12
-
-
-def test_plain_products_round_scores_no_worse_than_their_dtype():
-    """In bf16, for scores of size 1, they err about twice as much as the kernel, which keeps its scores in float32."""
-    q, k, v = qkv(300, 900, torch.bfloat16)
-    exact = kernel_attention(q.double(), k.double(), v.double(), None, True)
-    errors = [
-        float((way(q, k, v, None, True) - exact).abs().mean() / exact.abs().mean())
-        for way in (kernel_attention, product_attention)
-    ]
-    assert errors[1] < 2.5 * errors[0] < 0.01
-
-
-@pytest.mark.parametrize("lags", [True, False])
-def test_plain_products_are_for_many_scores_in_bfloat16_where_the_kernel_lags(lags, monkeypatch):
-    """And not for training, nor where a query may see nothing, nor for scores that fill the cache."""
-    asked = []
-    monkeypatch.setattr(ops, "kernel_lags", lambda dtype, device: lags and dtype == torch.bfloat16)
-    for name in ("kernel_attention", "product_attention"):
-        monkeypatch.setattr(ops, name, lambda *_, name=name: asked.append(name))
-    few, many, exact = (qkv(*sizes, dtype, batch=1) for sizes, dtype in (
-        ((100, 200), torch.bfloat16), ((100, 300), torch.bfloat16), ((100, 300), torch.float32)
-    ))  # fmt: skip
-    vast = qkv(2400, 2400, torch.bfloat16, batch=1)
-    row = torch.ones(1, 1, 100, 300, dtype=torch.bool)
-    with torch.no_grad():
-        softmax_attention(*many)
-        softmax_attention(*many, row[0, 0])
-        for q, k, v, allow in ((*few, None), (*vast, None), (*exact, None), (*many, row)):
-            softmax_attention(q, k, v, allow)
-    softmax_attention(*many)
-    fast = "product_attention" if lags else "kernel_attention"
-    assert asked == [fast, fast, *["kernel_attention"] * 5]
-
-
-def test_the_kernel_is_the_sum_it_stands_for():
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, h, 12, 8, generator=g, dtype=torch.float64) for h in (6, 2, 2))
-    every = [x.repeat_interleave(3, dim=1) for x in (k, v)]
-    scores = q @ every[0].mT / 8**0.5
-    back = torch.ones(12, 12, dtype=torch.bool).tril()
-    looks = {"everybody": (None, False, scores), "back": (None, True, scores.masked_fill(~back, -torch.inf))}
-    looks["a mask"] = (back.mT, False, scores.masked_fill(~back.mT, -torch.inf))
-    for allow, causal, left in looks.values():
-        assert (softmax_attention(q, k, v, allow, causal) - left.softmax(-1) @ every[1]).abs().max() < 1e-12
-    few = attention(q[:, :, 8:], k, v, None)  # the last queries beside the last keys
-    assert (few - attention(q, k, v, None)[:, :, 8:]).abs().max() < 1e-12
-    half = [x.bfloat16() for x in (q, k, v)]
-    assert (attention(*half, None) - attention(q, k, v, None)).abs().max() < 0.03
-
-
-@torch.no_grad()
-def test_heads_in_pieces_equal_the_whole(monkeypatch):
-    """Norm and rotation five tokens at a time, over the rows of a batch, also of a column-major product."""
-    model = random_model()
-    ids, attention = torch.randint(0, 399, (2, 6)), model.model.transformer.blocks[0].self_attn
-    whole, heads, seen = model(ids), molmo2.Attention.heads, []
-    monkeypatch.setattr(ops, "NORMED", 5 * sum(attention.widths))
-    monkeypatch.setattr(molmo2.Attention, "heads", lambda self, *xs: (seen.append(len(xs[0])), heads(self, *xs))[1])
-    assert (model(ids) - whole).abs().max() < 1e-12 and seen == [5, 5, 2] * len(model.model.transformer.blocks)
-    monkeypatch.setattr(ops, "linear", ops.column_major_product)
-    assert (model(ids) - whole).abs().max() < 1e-12
 
 
 @torch.no_grad()

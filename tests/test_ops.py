@@ -1,7 +1,9 @@
-"""Column-major, or in pieces, a product is the same, and it is used where it was measured to be faster, only there.
+"""Every fast way of `ops.py` against the plain one, and where it is used: where it was measured to be faster, only there.
 
 pytest tests/test_ops.py
 """
+
+import inspect
 
 import pytest
 import torch
@@ -9,10 +11,13 @@ import torch.nn.functional as F
 from conftest import random_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from yojo import lora, ops
+from yojo import lora, molmo2, ops
 from yojo.molmo2 import Cache
+from yojo.ops import attention, kernel_attention, product_attention, softmax_attention
 
 LINE_BYTES = 64
+
+# ------------------------------------------------------------------------------------------------------------ x W^T
 
 
 @torch.no_grad()
@@ -33,24 +38,12 @@ def test_its_columns_begin_at_cache_lines_an_odd_number_of_them_apart(tokens):
     assert rest == 0 and lines % 2 == 1 and tokens <= y.stride(1) < tokens + 32
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7), (3, 5, 7), (0, 7)])
-def test_in_pieces_it_is_the_same_product(shape, monkeypatch):
-    monkeypatch.setattr(ops, "PIECE", 5)
-    x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(9, 7, dtype=torch.float64)
-    y = ops.product_in_pieces(x, weight)
-    assert y.shape == (*shape[:-1], 9) and y.is_contiguous()
-    assert torch.allclose(y, F.linear(x, weight), rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("here", [True, False])
-def test_when_scoring_large_float32_matrices_and_many_tokens_of_bfloat16_go_other_ways(here, monkeypatch):
+def test_when_scoring_large_float32_matrices_go_another_way(here, monkeypatch):
     used = []
     monkeypatch.setattr(ops, "bf16_without_amx", lambda device: here and device == "cpu")
-    for name in ("column_major_product", "product_in_pieces"):
-        monkeypatch.setattr(ops, name, lambda *_, name=name: used.append(name))
-    large, small, many = torch.zeros(1024, 1024), torch.zeros(1024, 1023), ops.PIECE + 1
-    half = torch.zeros(1, 8, dtype=torch.bfloat16)
+    monkeypatch.setattr(ops, "column_major_product", lambda *_: used.append("column major"))
+    large, small, half = torch.zeros(1024, 1024), torch.zeros(1024, 1023), torch.zeros(1024, 1024).bfloat16()
 
     def way(tokens, weight):
         used.clear()
@@ -58,13 +51,12 @@ def test_when_scoring_large_float32_matrices_and_many_tokens_of_bfloat16_go_othe
         return used[0] if used else "linear"
 
     with torch.no_grad():
-        assert way(2, large) == ("column_major_product" if here else "linear") and way(1, large) == "linear"
-        assert way(many, half) == ("product_in_pieces" if here else "linear") and way(many - 1, half) == "linear"
-        for weight in (small, small.double(), large.double(), large.to("meta"), half.to("meta")):
-            assert way(many, weight) == "linear"
+        assert way(2, large) == ("column major" if here else "linear") and way(1, large) == "linear"
+        for weight in (small, small.double(), large.double(), half, large.to("meta"), half.to("meta")):
+            assert way(1025, weight) == "linear"
         with torch.autocast("cpu", torch.bfloat16):
-            assert way(many, large) == way(many, half) == "linear"
-    assert way(many, large) == way(many, half) == "linear"
+            assert way(2, large) == "linear"
+    assert way(2, large) == "linear"
 
 
 @pytest.mark.parametrize("able, like", [
@@ -81,11 +73,9 @@ def test_bf16_without_amx_is_a_cpu_with_bfloat16_instructions_but_without_amx(ab
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", [ops.column_major_product, ops.product_in_pieces])
 @pytest.mark.parametrize("adapter", [None, "a"])
-def test_a_network_of_such_products_is_the_same_network(way, adapter, monkeypatch):
+def test_a_network_of_such_products_is_the_same_network(adapter, monkeypatch):
     """Rows, tokens that are read, an adapter beside, and a row after a cache; counted the same, too."""
-    monkeypatch.setattr(ops, "PIECE", 5)
     model = random_model()
     lora.add(model, "a", lora.LoraConfig(r=2, dropout=0), torch.Generator().manual_seed(0))
     for p in lora.parameters(model, "a"):
@@ -99,6 +89,185 @@ def test_a_network_of_such_products_is_the_same_network(way, adapter, monkeypatc
         return [*results, torch.tensor(counter.get_total_flops())]
 
     plain = hidden()
-    monkeypatch.setattr(ops, "linear", way)
-    for ours, theirs in zip(hidden(), plain, strict=True):
-        assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
+    monkeypatch.setattr(ops, "linear", ops.column_major_product)
+    for numbers in (ops.NUMBERS, 5 * 64):  # also with heads in pieces, which then are made row-major
+        monkeypatch.setattr(ops, "NUMBERS", numbers)
+        for ours, theirs in zip(hidden(), plain, strict=True):
+            assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
+
+
+# -------------------------------------------------------------------------------------------------------- attention
+
+
+def test_attention_repeats_key_heads_in_groups():
+    """With grouped queries, query heads 0 and 1 read key head 0, and 2 and 3 read key head 1."""
+    q, k = torch.zeros(1, 4, 1, 2), torch.zeros(1, 2, 1, 2)
+    v = torch.tensor([[[[1.0, 1.0]], [[2.0, 2.0]]]])
+    assert attention(q, k, v, None)[0, :, 0, 0].tolist() == [1, 1, 2, 2]
+
+
+# Queries, keys, causal.
+LOOKS = {"all": (5, 9, False), "past": (9, 9, True), "past, the last queries": (5, 9, True)}
+
+
+def qkv(queries, keys, dtype, batch=2):
+    """Six query heads on two key heads, laid out as the network has them."""
+    g = torch.Generator().manual_seed(0)
+    sizes = ((6, queries), (2, keys), (2, keys))
+    return [torch.randn(batch, T, h, 8, generator=g, dtype=torch.float64).to(dtype).transpose(1, 2) for h, T in sizes]
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_plain_products_equal_the_kernel(look):
+    queries, keys, causal = LOOKS[look]
+    q, k, v = qkv(queries, keys, torch.float64)
+    kernel = kernel_attention(q, k, v, causal=causal)
+    assert (product_attention(q, k, v, causal) - kernel).abs().max() < 1e-12
+
+
+def test_plain_products_round_scores_no_worse_than_their_dtype():
+    """In bf16, for scores of size 1, they err about twice as much as the kernel, which keeps its scores in float32."""
+    q, k, v = qkv(300, 900, torch.bfloat16)
+    exact = kernel_attention(q.double(), k.double(), v.double(), None, True)
+    errors = [
+        float((way(q, k, v, causal=True) - exact).abs().mean() / exact.abs().mean())
+        for way in (kernel_attention, product_attention)
+    ]
+    assert errors[1] < 2.5 * errors[0] < 0.01
+
+
+@pytest.mark.parametrize("lags", [True, False])
+def test_plain_products_are_for_many_scores_in_bfloat16_where_the_kernel_lags(lags, monkeypatch):
+    """And not for training, nor under a mask, nor for scores that fill the cache."""
+    asked = []
+    monkeypatch.setattr(ops, "kernel_lags", lambda dtype, device: lags and dtype == torch.bfloat16)
+    for name in ("kernel_attention", "product_attention"):
+        monkeypatch.setattr(ops, name, lambda *_, name=name: asked.append(name))
+    few, many, exact = (qkv(*sizes, dtype, batch=1) for sizes, dtype in (
+        ((100, 200), torch.bfloat16), ((100, 300), torch.bfloat16), ((100, 300), torch.float32)
+    ))  # fmt: skip
+    vast = qkv(2400, 2400, torch.bfloat16, batch=1)
+    row = torch.ones(1, 1, 100, 300, dtype=torch.bool)
+    with torch.no_grad():
+        softmax_attention(*many)
+        for q, k, v, allow in ((*few, None), (*vast, None), (*exact, None), (*many, row)):
+            softmax_attention(q, k, v, allow)
+    softmax_attention(*many)
+    fast = "product_attention" if lags else "kernel_attention"
+    assert asked == [fast, *["kernel_attention"] * 5]
+
+
+def test_the_kernel_is_the_sum_it_stands_for():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 12, 8, generator=g, dtype=torch.float64) for h in (6, 2, 2))
+    every = [x.repeat_interleave(3, dim=1) for x in (k, v)]
+    scores = q @ every[0].mT / 8**0.5
+    back = torch.ones(12, 12, dtype=torch.bool).tril()
+    looks = {"everybody": (None, False, scores), "back": (None, True, scores.masked_fill(~back, -torch.inf))}
+    looks["a mask"] = (back.mT, False, scores.masked_fill(~back.mT, -torch.inf))
+    for allow, causal, left in looks.values():
+        assert (softmax_attention(q, k, v, allow, causal) - left.softmax(-1) @ every[1]).abs().max() < 1e-12
+    few = attention(q[:, :, 8:], k, v, None)  # the last queries beside the last keys
+    assert (few - attention(q, k, v, None)[:, :, 8:]).abs().max() < 1e-12
+    half = [x.bfloat16() for x in (q, k, v)]
+    assert (attention(*half, None) - attention(q, k, v, None)).abs().max() < 0.03
+
+
+# --------------------------------------------------------------------------------------------------- token by token
+
+
+def marked():
+    """Every method of the package that `tokenwise` marks, by its name."""
+    return {
+        f"{kind.__name__}.{name}": method
+        for module in (molmo2, lora)
+        for kind in vars(module).values()
+        if inspect.isclass(kind) and kind.__module__ == module.__name__
+        for name, method in vars(kind).items()
+        if hasattr(method, "__wrapped__") and method.__code__.co_filename == ops.__file__
+    }
+
+
+def cases(model):
+    """name -> (the module, the method's arguments): rows of a batch, picked tokens, views; with and without adapter."""
+    block = model.model.transformer.blocks[0]
+    tower = model.model.vision_backbone.image_vit.transformer["resblocks"][0].feed_forward
+    g = torch.Generator().manual_seed(0)
+    rows, picked, views, qkv = (
+        torch.randn(size, generator=g, dtype=torch.float64) for size in ((2, 7, 32), (5, 32), (3, 4, 24), (2, 7, 64))
+    )
+    positions = torch.stack([torch.arange(7), torch.arange(7) + 3])
+    angles = molmo2.rotary_angles(positions, 8, 10_000.0, torch.float64)
+    column_major = qkv.transpose(0, 2).contiguous().transpose(0, 2)
+    return [
+        ("VisionMLP.forward", tower, (views,)),
+        ("MLP.forward", block.mlp, (rows, None)),
+        ("MLP.forward", block.mlp, (picked, "a")),
+        ("Attention.heads", block.self_attn, (qkv, *angles)),
+        ("Attention.heads", block.self_attn, (column_major, *angles)),
+    ]
+
+
+def test_every_marked_method_in_pieces_of_three_equals_the_whole(monkeypatch):
+    """And token by token, which is what the mark promises."""
+    model = random_model()
+    lora.add(model, "a", lora.LoraConfig(r=2, dropout=0), torch.Generator().manual_seed(0))
+    for p in lora.parameters(model, "a"):
+        p.data.normal_()
+    methods, tested = marked(), cases(model)
+    assert {name for name, *_ in tested} == set(methods)
+    for name, module, args in tested:
+        pieces, plain = [], methods[name].__wrapped__
+        monkeypatch.setattr(type(module), name.split(".")[1], spied(plain, pieces, name))
+        whole = plain(module, *args)
+        for size in (3, 1):
+            monkeypatch.setattr(ops, "PIECE", size)
+            monkeypatch.setattr(ops, "NUMBERS", size * args[0].shape[-1])
+            pieces.clear()
+            with torch.no_grad():
+                parts = getattr(module, name.split(".")[1])(*args)
+            assert max(pieces) == size and sum(pieces) == args[0].shape[:-1].numel()
+            for ours, theirs in zip(*(x if isinstance(x, tuple) else (x,) for x in (parts, whole)), strict=True):
+                assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 1e-12 * theirs.abs().max()
+
+
+def spied(plain, pieces, name):
+    """The method, marked anew, which writes down how many tokens it is given at a time."""
+
+    def method(self, x, *more):
+        pieces.append(x.shape[:-1].numel())
+        return plain(self, x, *more)
+
+    return ops.tokenwise(products=name != "Attention.heads")(method)
+
+
+def test_with_a_gradient_nothing_goes_in_pieces(monkeypatch):
+    monkeypatch.setattr(ops, "PIECE", 3)
+    pieces, mlp = [], random_model().model.transformer.blocks[0].mlp
+    monkeypatch.setattr(type(mlp), "forward", spied(type(mlp).forward.__wrapped__, pieces, "MLP.forward"))
+    mlp(torch.randn(2, 7, 32, dtype=torch.float64), None)
+    assert pieces == [14]
+
+
+@torch.no_grad()
+def test_heads_in_pieces_equal_the_whole(monkeypatch):
+    """Norm and rotation five tokens at a time, over the rows of a batch, also of a column-major product."""
+    model = random_model()
+    ids, attention = torch.randint(0, 399, (2, 6)), model.model.transformer.blocks[0].self_attn
+    whole, seen = model(ids), []
+    heads = spied(molmo2.Attention.heads.__wrapped__, seen, "Attention.heads")
+    monkeypatch.setattr(ops, "NUMBERS", 5 * sum(attention.widths))
+    monkeypatch.setattr(molmo2.Attention, "heads", heads)
+    assert (model(ids) - whole).abs().max() < 1e-12 and seen == [5, 5, 2] * len(model.model.transformer.blocks)
+    monkeypatch.setattr(ops, "linear", ops.column_major_product)
+    assert (model(ids) - whole).abs().max() < 1e-12
+
+
+def test_swiglu_is_written_over_its_gate_only_when_nothing_is_learned():
+    x = torch.randn(3, 8, dtype=torch.float64)
+    up, gate = x[:, :4].clone(), x[:, 4:].clone()
+    plain = ops.swiglu(x)
+    assert (plain - F.silu(gate) * up).abs().max() < 1e-15 and torch.equal(x[:, 4:], gate)
+    with torch.no_grad():
+        assert torch.equal(ops.swiglu(x), plain)
+    assert torch.equal(x[:, 4:], plain)

@@ -41,6 +41,11 @@ class Run(NamedTuple):
     keys: list[tuple[int, int]]
     causal: bool
 
+    @property
+    def reach(self) -> list[tuple[int, int]]:
+        """All keys that its last token attends to; those of a causal run itself come last."""
+        return joined([*self.keys, (self.start, self.stop)]) if self.causal else self.keys
+
 
 @dataclass(frozen=True)
 class AttentionMask:

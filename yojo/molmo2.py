@@ -145,10 +145,8 @@ class VisionMLP(nn.Module):
         self.w1 = nn.Linear(width, inner)
         self.w2 = nn.Linear(inner, width)
 
+    @ops.tokenwise(products=True)
     def forward(self, x: Tensor) -> Tensor:
-        return ops.in_pieces(self.whole, ops.PIECE, x.flatten(0, -2)).view_as(x)
-
-    def whole(self, x: Tensor) -> Tensor:
         return self.w2(F.gelu(self.w1(x), approximate="tanh"))
 
 
@@ -291,18 +289,16 @@ class Attention(nn.Module):
         self.k_norm = RotaryNorm(c.head_dim, c.rms_norm_eps)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask, adapter: str | None, past, read) -> Tensor:
-        rows = (y.flatten(0, 1) for y in (self.att_proj(x, adapter), *angles))
-        q, k, v = ops.in_pieces(self.heads, ops.NORMED // sum(self.widths), *rows)
-        q, k, v = (y.unflatten(0, x.shape[:2]).transpose(1, 2) for y in (q, k, v))
+        q, k, v = (y.transpose(1, 2) for y in self.heads(self.att_proj(x, adapter), *angles))
         if past is not None:
             k, v = past.append(k, v)
         out = ops.attention(q, k, v, mask, mask is None, read).transpose(1, 2).flatten(2)
         return self.attn_out(pick(out, read), adapter)
 
+    @ops.tokenwise(products=False)
     def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What att_proj made of some tokens, and their angles [tokens, 1, d/2] -> q, k, v, each [tokens, heads, d]."""
-        qkv = qkv.contiguous().split(self.widths, dim=-1)  # a head's numbers together
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv)
+        """What att_proj made of tokens, [..., sum of widths], and their angles -> q, k, v, each [..., heads, d]."""
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv.split(self.widths, dim=-1))
         return self.q_norm(q, cos, sin), self.k_norm(k, cos, sin), v
 
 
@@ -320,11 +316,9 @@ class MLP(nn.Module):
         self.act = SwiGLU()
         self.ff_out = Linear(c.intermediate_size, c.hidden_size)
 
-    def whole(self, x: Tensor, adapter: str | None) -> Tensor:
-        return self.ff_out(self.act(self.ff_proj(x, adapter)), adapter)
-
+    @ops.tokenwise(products=True)
     def forward(self, x: Tensor, adapter: str | None) -> Tensor:
-        return ops.in_pieces(lambda few: self.whole(few, adapter), ops.PIECE, x.flatten(0, -2)).view_as(x)
+        return self.ff_out(self.act(self.ff_proj(x, adapter)), adapter)
 
 
 class Block(nn.Module):

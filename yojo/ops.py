@@ -1,17 +1,22 @@
-"""How the arithmetic is done fast. Closed at a first reading: each function computes the mathematics in its docstring,
-and everything else here is about time and memory. `molmo2.py` says what is computed.
+"""How the arithmetic is made fast. Leave it closed at a first reading: what each function computes is the mathematics in
+its docstring, and `molmo2.py` calls these and knows nothing else of speed.
 
     linear(x, W)               x W^T
     attention(q, k, v, mask)   softmax(q k^T / sqrt(d)) v
     swiglu(x)                  silu(gate) * up
+    @tokenwise(...)            marks a method that treats every token by itself, so some may go after the others
+    fuse(modules)              lets a compiler make one program of each
 
-See it: `pytest tests/test_ops.py`; figures in LOG.md.
+When nothing is learned, there are faster ways than torch's own, on a CPU mostly. Each stays for as long as LOG.md has it
+at 5% of a whole pass or more. Where numbers are rounded otherwise the docstring says so; nothing else differs.
+
+See it: `pytest tests/test_ops.py` holds every fast way against the plain one.
 """
 
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, wraps
 
 import torch
 import torch.nn.functional as F
@@ -21,57 +26,55 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from yojo.files import InputError
 from yojo.mask import AttentionMask, Run, joined
 
-# Torch takes memory from the system 4 kB at a time unless it is told before its first tensor to ask for large pages. A
-# pass makes tensors of tens of megabytes, and fetching them is up to a tenth of its time.
+# Before its first tensor torch can be told to ask the system for large pages of memory instead of 4 kB at a time. A pass
+# makes tensors of tens of megabytes, and page-faulting them is up to a tenth of its time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-LARGE = 2**20  # numbers in a matrix; for smaller ones `F.linear` is the faster
+LARGE = 2**20  # numbers in a matrix; smaller ones are multiplied faster by `F.linear`
 LINE = 16  # float32 numbers in a cache line
-PIECE = 1024  # tokens that an MLP, or a bfloat16 product, works on at a time
-NORMED = 2**20  # numbers of queries, keys and values that are normed and rotated at a time: 170 tokens of the 4B
 DENSE_UP_TO = 512  # tokens in a row; beyond this a [T, T] mask costs more than a call for every run
-QUERIES = 128  # of a call, at most: fewer make more calls, more compute more in vain
-PRODUCTS = range(2**16, 2**24)  # scores of one key head: fewer are too many small calls, more leave the cache
+QUERIES = 128  # in a call, at most: fewer make more calls, more compute more hidden pairs
+SCORES = range(2**16, 2**24)  # of one key head: fewer make too many small calls, more leave the cache
+PIECE = 1024  # tokens of a tokenwise method that multiplies by matrices, at a time
+NUMBERS = 2**20  # of the first tensor of one that does not
+
+
+def learning() -> bool:
+    """Is a gradient asked for, or does autocast or a compiler choose how to compute? Then only plain ways are used."""
+    return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+
+
+@cache
+def bf16_without_amx(device: str) -> bool:
+    """Is this a CPU with bfloat16 instructions but without AMX? Measured was one of these, an AMD EPYC (Zen 4)."""
+    able = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return able.get("avx512_bf16", False) and not able.get("amx_tile", False)
+
+
+# ------------------------------------------------------------------------------------------------------------ x W^T
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """X W^T. x [..., in], weight [out, in], of one dtype -> [..., out], which need not be contiguous."""
-    plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")  # which have rules for `F.linear`
-    return F.linear(x, weight) if plain else way(weight, x.shape[:-1].numel())(x, weight)
-
-
-def way(weight: Tensor, tokens: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The fastest to multiply so many tokens by this matrix, where that is known; else `F.linear`."""
-    if bf16_without_amx(weight.device.type):
-        if weight.dtype == torch.float32 and weight.numel() >= LARGE and tokens > 1:
-            return column_major_product
-        if weight.dtype == torch.bfloat16 and tokens > PIECE:
-            return product_in_pieces
-    return F.linear
+    """x W^T. x [..., in], weight [out, in], of one dtype -> [..., out], which need not be contiguous."""
+    large = weight.dtype == torch.float32 and weight.numel() >= LARGE and x.shape[:-1].numel() > 1
+    if large and not learning() and bf16_without_amx(weight.device.type):
+        return column_major_product(x, weight)
+    return F.linear(x, weight)
 
 
 def column_major_product(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear(x, weight)` as (W X^T)^T."""
+    """x W^T as (W x^T)^T: memory holds the result output by output instead of token by token.
+
+    Its columns lie an odd number of cache lines apart, so that they spread over all sets of the cache; 4,096 bytes apart
+    they would share one and evict each other.
+    """
     rows = x.flatten(0, -2)
     lines = -(-len(rows) // LINE) | 1  # odd
     columns = x.new_empty(len(weight), lines * LINE)[:, : len(rows)]
     return torch.mm(weight, rows.T, out=columns).T.unflatten(0, x.shape[:-1])
 
 
-def product_in_pieces(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear(x, weight)`, PIECE tokens at a time."""
-    y = x.new_empty(*x.shape[:-1], len(weight))
-    for few, result in zip(x.flatten(0, -2).split(PIECE), y.flatten(0, -2).split(PIECE), strict=True):
-        torch.mm(few, weight.T, out=result)
-    return y
-
-
-@cache
-def bf16_without_amx(device: str) -> bool:
-    """Is this a CPU with bfloat16 instructions but without AMX? What is chosen by this was measured on one of these
-    only, an AMD EPYC (Zen 4)."""
-    able = torch.cpu.get_capabilities() if device == "cpu" else {}
-    return able.get("avx512_bf16", False) and not able.get("amx_tile", False)
+# -------------------------------------------------------------------------------------------------------- attention
 
 
 def attention(
@@ -86,18 +89,18 @@ def attention(
     head.
 
     mask: an `AttentionMask` of Q = S tokens, or bool [B, 1, Q, S]; a query that may attend to nothing gets 0. None =
-    everybody attends to everybody, or, if causal, to itself and back, the last query beside the last key. read int
-    [R, 2]: the only (row, index) that are asked for; others may be left at 0.
+    all attend to all, or, if causal, to themselves and back, the last query beside the last key. read int [R, 2]: the
+    only (row, index) that are asked for; others may be left at 0.
     """
     if not isinstance(mask, AttentionMask):
         return softmax_attention(q, k, v, mask, causal)
     if not by_runs(q.shape[2]):
         return softmax_attention(q, k, v, mask.dense[:, None])
-    (B, H, T, d), wanted = q.shape, None if read is None else read.tolist()
+    (B, H, T, d), asked = q.shape, None if read is None else read.tolist()
     k, v = k.contiguous(), v.contiguous()  # head by head, as the kernel reads them, once for all calls
     parts, end = [], 0  # of all rows, one after the other; where no call stands, 0
     for run in calls(mask):
-        if holds(run, wanted):
+        if holds(run, asked):
             start = run.row * T + run.start
             parts += [q.new_zeros(start - end, H, d), attend(q, k, v, run)]
             end = start + run.stop - run.start
@@ -106,13 +109,13 @@ def attention(
 
 
 def by_runs(tokens: int) -> bool:
-    """Are rows of so many tokens computed run by run? Short ones are in one call, under a mask of all pairs."""
+    """Are rows of so many tokens computed run by run? Short ones are one call, under a mask of all pairs."""
     return tokens > DENSE_UP_TO
 
 
 def calls(mask: AttentionMask) -> list[Run]:
-    """The runs of a mask, as a kernel computes them: a causal run that attends to all of the one before it is one with
-    that; on a CPU, whose kernel computes all keys of a call for all its queries, runs are cut."""
+    """The runs of a mask as they are computed, a call of a kernel each. A causal run that attends to all of the causal
+    run before it is one with that. A CPU's kernel computes every key of a call for every query: there runs are cut."""
     runs: list[Run] = []
     for run in mask.runs:
         if runs and goes_on(runs[-1], run):
@@ -123,9 +126,9 @@ def calls(mask: AttentionMask) -> list[Run]:
 
 
 def goes_on(last: Run, run: Run) -> bool:
-    """Are these two side by side one causal run?"""
+    """Are these two, side by side, one causal run?"""
     side_by_side = (last.row, last.stop) == (run.row, run.start)
-    return side_by_side and last.causal and run.causal and run.keys == reach(last)
+    return side_by_side and last.causal and run.causal and run.keys == last.reach
 
 
 def cut(run: Run) -> Iterator[Run]:
@@ -135,62 +138,50 @@ def cut(run: Run) -> Iterator[Run]:
         yield run._replace(start=start, stop=min(start + QUERIES, run.stop), keys=keys)
 
 
-def reach(run: Run) -> list[tuple[int, int]]:
-    """All keys that a run's last token attends to; if the run is causal its own come last."""
-    return joined([*run.keys, (run.start, run.stop)]) if run.causal else run.keys
-
-
 def holds(run: Run, read: Sequence[Sequence[int]] | None) -> bool:
-    """Is one of these (row, index) in the run? None = all tokens are asked for."""
+    """Is one of these (row, index) in the run? None = every token is asked for."""
     return read is None or any(row == run.row and run.start <= t < run.stop for row, t in read)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
     """One run's queries at its keys -> [tokens, H, d]."""
     q = q[run.row, None, :, run.start : run.stop]
-    k, v = ([x[run.row, None, :, a:z] for a, z in reach(run)] for x in (k, v))
+    k, v = ([x[run.row, None, :, a:z] for a, z in run.reach] for x in (k, v))
     k, v = (x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (k, v))
     return softmax_attention(q, k, v, None, run.causal)[0].transpose(0, 1)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, q [B, H, Q, d], k and v [B, K, S, d] -> [B, H, Q, d], in the fastest way at hand.
-
-    allow bool [Q, S], or [B, 1, Q, S] where a query may see nothing and gets 0: who may look at whom; None = everybody,
-    or, if causal, at itself and back, the last query beside the last key. Query heads share key heads, H / K of them
-    each.
-    """
-    worth = q.shape[1] // k.shape[1] * q.shape[2] * k.shape[2] in PRODUCTS
-    sure = allow is None or allow.ndim == 2  # that every query sees a key
-    if kernel_lags(q.dtype, q.device.type) and worth and sure and not torch.is_grad_enabled():
-        return product_attention(q, k, v, allow, causal)
+    """softmax(q k^T / sqrt(d)) v in one call; arguments as in `attention`, allow bool [Q, S] or [B, 1, Q, S]."""
+    scores = q.shape[1] // k.shape[1] * q.shape[2] * k.shape[2]
+    if allow is None and scores in SCORES and kernel_lags(q.dtype, q.device.type) and not learning():
+        return product_attention(q, k, v, causal)
     return kernel_attention(q, k, v, allow, causal)
 
 
 def kernel_lags(dtype: torch.dtype, device: str) -> bool:
-    """Does torch's kernel take nearly twice the time of plain products? Yes in bf16 on a CPU that multiplies it fast,
-    but not by AMX; with AMX they take twice the kernel's."""
+    """Do plain products beat torch's fused kernel? In bfloat16 on a CPU without AMX nearly twofold; with AMX the kernel
+    is twice as fast as they."""
     return dtype == torch.bfloat16 and bf16_without_amx(device)
 
 
-def product_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:
-    """`softmax_attention` as it is written, one key head after the other, so that its scores stay in the cache. They
-    are rounded to q's dtype. Every query must see a key."""
+def product_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v as it is written, one key head after the other, so that its scores stay in the cache.
+    They are rounded to q's dtype before the softmax."""
     B, H, Q, d = q.shape
-    K, seen = k.shape[1], k.shape[2]
-    if causal:  # of the keys, only those beside the queries need a mask
-        allow, seen = torch.ones(Q, Q, dtype=torch.bool, device=q.device).tril(), Q
+    K = k.shape[1]
     out = []
     for few, key, value in zip(q.reshape(B * K, -1, d), k.flatten(0, 1), v.flatten(0, 1), strict=True):
         scores = torch.addmm(few.new_zeros(()), few, key.T, beta=0, alpha=d**-0.5)
-        if allow is not None:
-            scores.view(H // K, Q, -1)[..., -seen:].masked_fill_(~allow, -math.inf)
+        if causal:  # of the keys, only those beside the queries need a mask
+            later = torch.ones(Q, Q, dtype=torch.bool, device=q.device).triu(1)
+            scores.view(H // K, Q, -1)[..., -Q:].masked_fill_(later, -math.inf)
         out.append(scores.softmax(-1) @ value)
     return torch.stack(out).view(B, H, Q, d)
 
 
-def kernel_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None, causal: bool) -> Tensor:
-    """`softmax_attention` by torch's kernels."""
+def kernel_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v by torch's kernels."""
     queries, keys, shared = q.shape[2], k.shape[2], k.shape[1] < q.shape[1]
     later = causal and queries < keys  # the queries come after some of the keys, or torch's own `is_causal` would do
     flash = q.is_cuda and allow is None and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, shared))
@@ -205,34 +196,55 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None, caus
     return F.scaled_dot_product_attention(q, k, v, allow, is_causal=causal and not later, enable_gqa=shared)
 
 
-def in_pieces(do: Callable, size: int, *xs: Tensor) -> Tensor | tuple[Tensor, ...]:
-    """do(*xs), all [tokens, ...]; on a CPU without gradients `size` tokens at a time: to fetch pages for large
-    temporaries costs as much as to fill them."""
-    if xs[0].is_cuda or torch.is_grad_enabled() or len(xs[0]) <= size:
-        return do(*xs)
-    pieces = [do(*few) for few in zip(*(x.split(size) for x in xs), strict=True)]
-    return torch.cat(pieces) if isinstance(pieces[0], Tensor) else tuple(map(torch.cat, zip(*pieces, strict=True)))
+# --------------------------------------------------------------------------------------------------- token by token
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up, of both side by side. x [..., 2 * inner] -> [..., inner]. Where no gradient is asked for it is
-    written over the gate, and x is lost."""
-    up, gate = x.chunk(2, dim=-1)  # the checkpoint stacks up first, gate second
-    free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()  # a compiler would write all of x anew
-    return F.silu(gate, inplace=free).mul_(up)
+    """silu(gate) * up.  x [..., 2 * inner], up first, gate second -> [..., inner]. When nothing is learned it is written
+    over the gate, and x is lost."""
+    up, gate = x.chunk(2, dim=-1)
+    return F.silu(gate, inplace=not learning()).mul_(up)
+
+
+def tokenwise(products: bool) -> Callable:
+    """Marks a method of x [..., width] that treats every token by itself, f(x)[t] = f(x[t]), as it does with all other
+    tensors [..., *] that it takes and gives. products: does it multiply by matrices?
+
+    On a CPU, when nothing is learned, some tokens go after the others, and x is made contiguous: page-faulting large
+    temporaries costs as much as computing them. Products want more tokens at a time than sums.
+    """
+
+    def mark(method: Callable) -> Callable:
+        @wraps(method)
+        def in_pieces(self, x: Tensor, *more):
+            tokens, size = x.shape[:-1], PIECE if products else max(1, NUMBERS // x.shape[-1])
+            if learning() or x.is_cuda or tokens.numel() <= size:
+                return method(self, x.contiguous(), *more)
+            many = -(-tokens.numel() // size)
+            columns = (
+                y.flatten(0, x.ndim - 2).split(size) if isinstance(y, Tensor) else [y] * many for y in (x, *more)
+            )
+            pieces = [method(self, few.contiguous(), *rest) for few, *rest in zip(*columns, strict=True)]
+            if isinstance(pieces[0], Tensor):
+                return torch.cat(pieces).unflatten(0, tokens)
+            return tuple(torch.cat(column).unflatten(0, tokens) for column in zip(*pieces, strict=True))
+
+        return in_pieces
+
+    return mark
 
 
 @torch.no_grad()
-def fuse(parts: list[nn.Module], trial: Callable[[], object]) -> None:
-    """Let `torch.compile` make one program of each of these modules, and try one of them: where nothing can be compiled
-    this raises InputError."""
+def fuse(modules: Sequence[nn.Module], trial: Callable[[], object]) -> None:
+    """Let `torch.compile` make one program of each module. `trial` runs one of them: where nothing can be compiled it
+    ends in InputError."""
     import torch._dynamo as dynamo  # takes a second, which no other use has to wait for
 
     # One program each for rows and for picked tokens, one and many, with and without a gradient: more than the 8 of a
     # function that torch allows before it goes on without.
     dynamo.config.recompile_limit = max(32, dynamo.config.recompile_limit)
-    for part in parts:
-        part.compile(dynamic=True)
+    for module in modules:
+        module.compile(dynamic=True)
     try:
         trial()
     except dynamo.exc.TorchDynamoException as error:

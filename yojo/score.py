@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from yojo import ops, shapes
+from yojo import shapes
 from yojo.cli import COMPILE, DTYPE, WEIGHTS, Parser, run
 from yojo.data import collate, read_records
 from yojo.files import InputError, whole_file
 from yojo.image import FRAMES, INTERVAL, open_video
 from yojo.mask import DRAWN_UP_TO, MODES, draw
-from yojo.ops import kernel_lags, way
 from yojo.prompt import Encoded
 from yojo.reward import RewardModel
 
@@ -46,7 +45,6 @@ def main() -> None:
     parser.add_argument("--mode", choices=MODES, help="attention, where not the one the model was trained in")
     parser.add_argument("--dtype", **DTYPE)
     parser.add_argument("--compile", **COMPILE)
-    parser.add_argument("--verbose", action="store_true", help="say how every record is computed")
     parser.add_argument("--draw-mask", type=Path, metavar="FILE", help="draw the first record's mask as a PNG")
     args = parser.parse_args()
     run(lambda: score(args), parser, args)
@@ -60,8 +58,6 @@ def score(args: argparse.Namespace) -> dict | list[dict]:
     print(f"mode: {mode}" + ("" if mode == rm.mode else f" (trained in {rm.mode})"))
     records, results = asked(args), []
     encoded = encode_all(rm, records)
-    if args.verbose:
-        encoded = (tell(e, mode, rm, record[1]) for e, record in zip(encoded, records, strict=False))
     if args.draw_mask:
         first = next(encoded)
         save_mask(first, mode, rm, args.draw_mask, records[0][0])
@@ -78,22 +74,6 @@ def encode_all(rm: RewardModel, records: Sequence[tuple]) -> Iterator[Encoded]:
             yield rm.processor.encode(prompt, responses, images or None, video)
         except InputError as error:
             raise InputError(f"{where}{error}") from None
-
-
-def tell(encoded: Encoded, mode: str, rm: RewardModel, prompt: str) -> Encoded:
-    """Say what a record is, which form of attention serves it where it stands alone in a batch, where long ones stand
-    among others, and how the decoder's matrices are multiplied."""
-    mask, form = collate([encoded], mode).mask, "one call under a mask of all pairs"
-    backbone, T = rm.backbone, len(encoded.ids)
-    device, dtype = backbone.device.type, str(backbone.dtype).removeprefix("torch.")
-    multiply = way(backbone.model.transformer.blocks[0].self_attn.att_proj.weight, T).__name__
-    if ops.by_runs(T):
-        by = "plain products" if kernel_lags(backbone.dtype, device) else "torch's kernel"
-        form = f"{len(ops.calls(mask))} segments, a call each, by {by}, in a batch one row for all"
-    print(f"{' '.join(prompt.split())[:40]!r}: {T} tokens, {encoded.prompt_length} of them prompt and")
-    print(f"{int(encoded.image.sum())} pictures; {dtype} on {device}, matrices by {multiply}; attention: {form};")
-    print(f"{len(encoded.read)} positions leave the last block")
-    return encoded
 
 
 def load(args: argparse.Namespace) -> RewardModel:
