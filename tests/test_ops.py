@@ -1,4 +1,4 @@
-"""Every fast way of `ops.py` against the plain one, and where it is used: where it was measured to be faster, only there.
+"""Every fast way of `ops.py` against the plain one, and that it is used only where it was measured to be faster.
 
 pytest tests/test_ops.py
 """

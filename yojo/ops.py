@@ -1,5 +1,5 @@
-"""How the arithmetic is made fast. Leave it closed at a first reading: what each function computes is the mathematics in
-its docstring, and `molmo2.py` calls these and knows nothing else of speed.
+"""How the arithmetic is made fast. Leave it closed at a first reading: each function computes the mathematics in its
+docstring, and `molmo2.py`, which calls them, knows nothing else of speed.
 
     linear(x, W)               x W^T
     attention(q, k, v, mask)   softmax(q k^T / sqrt(d)) v
@@ -7,8 +7,8 @@ its docstring, and `molmo2.py` calls these and knows nothing else of speed.
     @tokenwise(...)            marks a method that treats every token by itself, so some may go after the others
     fuse(modules)              lets a compiler make one program of each
 
-When nothing is learned, there are faster ways than torch's own, on a CPU mostly. Each stays for as long as LOG.md has it
-at 5% of a whole pass or more. Where numbers are rounded otherwise the docstring says so; nothing else differs.
+When nothing is learned, there are faster ways than torch's own, most of them on a CPU. Each is kept for as long as it
+saves 5% of a whole pass in LOG.md. They differ from the plain ways in how numbers are rounded and in nothing else.
 
 See it: `pytest tests/test_ops.py` holds every fast way against the plain one.
 """
@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, wraps
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,8 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from yojo.files import InputError
 from yojo.mask import AttentionMask, Run, joined
 
-# Before its first tensor torch can be told to ask the system for large pages of memory instead of 4 kB at a time. A pass
-# makes tensors of tens of megabytes, and page-faulting them is up to a tenth of its time.
+# Torch asks the system for pages of 4 kB unless it is told before its first tensor to ask for large ones. A pass makes
+# tensors of tens of megabytes, and page-faulting them is up to a tenth of its time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 LARGE = 2**20  # numbers in a matrix; smaller ones are multiplied faster by `F.linear`
@@ -65,8 +66,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def column_major_product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T as (W x^T)^T: memory holds the result output by output instead of token by token.
 
-    Its columns lie an odd number of cache lines apart, so that they spread over all sets of the cache; 4,096 bytes apart
-    they would share one and evict each other.
+    Its columns lie an odd number of cache lines apart, so that they spread over all sets of the cache; 4,096 bytes
+    apart they would share one and evict each other.
     """
     rows = x.flatten(0, -2)
     lines = -(-len(rows) // LINE) | 1  # odd
@@ -200,8 +201,8 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = Non
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up.  x [..., 2 * inner], up first, gate second -> [..., inner]. When nothing is learned it is written
-    over the gate, and x is lost."""
+    """silu(gate) * up.  x [..., 2 * inner], up first, gate second -> [..., inner]. When nothing is learned it is
+    written over the gate, and x is lost."""
     up, gate = x.chunk(2, dim=-1)
     return F.silu(gate, inplace=not learning()).mul_(up)
 
@@ -220,11 +221,8 @@ def tokenwise(products: bool) -> Callable:
             tokens, size = x.shape[:-1], PIECE if products else max(1, NUMBERS // x.shape[-1])
             if learning() or x.is_cuda or tokens.numel() <= size:
                 return method(self, x.contiguous(), *more)
-            many = -(-tokens.numel() // size)
-            columns = (
-                y.flatten(0, x.ndim - 2).split(size) if isinstance(y, Tensor) else [y] * many for y in (x, *more)
-            )
-            pieces = [method(self, few.contiguous(), *rest) for few, *rest in zip(*columns, strict=True)]
+            rows = (y.flatten(0, x.ndim - 2).split(size) if isinstance(y, Tensor) else repeat(y) for y in (x, *more))
+            pieces = [method(self, few.contiguous(), *rest) for few, *rest in zip(*rows)]  # noqa: B905
             if isinstance(pieces[0], Tensor):
                 return torch.cat(pieces).unflatten(0, tokens)
             return tuple(torch.cat(column).unflatten(0, tokens) for column in zip(*pieces, strict=True))
