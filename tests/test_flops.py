@@ -45,14 +45,14 @@ def network(config, with_adapter=False):
         head = ValueHead(config.text.hidden_size, INNER)
         if with_adapter:
             lora.add(model, "reward", LORA)
-            model.adapter = "reward"
     return model, head
 
 
 def run_pass(model, head, ask, mode):
     mask = ask.mask(mode)
     ids = torch.zeros_like(mask.record, device="meta")
-    return head(model(ids, None, mask, torch.zeros_like(ids), read=torch.tensor(ask.read)))
+    adapter = next(iter(lora.adapters(model)), None)
+    return head(model(ids, None, mask, torch.zeros_like(ids), torch.tensor(ask.read), adapter=adapter))
 
 
 @pytest.mark.parametrize("mode", MODES)

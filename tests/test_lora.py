@@ -4,6 +4,7 @@ pytest tests/test_lora.py
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -94,6 +95,52 @@ def test_use_switches_nests_and_restores():
             raise RuntimeError
         assert torch.equal(model(IDS), policy)
     assert torch.equal(model(IDS), base)
+
+
+def test_an_adapter_can_be_named_for_one_pass():
+    """The name given to a pass beats `use`; None is the base; a name that is not there is refused, also inside."""
+    model = with_adapters("policy", "reward")
+    base, policy, reward = run(model, None), run(model, "policy"), run(model, "reward")
+    assert torch.equal(model(IDS, adapter="policy"), policy) and torch.equal(model(IDS), base)
+    with lora.use(model, "policy"):
+        assert torch.equal(model(IDS, adapter="reward"), reward) and torch.equal(model(IDS, adapter=None), base)
+    with pytest.raises(InputError, match="no adapter 'judge': the model has .'policy', 'reward'."):
+        model(IDS, adapter="judge")
+    with lora.use(model, "policy"):
+        lora.remove(model, "policy")
+        with pytest.raises(InputError, match="no adapter 'policy'"):
+            model(IDS)
+    assert torch.equal(model(IDS), base)
+
+
+def test_what_one_model_uses_is_no_matter_of_another():
+    a, b = with_adapters("policy"), with_adapters("policy")
+    with lora.use(a, "policy"):
+        assert lora.active(a) == "policy" and lora.active(b) is None
+        with lora.use(b, "policy"), lora.use(a, None):
+            assert lora.active(a) is None and lora.active(b) == "policy"
+    assert lora.active(a) is None and lora.active(b) is None
+
+
+def test_use_is_a_choice_of_the_calling_thread_alone():
+    """Four threads, 400 passes, each with the adapter that its thread chose, or named, or with the base."""
+    model = with_adapters("policy", "reward")
+    expected = {name: run(model, name) for name in ("policy", "reward", None)}
+
+    def passes(thread):
+        name = ("policy", "reward", None, "policy")[thread]
+        right = 0
+        for i in range(100):
+            if i % 3 == 0:
+                right += torch.equal(model(IDS, adapter=name), expected[name])
+            else:
+                with lora.use(model, name):
+                    right += torch.equal(model(IDS), expected[name])
+        return right, lora.active(model)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(passes, range(4))) == [(100, None)] * 4
+    assert lora.active(model) is None and torch.equal(model(IDS), expected[None])
 
 
 def test_merge_folds_the_adapter_into_the_base():

@@ -41,7 +41,6 @@ def test_the_inside_of_a_block_is_estimated_well(mode, responses):
     config = Config(text, TINY.vision, TINY.adapter, image_patch_id=407)
     model = Molmo2(config, lm_head=False).to(torch.bfloat16).requires_grad_(False).train()
     lora.add(model, "reward", LORA)
-    model.adapter = "reward"
     ask = Ask(700, 0, responses)
     mask = ask.mask(mode)
     seen, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -51,7 +50,7 @@ def test_the_inside_of_a_block_is_estimated_well(mode, responses):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(torch.zeros_like(mask.record), None, mask)
+        model(torch.zeros_like(mask.record), None, mask, adapter="reward")
     saved = sum(size for key, size in seen.items() if key not in weights)
     s, T = 2, mask.record.shape[1]
     gradients = T * 2 * s * 2 * text.intermediate_size

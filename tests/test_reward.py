@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,11 +65,32 @@ def test_only_the_adapter_and_the_head_learn(tiny_folder):
 def test_the_adapter_is_used_for_scoring_and_left_off_afterwards(tiny_folder):
     rm = make_model(tiny_folder)
     with_it = rm.score(*ASK)
-    assert rm.backbone.adapter is None
+    assert lora.active(rm.backbone) is None
     with torch.no_grad():
         for p in lora.parameters(rm.backbone, "reward"):
             p.zero_()
     assert rm.score(*ASK) != with_it
+
+
+def test_four_threads_may_score_with_one_model(tiny_folder):
+    """400 scores, all right: the adapter is an argument of every pass, not a state of the model."""
+    rm = make_model(tiny_folder)
+    alone = rm.score(*ASK)
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda _: rm.score(*ASK), range(400)))
+    assert all(scores == pytest.approx(alone, abs=1e-10) for scores in together)
+    assert lora.active(rm.backbone) is None and rm.score(*ASK) == pytest.approx(alone, abs=1e-10)
+
+
+def test_a_merged_judge_uses_no_adapter_whatever_its_caller_does(tiny_folder):
+    """A policy may live on the same backbone and be in use when the judge is asked."""
+    rm = make_model(tiny_folder)
+    rm.merge()
+    scores = rm.score(*ASK)
+    for p in lora.add(rm.backbone, "policy", lora.LoraConfig(r=2, dropout=0.0)):
+        p.data.normal_()
+    with lora.use(rm.backbone, "policy"):
+        assert rm.score(*ASK) == scores
 
 
 def test_mode_none_is_the_one_it_was_trained_in(tiny_folder):

@@ -145,8 +145,7 @@ def log_probs(
         model.device
     )
     features = [f for _, f, _ in groups if f is not None]
-    with lora.use(model, adapter):
-        hidden = model(ids, torch.cat(features) if features else None, mask, positions, read=read)
+    hidden = model(ids, torch.cat(features) if features else None, mask, positions, read, adapter=adapter)
     said = torch.cat([token for _, _, answers in groups for token in answers]).to(model.device)
     logits = at_least_float32(model.logits(hidden)) / temperature
     return logits.log_softmax(-1).gather(1, said[:, None]).squeeze(1)
@@ -222,8 +221,7 @@ def sample_group(
     mask = AttentionMask(
         torch.zeros_like(ids), torch.full_like(ids, PROMPT), encoded.image[None].to(ids.device), "joint"
     )
-    with lora.use(model, POLICY):
-        out = model.generate(ids, features, mask, c.group, c.max_new_tokens, c.temperature, generator).cpu()
+    out = model.generate(ids, features, mask, c.group, c.max_new_tokens, c.temperature, generator, POLICY).cpu()
     ends = [(row == model.config.eos_id).nonzero().flatten()[:1].tolist() for row in out]
     return [row[: end[0] + 1] if end else row for row, end in zip(out, ends, strict=True)]
 
@@ -396,20 +394,21 @@ def examine(
     """True quality of answers to new questions: greedy ones, or four sampled ones each."""
     rng, generator, values = random.Random(f"{seed} examine"), torch.Generator().manual_seed(seed), []
     n = 1 if temperature == 0 else 4
-    with lora.use(rm.backbone, adapter):
-        for _ in range(count):
-            q = question(rng)
-            encoded = rm.processor.encode(q.prompt, [], q.images)
-            features = rm.backbone.see(encoded.pictures.patches, encoded.pictures.pooling)
-            image = encoded.image[None]
-            mask = AttentionMask(torch.zeros_like(image, dtype=torch.long), encoded.response[None], image, "joint")
-            said = rm.backbone.generate(encoded.ids[None], features, mask, n, c.max_new_tokens, temperature, generator)
-            end = rm.backbone.config.eos_id
-            texts = [
-                rm.processor.tokenizer.decode([t for t in row if t != end and t != rm.backbone.config.pad_id])
-                for row in said.tolist()
-            ]
-            values.append(metrics.mean([quality(q, text) for text in texts]))
+    for _ in range(count):
+        q = question(rng)
+        encoded = rm.processor.encode(q.prompt, [], q.images)
+        features = rm.backbone.see(encoded.pictures.patches, encoded.pictures.pooling)
+        image = encoded.image[None]
+        mask = AttentionMask(torch.zeros_like(image, dtype=torch.long), encoded.response[None], image, "joint")
+        said = rm.backbone.generate(
+            encoded.ids[None], features, mask, n, c.max_new_tokens, temperature, generator, adapter
+        )
+        end = rm.backbone.config.eos_id
+        texts = [
+            rm.processor.tokenizer.decode([t for t in row if t != end and t != rm.backbone.config.pad_id])
+            for row in said.tolist()
+        ]
+        values.append(metrics.mean([quality(q, text) for text in texts]))
     return values
 
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from yojo import ops
+from yojo import lora, ops
 from yojo.files import InputError
 from yojo.lora import Linear
 from yojo.mask import AttentionMask
@@ -118,6 +118,16 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def heads(x: Tensor, d: int) -> Tensor:
+    """Vectors in pieces of width d, one a head: [B, T, H d] -> [B, H, T, d]."""
+    return x.unflatten(-1, (-1, d)).transpose(1, 2)
+
+
+def joined(x: Tensor) -> Tensor:
+    """And back: [B, H, T, d] -> [B, T, H d]."""
+    return x.transpose(1, 2).flatten(2)
+
+
 # ---------------------------------------------------------------------------------------------------- vision tower
 
 
@@ -126,7 +136,7 @@ class VisionAttention(nn.Module):
 
     def __init__(self, width_in: int, width_out: int, heads: int, head_dim: int):
         super().__init__()
-        self.heads = heads
+        self.head_dim = head_dim
         self.wq = nn.Linear(width_in, heads * head_dim)
         self.wk = nn.Linear(width_in, heads * head_dim)
         self.wv = nn.Linear(width_in, heads * head_dim)
@@ -134,9 +144,8 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B, Q, width_in], keys [B, S, width_in], mask bool [B, 1, Q, S] -> [B, Q, width_out]."""
-        ways = ((self.wq, x), (self.wk, keys), (self.wv, keys))
-        q, k, v = (w(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for w, y in ways)
-        return self.wo(ops.attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        q, k, v = (heads(y, self.head_dim) for y in (self.wq(x), self.wk(keys), self.wv(keys)))
+        return self.wo(joined(ops.attention(q, k, v, mask)))
 
 
 class VisionMLP(nn.Module):
@@ -273,7 +282,17 @@ class RotaryNorm(RMSNorm):
         return rotate(super().forward(x), cos, sin)
 
 
-def pick(x: Tensor, read: Tensor | None) -> Tensor:
+@dataclass(frozen=True)
+class Context:
+    """What every block of a pass is told, by value: activation checkpointing runs a block again at backward time, when
+    another adapter may be in use, and it must then repeat exactly what it did."""
+
+    angles: tuple[Tensor, Tensor]  # cos and sin, [B, T, 1, d/2]
+    mask: AttentionMask | None  # None = causal
+    adapter: str | None  # None = the base alone
+
+
+def gather(x: Tensor, read: Tensor | None) -> Tensor:
     """x [B, T, D] at the (row, index) pairs of read [R, 2] -> [R, D]; None = all of it."""
     return x if read is None else x[read[:, 0], read[:, 1]]
 
@@ -288,12 +307,16 @@ class Attention(nn.Module):
         self.q_norm = RotaryNorm(c.head_dim, c.rms_norm_eps)
         self.k_norm = RotaryNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask, adapter: str | None, past, read) -> Tensor:
-        q, k, v = (y.transpose(1, 2) for y in self.heads(self.att_proj(x, adapter), *angles))
-        if past is not None:
-            k, v = past.append(k, v)
-        out = ops.attention(q, k, v, mask, mask is None, read).transpose(1, 2).flatten(2)
-        return self.attn_out(pick(out, read), adapter)
+    def forward(
+        self, x: Tensor, context: Context, cache: "LayerCache | None" = None, read: Tensor | None = None
+    ) -> Tensor:
+        """x [B, T, D] -> [B, T, D], or [R, D] where only `read` is asked for."""
+        q, k, v = self.heads(self.att_proj(x, context.adapter), *context.angles)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, heads, T, d]
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = ops.attention(q, k, v, context.mask, causal=context.mask is None, read=read)
+        return self.attn_out(gather(joined(out), read), context.adapter)
 
     @ops.tokenwise(products=False)
     def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -322,10 +345,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)).
-
-    The active adapter comes in BY VALUE: activation checkpointing runs this again at backward time, when another
-    adapter may be active, and must then repeat exactly what it did."""
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). After attention only what is `read` goes on."""
 
     def __init__(self, c: TextConfig):
         super().__init__()
@@ -334,9 +354,11 @@ class Block(nn.Module):
         self.ff_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], mask, adapter: str | None, past, read) -> Tensor:
-        x = pick(x, read) + self.self_attn(self.attn_norm(x), angles, mask, adapter, past, read)
-        return x + self.mlp(self.ff_norm(x), adapter)
+    def forward(
+        self, x: Tensor, context: Context, cache: "LayerCache | None" = None, read: Tensor | None = None
+    ) -> Tensor:
+        x = gather(x, read) + self.self_attn(self.attn_norm(x), context, cache, read)
+        return x + self.mlp(self.ff_norm(x), context.adapter)
 
 
 class Embedding(nn.Module):
@@ -400,7 +422,6 @@ class Molmo2(nn.Module):
     def __init__(self, config: Config, lm_head: bool = True):
         super().__init__()
         self.config = config
-        self.adapter: str | None = None  # set by `lora.use`, read once per forward pass
         self.checkpointing = False  # recompute blocks at backward time instead of keeping their activations
         self.model = Trunk(config)
         c = config.text
@@ -455,12 +476,14 @@ class Molmo2(nn.Module):
         positions: Tensor | None = None,
         read: Tensor | None = None,
         cache: Cache | None = None,
+        adapter: str | None = lora.IN_USE,
     ) -> Tensor:
         """Hidden states after the final norm, in the model's dtype. Never logits.
 
         input_ids int [B, T]; features [M, D] from `see`; mask None = causal; positions int [B, T], None = counting on
         from what the cache holds; read int [R, 2] of (row, index) -> [R, D], None -> [B, T, D]; cache: read on after
-        what it holds, and add to it (then `mask` covers a first reading only).
+        what it holds, and add to it (then `mask` covers a first reading only); adapter: its name, None = the base
+        alone, left out = what `lora.use` chose in this thread.
         """
         B, T = input_ids.shape
         past = 0 if cache is None else cache.length
@@ -471,15 +494,13 @@ class Molmo2(nn.Module):
         c, decoder = self.config.text, self.model.transformer
         x = self.embed(input_ids, features)
         angles = rotary_angles(positions, c.head_dim, c.rope_theta, x.dtype)
+        context = Context(angles, mask, lora.active(self, adapter))
+        recompute = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(decoder.blocks):
             # the last block computes only what is read: beyond it no token is looked at by another
             last = read if i == len(decoder.blocks) - 1 else None
-            args = (x, angles, mask, self.adapter, None if cache is None else cache.layers[i], last)
-            x = (
-                checkpoint(block, *args, use_reentrant=False)
-                if self.checkpointing and torch.is_grad_enabled()
-                else block(*args)
-            )
+            args = (x, context, None if cache is None else cache.layers[i], last)
+            x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         return decoder.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -498,11 +519,12 @@ class Molmo2(nn.Module):
         max_new_tokens: int = 64,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        adapter: str | None = lora.IN_USE,
     ) -> Tensor:
         """n continuations of one prompt [1, T] -> int [n, L], L <= max_new_tokens.
 
         The prompt is read once, whatever n. temperature 0 = greedy. A sample ends with `config.eos_id`, after which its
-        row is filled with `config.pad_id`.
+        row is filled with `config.pad_id`. adapter: as in `forward`.
         """
         room = self.config.text.max_position_embeddings - input_ids.shape[1]
         if len(input_ids) != 1 or n < 1 or temperature < 0 or not 1 <= max_new_tokens <= room:
@@ -511,7 +533,7 @@ class Molmo2(nn.Module):
                 f"1 to {room} new tokens ({max_new_tokens}), which is what the model's positions leave"
             )
         cache = Cache(self.config)
-        hidden = self(input_ids, features, mask, cache=cache)[:, -1:].expand(n, -1, -1)
+        hidden = self(input_ids, features, mask, cache=cache, adapter=adapter)[:, -1:].expand(n, -1, -1)
         cache.expand(n)
         done = torch.zeros(n, dtype=torch.bool, device=input_ids.device)
         out = []
@@ -521,7 +543,7 @@ class Molmo2(nn.Module):
             done = done | (token == self.config.eos_id)
             if len(out) == max_new_tokens or bool(done.all()):
                 return torch.stack(out, dim=1)
-            hidden = self(out[-1][:, None], cache=cache)
+            hidden = self(out[-1][:, None], cache=cache, adapter=adapter)
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

@@ -117,9 +117,8 @@ class RewardModel(nn.Module):
         """
         if features is None and batch.pictures is not None:
             features = self.backbone.see(batch.pictures.patches, batch.pictures.pooling)
-        with lora.use(self.backbone, self.adapter):
-            hidden = self.backbone(batch.input_ids, features, batch.mask, batch.positions, read=batch.read)
-        return self.head(hidden)
+        ids, mask, positions, read = batch.input_ids, batch.mask, batch.positions, batch.read
+        return self.head(self.backbone(ids, features, mask, positions, read, adapter=self.adapter))
 
     @torch.no_grad()
     def score(
