@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,10 +73,12 @@ def test_the_adapter_is_used_for_scoring_and_left_off_afterwards(tiny_folder):
     assert rm.score(*ASK) != with_it
 
 
-def test_four_threads_may_score_with_one_model(tiny_folder):
-    """400 scores, all right: the adapter is an argument of every pass, not a state of the model."""
+def test_four_threads_may_score_with_one_model(tiny_folder, monkeypatch):
+    """400 scores, all right: the adapter is an argument of every pass, not a state of the model. Every pass waits a
+    moment at its start, so that the threads really take turns inside of it."""
     rm = make_model(tiny_folder)
-    alone = rm.score(*ASK)
+    alone, embed = rm.score(*ASK), rm.backbone.embed
+    monkeypatch.setattr(rm.backbone, "embed", lambda *xs: (time.sleep(0.0005), embed(*xs))[1])
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda _: rm.score(*ASK), range(400)))
     assert all(scores == pytest.approx(alone, abs=1e-10) for scores in together)
