@@ -74,15 +74,17 @@ def test_the_adapter_is_used_for_scoring_and_left_off_afterwards(tiny_folder):
 
 
 def test_four_threads_may_score_with_one_model(tiny_folder, monkeypatch):
-    """400 scores, all right: the adapter is an argument of every pass, not a state of the model. Every pass waits a
-    moment at its start, so that the threads really take turns inside of it."""
+    """400 scores between 400 passes of the bare backbone, all right: the adapter is an argument of every pass, not a
+    state of the model. Every pass waits a moment at its start, so that the threads take turns inside of it."""
     rm = make_model(tiny_folder)
-    alone, embed = rm.score(*ASK), rm.backbone.embed
+    alone, ids, embed = rm.score(*ASK), torch.arange(9)[None], rm.backbone.embed
+    bare = rm.backbone(ids)
     monkeypatch.setattr(rm.backbone, "embed", lambda *xs: (time.sleep(0.0005), embed(*xs))[1])
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda _: rm.score(*ASK), range(400)))
-    assert all(scores == pytest.approx(alone, abs=1e-10) for scores in together)
-    assert lora.active(rm.backbone) is None and rm.score(*ASK) == pytest.approx(alone, abs=1e-10)
+        passes = list(pool.map(lambda i: rm.backbone(ids) if i % 2 else rm.score(*ASK), range(800)))
+    assert all(scores == pytest.approx(alone, abs=1e-10) for scores in passes[::2])
+    assert all(torch.equal(hidden, bare) for hidden in passes[1::2])
+    assert lora.active(rm.backbone) is None
 
 
 def test_a_merged_judge_uses_no_adapter_whatever_its_caller_does(tiny_folder):
