@@ -203,8 +203,8 @@ def cases(model):
         ("VisionMLP.forward", tower, (views,)),
         ("MLP.forward", block.mlp, (rows, None)),
         ("MLP.forward", block.mlp, (picked, "a")),
-        ("Attention.heads", block.self_attn, (qkv, *angles)),
-        ("Attention.heads", block.self_attn, (column_major, *angles)),
+        ("Attention.split_heads", block.self_attn, (qkv, *angles)),
+        ("Attention.split_heads", block.self_attn, (column_major, *angles)),
     ]
 
 
@@ -238,7 +238,7 @@ def spied(plain, pieces, name):
         pieces.append(x.shape[:-1].numel())
         return plain(self, x, *more)
 
-    return ops.tokenwise(products=name != "Attention.heads")(method)
+    return ops.tokenwise(products=name != "Attention.split_heads")(method)
 
 
 def test_with_a_gradient_nothing_goes_in_pieces(monkeypatch):
@@ -255,9 +255,9 @@ def test_heads_in_pieces_equal_the_whole(monkeypatch):
     model = random_model()
     ids, attention = torch.randint(0, 399, (2, 6)), model.model.transformer.blocks[0].self_attn
     whole, seen = model(ids), []
-    heads = spied(molmo2.Attention.heads.__wrapped__, seen, "Attention.heads")
+    heads = spied(molmo2.Attention.split_heads.__wrapped__, seen, "Attention.split_heads")
     monkeypatch.setattr(ops, "NUMBERS", 5 * sum(attention.widths))
-    monkeypatch.setattr(molmo2.Attention, "heads", heads)
+    monkeypatch.setattr(molmo2.Attention, "split_heads", heads)
     assert (model(ids) - whole).abs().max() < 1e-12 and seen == [5, 5, 2] * len(model.model.transformer.blocks)
     monkeypatch.setattr(ops, "linear", ops.column_major_product)
     assert (model(ids) - whole).abs().max() < 1e-12

@@ -247,18 +247,11 @@ class VisionBackbone(nn.Module):
 # ---------------------------------------------------------------------------------------------------------- decoder
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        # y = x / sqrt(mean(x^2) + eps), cast back, THEN times the weight: the order the checkpoint was trained with
-        exact = torch.promote_types(x.dtype, torch.float32)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
-        y = x * torch.rsqrt(length.square() / x.shape[-1] + self.eps)
-        return y.to(x.dtype).mul_(self.weight)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y = w * x / sqrt(mean(x^2) + eps), cast back BEFORE it is multiplied by w: so the checkpoint was trained."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square() / x.shape[-1]
+    return weight * (x * torch.rsqrt(mean_square + eps)).to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -272,14 +265,24 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (a, b) = (x_i, x_{i + d/2}) by its angle: (a cos - b sin, b cos + a sin). x [..., heads, d]."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 class RotaryNorm(RMSNorm):
     """What a query or a key goes through: its head's norm, then its rotation. x [..., heads, d]."""
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return rotate(super().forward(x), cos, sin)
+        return rotate(rms_norm(x, self.weight, self.eps), cos, sin)
 
 
 @dataclass(frozen=True)
@@ -311,7 +314,7 @@ class Attention(nn.Module):
         self, x: Tensor, context: Context, cache: "LayerCache | None" = None, read: Tensor | None = None
     ) -> Tensor:
         """x [B, T, D] -> [B, T, D], or [R, D] where only `read` is asked for."""
-        q, k, v = self.heads(self.att_proj(x, context.adapter), *context.angles)
+        q, k, v = self.split_heads(self.att_proj(x, context.adapter), *context.angles)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, heads, T, d]
         if cache is not None:
             k, v = cache.append(k, v)
@@ -319,7 +322,7 @@ class Attention(nn.Module):
         return self.attn_out(gather(joined(out), read), context.adapter)
 
     @ops.tokenwise(products=False)
-    def heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split_heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What att_proj made of tokens, [..., sum of widths], and their angles -> q, k, v, each [..., heads, d]."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in qkv.split(self.widths, dim=-1))
         return self.q_norm(q, cos, sin), self.k_norm(k, cos, sin), v
