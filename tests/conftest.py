@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from yojo.molmo2 import AdapterConfig, Config, Molmo2, TextConfig, VisionConfig, init_weights
+from yojo.config import AdapterConfig, Config, TextConfig, VisionConfig
+from yojo.molmo2 import Molmo2, init_weights
 
 torch.set_num_threads(2)
 

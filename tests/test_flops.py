@@ -14,10 +14,11 @@ from conftest import TINY
 from torch.utils.flop_counter import FlopCounterMode
 
 from yojo import flops, lora, ops
+from yojo.config import Config
 from yojo.image import ImageConfig, choose_tiling, images_to_patches, measure
 from yojo.lora import LoraConfig
 from yojo.mask import MODES
-from yojo.molmo2 import Config, Molmo2
+from yojo.molmo2 import Molmo2
 from yojo.ops import DENSE_UP_TO
 from yojo.prompt import Markup
 from yojo.reward import ValueHead

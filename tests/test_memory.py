@@ -11,8 +11,9 @@ import torch
 from conftest import TINY
 
 from yojo import flops, lora, memory
+from yojo.config import Config, TextConfig
 from yojo.lora import LoraConfig
-from yojo.molmo2 import Config, Molmo2, TextConfig
+from yojo.molmo2 import Molmo2
 from yojo.prompt import Ask
 from yojo.reward import ValueHead
 

@@ -30,10 +30,11 @@ from tqdm import tqdm
 
 from yojo import memory
 from yojo.cli import DTYPES, WEIGHTS, Parser, run
+from yojo.config import AdapterConfig, Config, TextConfig, VisionConfig
 from yojo.files import InputError, check_tensors, open_tensors, read_json, whole_folder, write_json
 from yojo.image import ImageConfig, preprocessor_json
 from yojo.lora import LoraConfig
-from yojo.molmo2 import AdapterConfig, Config, Molmo2, TextConfig, VisionConfig, init_tensor
+from yojo.molmo2 import Molmo2, init_tensor
 from yojo.prompt import Processor
 
 WTE = "model.transformer.wte."

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from yojo import ops
 from yojo.checkpoint import SHAPES, shape_config
 from yojo.cli import Parser, run
+from yojo.config import Config
 from yojo.files import InputError
 from yojo.image import ImageConfig, measure
 from yojo.mask import MODES, AttentionMask
-from yojo.molmo2 import Config
 from yojo.prompt import Ask, Markup
 
 # ---------------------------------------------------------------------------------------------------------- forward

@@ -12,9 +12,10 @@ it against what autograd really keeps.
 import torch
 
 from yojo import ops
+from yojo.config import Config
 from yojo.lora import LoraConfig
 from yojo.mask import AttentionMask
-from yojo.molmo2 import Config, Molmo2
+from yojo.molmo2 import Molmo2
 
 
 def weights(config: Config, dtype: torch.dtype) -> int:

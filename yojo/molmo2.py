@@ -20,7 +20,7 @@ See it run: `pytest tests/test_molmo2.py` holds every part against `transformers
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,90 +28,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from yojo import lora, ops
+from yojo.config import Config, TextConfig, VisionConfig
 from yojo.files import InputError
 from yojo.lora import Linear
 from yojo.mask import AttentionMask
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """Decoder. Defaults are Molmo2-4B."""
-
-    hidden_size: int = 2560
-    num_hidden_layers: int = 36
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 8
-    head_dim: int = 128
-    intermediate_size: int = 9728
-    vocab_size: int = 151936
-    additional_vocab_size: int = 128
-    max_position_embeddings: int = 36864
-    rope_theta: float = 5_000_000.0
-    rms_norm_eps: float = 1e-6
-
-    @property
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of the four matrices of a block."""
-        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        return {
-            "att_proj": (self.hidden_size, queries + 2 * keys),
-            "attn_out": (queries, self.hidden_size),
-            "ff_proj": (self.hidden_size, 2 * self.intermediate_size),
-            "ff_out": (self.intermediate_size, self.hidden_size),
-        }
-
-    @property
-    def rows(self) -> int:
-        """Height of the embedding table; `lm_head` covers only the first `vocab_size` rows."""
-        return self.vocab_size + self.additional_vocab_size
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """Vision tower. `num_hidden_layers` is the DECLARED depth; see `Config.vision_layers` for what is stored."""
-
-    hidden_size: int = 1152
-    num_hidden_layers: int = 27
-    num_attention_heads: int = 16
-    head_dim: int = 72
-    intermediate_size: int = 4304
-    patch_size: int = 14
-    num_position_embeddings: int = 729
-    layer_norm_eps: float = 1e-6
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Connector between the tower and the decoder."""
-
-    hidden_size: int = 1152
-    num_attention_heads: int = 16
-    head_dim: int = 72
-    intermediate_size: int = 9728
-    vit_layers: tuple[int, ...] = (-3, -9)
-
-
-@dataclass(frozen=True)
-class Config:
-    text: TextConfig = field(default_factory=TextConfig)
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    image_patch_id: int = 151938
-    eos_id: int | None = 151645  # None: `generate` never stops early
-    pad_id: int = 151643
-
-    @property
-    def vision_layers(self) -> tuple[int, ...]:
-        """The layers whose outputs are read, 0-based. Negative numbers count from the DECLARED depth."""
-        depth = self.vision.num_hidden_layers
-        if not all(-depth <= layer < depth for layer in self.adapter.vit_layers):
-            raise InputError(f"vit_layers {self.adapter.vit_layers} must lie among the {depth} declared vision layers")
-        return tuple(layer % depth for layer in self.adapter.vit_layers)
-
-    @property
-    def vision_depth(self) -> int:
-        """Layers that exist: nothing above the deepest one that is read."""
-        return max(self.vision_layers) + 1
 
 
 def at_least_float32(x: Tensor) -> Tensor:

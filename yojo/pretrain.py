@@ -33,12 +33,13 @@ from torch import Tensor, nn
 from yojo import shapes
 from yojo.checkpoint import save_backbone
 from yojo.cli import WEIGHTS, Parser, run
+from yojo.config import AdapterConfig, Config, TextConfig, VisionConfig
 from yojo.data import join
 from yojo.files import InputError, write_json
 from yojo.fit import FitConfig, fit
 from yojo.image import ImageConfig, preprocessor_json
 from yojo.mask import MODES, PADDING, PROMPT, AttentionMask
-from yojo.molmo2 import AdapterConfig, Config, Molmo2, TextConfig, VisionConfig, init_weights
+from yojo.molmo2 import Molmo2, init_weights
 from yojo.prompt import TURN_END, Markup, Processor, Tokenizer
 
 TEXT = TextConfig(128, 4, 4, 2, 32, 384, 512, 16, 4096, 10_000.0)
