@@ -10,8 +10,8 @@ How it differs from a textbook decoder (facts: the Molmo2 report and `transforme
 - the forward pass returns hidden states after the final norm and never logits: a reward model needs none.
 
 Attribute names are the checkpoint's tensor names, so loading is one strict `load_state_dict` (`checkpoint.py`).
-Precision: norms, rotary angles and softmax run in at least float32 (bf16 goes up, float64 stays). Only in
-`product_attention` the scores that softmax reads have been rounded to bf16.
+Precision: norms, rotary angles and softmax run in at least float32 (bf16 goes up, float64 stays). How the arithmetic is
+made fast, and where that rounds otherwise, is in `ops.py`: here stands what is computed.
 
 Shape alphabet, the same in all files: B batch rows, T tokens, N responses, R read positions, P patches of a view,
 M pooled picture tokens, D decoder width, H query heads, K key/value heads, d head width, V vocabulary.
@@ -105,10 +105,9 @@ class ImageViT(nn.Module):
 
     def forward(self, patches: Tensor) -> list[Tensor]:
         """patches [views, P, 3 * patch^2] -> the outputs of the layers that are read, each [views, P, width]."""
-        if patches.shape[1] != len(self.positional_embedding):
-            raise ValueError(
-                f"views have {patches.shape[1]} patches, the tower {len(self.positional_embedding)} positions"
-            )
+        places = len(self.positional_embedding)
+        if patches.shape[1] != places:
+            raise ValueError(f"views have {patches.shape[1]} patches, the tower {places} positions")
         x = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype)) + self.positional_embedding
         outputs = {}
         for i, block in enumerate(self.transformer["resblocks"]):
@@ -230,9 +229,7 @@ class Attention(nn.Module):
         self.q_norm = RotaryNorm(c.head_dim, c.rms_norm_eps)
         self.k_norm = RotaryNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, context: Context, cache: "LayerCache | None" = None, read: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache: "LayerCache | None", read: Tensor | None) -> Tensor:
         """x [B, T, D] -> [B, T, D], or [R, D] where only `read` is asked for."""
         q, k, v = self.split_heads(self.att_proj(x, context.adapter), *context.angles)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, heads, T, d]
@@ -277,9 +274,7 @@ class Block(nn.Module):
         self.ff_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(
-        self, x: Tensor, context: Context, cache: "LayerCache | None" = None, read: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache: "LayerCache | None", read: Tensor | None) -> Tensor:
         x = gather(x, read) + self.self_attn(self.attn_norm(x), context, cache, read)
         return x + self.mlp(self.ff_norm(x), context.adapter)
 
@@ -420,7 +415,7 @@ class Molmo2(nn.Module):
         context = Context(angles, mask, lora.active(self, adapter))
         recompute = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(decoder.blocks):
-            # the last block computes only what is read: beyond it no token is looked at by another
+            # the last block computes only what is read: beyond it no token attends to another
             last = read if i == len(decoder.blocks) - 1 else None
             args = (x, context, None if cache is None else cache.layers[i], last)
             x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)

@@ -1,0 +1,113 @@
+"""`tutorials/one_file.py` computes what the package computes, though the two share no line.
+
+    pytest tests/test_one_file.py
+
+So each checks the other: scores of the shipped judges, the random start of a new one, gradients. Then it learns.
+"""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tutorials import one_file
+from yojo import lora, shapes
+from yojo.data import collate
+from yojo.loss import best_of_n
+from yojo.reward import RewardModel
+
+WEIGHTS = one_file.WEIGHTS
+
+
+def draw(seed, n=4):
+    rng = random.Random(seed)
+    scene = shapes.make_scene(rng)
+    record = shapes.absolute(scene, rng, n)
+    return record["prompt"], record["responses"], shapes.render(scene), record["rankings"]
+
+
+@pytest.fixture(scope="module", params=["tiny-rm", "tiny-rm-isolated"])
+def judges(request):
+    """The same shipped judge, read by the one file and by the package, in float64."""
+    folder = WEIGHTS / request.param
+    return one_file.load_judge(folder, torch.float64), RewardModel.load(folder, dtype=torch.float64)
+
+
+@torch.no_grad()
+def assert_same_scores(judges, *records):
+    """All records in one batch of the one file; each alone in the package."""
+    judge, rm = judges
+    ours = one_file.score(judge, [one_file.encode(judge, *record[:3]) for record in records])
+    for scores, (question, answers, picture, _) in zip(ours, records, strict=True):
+        assert scores.tolist() == pytest.approx(rm.score(question, answers, picture), abs=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 16])
+def test_scores_are_the_packages(judges, n):
+    assert_same_scores(judges, draw(n, n))
+
+
+def test_scores_of_a_padded_batch(judges):
+    assert_same_scores(judges, draw(5, 2), draw(6, 8), draw(7, 4))
+
+
+def test_text_that_spells_a_separator_stays_text(judges):
+    question, answers, picture, ranks = draw(8)
+    answers = ["a red star<|resp_sep|>a blue star", "<im_patch> <|im_end|>", *answers[2:]]
+    assert_same_scores(judges, (question + " <|im_start|>", answers, picture, ranks))
+
+
+@pytest.mark.parametrize("size", [(130, 61), (40, 200), (84, 84)])
+def test_a_picture_of_another_size_and_kind(judges, size):
+    question, answers, picture, ranks = draw(9)
+    assert_same_scores(judges, (question, answers, picture.resize(size).convert("L"), ranks))
+
+
+@pytest.fixture(params=[False, True], ids=["joint", "isolated"])
+def fresh(request):
+    """A new judge of either kind, and the package's with the same settings."""
+    judge = one_file.new_judge(isolated=request.param, seed=3)
+    config = lora.LoraConfig(r=16, alpha=64, dropout=0.0)
+    mode = "isolated" if request.param else "joint"
+    return judge, RewardModel.new(WEIGHTS / "tiny", mode, config, inner=128, seed=3)
+
+
+def test_a_new_judge_starts_with_the_same_numbers_bit_for_bit(fresh):
+    judge, rm = fresh
+    ours, theirs = one_file.trainable(judge), rm.trainable()
+    assert len(ours) == len(theirs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_gradients_are_the_packages(fresh):
+    judge, rm = fresh
+    ours, theirs = one_file.trainable(judge), rm.trainable()
+    with torch.no_grad():  # away from the start, where B is zero and so is the gradient of A
+        for a, b in zip(ours, theirs, strict=True):
+            b += torch.empty(a.shape).normal_(std=0.02, generator=torch.Generator().manual_seed(a.numel()))
+            a.copy_(b)
+    records = [draw(seed) for seed in (1, 2, 3)]
+    scores = one_file.score(judge, [one_file.encode(judge, *record[:3]) for record in records])
+    losses = [one_file.best_of_n(s, torch.tensor(ranks)) for s, (*_, ranks) in zip(scores, records, strict=True)]
+    batch = collate([rm.processor.encode(*record[:3]) for record in records], rm.mode)
+    loss = best_of_n(torch.stack(rm(batch).split(batch.counts)), torch.tensor([ranks for *_, ranks in records]))
+    ours = torch.autograd.grad(torch.stack(losses).mean(), ours)
+    for a, b in zip(ours, torch.autograd.grad(loss, theirs), strict=True):
+        # the head's last bias moves all scores alike: its gradient is nothing but rounding
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max() or b.numel() == 1
+
+
+def test_a_short_training_run_learns_to_judge_records_that_it_has_not_seen():
+    unseen = one_file.world("unseen")
+    test = [unseen() for _ in range(128)]
+    judge = one_file.new_judge(isolated=True)
+    assert one_file.accuracy(judge, test) < 0.5
+    assert one_file.train(judge, one_file.world("seen"), test, steps=60) >= 0.8
+
+
+def test_it_uses_nothing_of_the_package_but_the_tiny_world():
+    source = Path(one_file.__file__).read_text(encoding="utf-8")
+    assert [line.strip() for line in source.splitlines() if "import" in line and "yojo" in line] == [
+        "from yojo import shapes"
+    ]
