@@ -6,8 +6,8 @@
 model's own code (yinuoyang01/multi-response-rm on `transformers`) gave on the backbone `weights/tiny`, with the value
 head that it used. No line of this project took part in them.
 
-`tests/data/saved/` holds a reward model as `RewardModel.save` wrote it on 2026-11-26, with the scores it gave that day,
-joint and isolated, with and without pictures. To write such a folder anew: `python tests/test_frozen.py DIR`.
+`tests/data/saved/` holds a reward model as `RewardModel.save` wrote it on 2026-11-26, with the scores it gave that day
+in float64, joint and isolated, with and without pictures. To write such a folder anew: `python tests/test_frozen.py DIR`.
 """
 
 import json
@@ -64,10 +64,10 @@ def scores(rm: RewardModel) -> dict[str, list[list[float]]]:
 
 def test_a_folder_saved_in_the_past_still_gives_its_scores():
     kept = json.loads((DATA / "saved/scores.json").read_text())
-    now = scores(RewardModel.load(DATA / "saved/rm"))
+    now = scores(RewardModel.load(DATA / "saved/rm", dtype=torch.float64))
     for mode in kept:
         for ours, theirs in zip(now[mode], kept[mode], strict=True):
-            assert ours == pytest.approx(theirs, abs=2e-5)
+            assert ours == pytest.approx(theirs, abs=1e-7)
 
 
 def write(folder: Path) -> None:
@@ -76,7 +76,8 @@ def write(folder: Path) -> None:
         for p in rm.trainable():
             p.normal_(std=0.4, generator=torch.Generator().manual_seed(p.numel()))
     rm.eval().save(folder / "rm")
-    (folder / "scores.json").write_text(json.dumps(scores(rm), indent=1) + "\n")
+    exact = RewardModel.load(folder / "rm", dtype=torch.float64)
+    (folder / "scores.json").write_text(json.dumps(scores(exact), indent=1) + "\n")
 
 
 if __name__ == "__main__":

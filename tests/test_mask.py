@@ -122,9 +122,9 @@ def covered(runs, T):
     """The pairs that a list of runs stands for, bool [T, T]; no query may be in two runs."""
     pairs, times = torch.zeros(T, T, dtype=torch.bool), torch.zeros(T, dtype=torch.long)
     for run in runs:
-        keys = torch.cat([torch.arange(a, z) for a, z in run.reach])
+        keys = torch.cat([torch.arange(a, z) for a, z in run.keys])
         every = torch.ones(run.stop - run.start, len(keys), dtype=torch.bool)
-        # what the kernel is told: no mask, or causal with the last query beside the last key
+        # what a kernel is told: no mask, or causal with the last query beside the last key
         pairs[run.start : run.stop, keys] = every.tril(len(keys) - len(every)) if run.causal else every
         times[run.start : run.stop] += 1
     assert times.max() <= 1
@@ -175,17 +175,20 @@ def test_runs_cover_the_pairs_of_3000_random_rows(monkeypatch):
 
 
 def test_tokens_of_one_kind_make_a_run_and_the_predicate_is_asked_once_for_all_of_them(monkeypatch):
-    """8,000 tokens, four runs: a mask of 4 x 4 says everything."""
+    """8,000 tokens of four kinds: a mask of 4 x 4 says everything. Joint, all that stands behind the picture is one
+    causal run."""
     asked, allow = [], AttentionMask.allow
     monkeypatch.setattr(AttentionMask, "allow", lambda *a: (asked.append(allow(*a).shape), allow(*a))[1])
     mask = make("P" * 10 + "I" * 3000 + "1" * 3000 + "2" * 1990, "isolated")
+    pictures = [(0, 0, 10, [(0, 10)], True), (0, 10, 3010, [(0, 3010)], False)]
     assert mask.runs == [
-        (0, 0, 10, [], True),
-        (0, 10, 3010, [(0, 3010)], False),
-        (0, 3010, 6010, [(0, 3010)], True),
-        (0, 6010, 8000, [(0, 3010)], True),
+        *pictures,
+        (0, 3010, 6010, [(0, 6010)], True),
+        (0, 6010, 8000, [(0, 3010), (6010, 8000)], True),
     ]
-    assert asked == [(4, 4)]
+    joint = AttentionMask(mask.record, mask.response, mask.image, "joint")
+    assert joint.runs == [*pictures, (0, 3010, 8000, [(0, 8000)], True)]
+    assert asked == [(4, 4), (4, 4)]
 
 
 @pytest.mark.parametrize("mode", masks.MODES)

@@ -85,7 +85,7 @@ def executed(mask: AttentionMask, read: Sequence[tuple[int, int]]) -> tuple[int,
     B, T = mask.record.shape
     if not ops.by_runs(T):
         return B * T * T, B * T * T
-    runs = [(run, (run.stop - run.start) * sum(z - a for a, z in run.reach)) for run in ops.calls(mask)]
+    runs = [(run, (run.stop - run.start) * sum(z - a for a, z in run.keys)) for run in ops.calls(mask)]
     return sum(pairs for _, pairs in runs), sum(pairs for run, pairs in runs if ops.holds(run, read))
 
 

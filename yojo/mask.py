@@ -17,7 +17,6 @@ See it: `python -m yojo.score --tiny --draw-mask mask.png`; `pytest tests/test_m
 by hand.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -32,8 +31,8 @@ PADDING = -1  # value in `record`
 
 
 class Run(NamedTuple):
-    """Tokens [start, stop) of a row that attend alike: each of them to all of `keys`, which are ranges of tokens, and
-    where the run is causal also to itself and to those before it in the run."""
+    """Tokens [start, stop) of a row that attend to the same ranges of keys: each token to all of them or, if causal, to
+    those that are not after it. The keys of a causal run end with the run itself."""
 
     row: int
     start: int
@@ -41,10 +40,14 @@ class Run(NamedTuple):
     keys: list[tuple[int, int]]
     causal: bool
 
-    @property
-    def reach(self) -> list[tuple[int, int]]:
-        """All keys that its last token attends to; those of a causal run itself come last."""
-        return joined([*self.keys, (self.start, self.stop)]) if self.causal else self.keys
+    def until(self, stop: int) -> "Run":
+        """A causal run as it is if it ends elsewhere."""
+        return self._replace(stop=stop, keys=[*self.keys[:-1], (self.keys[-1][0], stop)])
+
+    def goes_on_in(self, other: "Run") -> bool:
+        """Are this run and the next one a single causal run?"""
+        side_by_side = (self.row, self.stop) == (other.row, other.start)
+        return side_by_side and self.causal and other.causal and self.until(other.stop).keys == other.keys
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,9 @@ class AttentionMask:
     def runs(self) -> list[Run]:
         """The same without a mask for any pair of tokens, whatever the order of a row. Padding is in no run.
 
-        Tokens of one kind (record, response, picture or not) side by side make a run. For tokens of two runs the
-        predicate is constant: it asks for the kinds, and for the order, which is that of the runs. So the first tokens
-        answer for all. Inside a run pictures attend to all of it, text is causal.
+        Tokens of one kind (record, response, picture or not) side by side attend alike. To tokens of another such group
+        they attend as one: the predicate asks for the kinds, and for the order, which is that of the groups. So the
+        first tokens answer for all. Inside a group picture tokens attend to all, text is causal.
         """
         runs: list[Run] = []
         for b, kinds in enumerate(torch.stack([self.record, self.response, self.image], dim=-1)):
@@ -99,9 +102,12 @@ class AttentionMask:
             spans = list(pairwise([*first.tolist(), len(kinds)]))
             allowed = self.allow(b, None, first[:, None], first[None, :]).tolist()
             for i, image in enumerate(self.image[b, first].tolist()):
-                if allowed[i][i]:  # padding does not attend even to itself
-                    keys = [span for j, span in enumerate(spans) if allowed[i][j] and (image or j != i)]
-                    runs.append(Run(b, *spans[i], joined(keys), not image))
+                keys = joined([span for span, yes in zip(spans, allowed[i], strict=True) if yes])
+                run = Run(b, *spans[i], keys, not image)
+                if runs and runs[-1].goes_on_in(run):
+                    runs[-1] = runs[-1].until(run.stop)
+                elif keys:  # padding has none
+                    runs.append(run)
         return runs
 
     def block_sparse(self):
@@ -115,13 +121,13 @@ class AttentionMask:
         return create_block_mask(allow, B=B, H=None, Q_LEN=T, KV_LEN=T, device=str(device))
 
 
-def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges in ascending order, those that touch made one; empty ones are left out."""
+def joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges in ascending order, those that touch made one."""
     out: list[tuple[int, int]] = []
     for start, stop in ranges:
         if out and out[-1][1] == start:
             out[-1] = (out[-1][0], stop)
-        elif start < stop:
+        else:
             out.append((start, stop))
     return out
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from yojo.files import InputError
-from yojo.mask import AttentionMask, Run, joined
+from yojo.mask import AttentionMask, Run
 
 # Torch asks the system for pages of 4 kB unless it is told before its first tensor to ask for large ones. A pass makes
 # tensors of tens of megabytes, and page-faulting them is up to a tenth of its time.
@@ -99,13 +99,14 @@ def attention(
         return softmax_attention(q, k, v, mask.dense[:, None])
     (B, H, T, d), asked = q.shape, None if read is None else read.tolist()
     k, v = k.contiguous(), v.contiguous()  # head by head, as the kernel reads them, once for all calls
-    parts, end = [], 0  # of all rows, one after the other; where no call stands, 0
+    parts, end = [], 0  # of all rows, one after the other; what no call computes is 0
     for run in calls(mask):
         if holds(run, asked):
             start = run.row * T + run.start
-            parts += [q.new_zeros(start - end, H, d), attend(q, k, v, run)]
+            parts += [q.new_zeros(start - end, H, d)] if start > end else []
+            parts.append(attend(q, k, v, run))
             end = start + run.stop - run.start
-    parts.append(q.new_zeros(B * T - end, H, d))
+    parts += [q.new_zeros(B * T - end, H, d)] if B * T > end else []
     return torch.cat(parts).unflatten(0, (B, T)).transpose(1, 2)
 
 
@@ -115,28 +116,16 @@ def by_runs(tokens: int) -> bool:
 
 
 def calls(mask: AttentionMask) -> list[Run]:
-    """The runs of a mask as they are computed, a call of a kernel each. A causal run that attends to all of the causal
-    run before it is one with that. A CPU's kernel computes every key of a call for every query: there runs are cut."""
-    runs: list[Run] = []
-    for run in mask.runs:
-        if runs and goes_on(runs[-1], run):
-            runs[-1] = runs[-1]._replace(stop=run.stop)
-        else:
-            runs.append(run)
-    return runs if mask.record.is_cuda else [piece for run in runs for piece in cut(run)]
-
-
-def goes_on(last: Run, run: Run) -> bool:
-    """Are these two, side by side, one causal run?"""
-    side_by_side = (last.row, last.stop) == (run.row, run.start)
-    return side_by_side and last.causal and run.causal and run.keys == last.reach
+    """The runs of a mask as they are computed, a call of a kernel each. On a CPU, whose kernel computes every key of a
+    call for every query, they are cut."""
+    return mask.runs if mask.record.is_cuda else [piece for run in mask.runs for piece in cut(run)]
 
 
 def cut(run: Run) -> Iterator[Run]:
-    """A run in pieces of at most QUERIES tokens, which attend to the pieces before them as to other keys."""
+    """A run in pieces of at most QUERIES tokens."""
     for start in range(run.start, run.stop, QUERIES):
-        keys = joined([*run.keys, (run.start, start)]) if run.causal else run.keys
-        yield run._replace(start=start, stop=min(start + QUERIES, run.stop), keys=keys)
+        stop = min(start + QUERIES, run.stop)
+        yield (run.until(stop) if run.causal else run)._replace(start=start, stop=stop)
 
 
 def holds(run: Run, read: Sequence[Sequence[int]] | None) -> bool:
@@ -147,7 +136,7 @@ def holds(run: Run, read: Sequence[Sequence[int]] | None) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
     """One run's queries at its keys -> [tokens, H, d]."""
     q = q[run.row, None, :, run.start : run.stop]
-    k, v = ([x[run.row, None, :, a:z] for a, z in run.reach] for x in (k, v))
+    k, v = ([x[run.row, None, :, a:z] for a, z in run.keys] for x in (k, v))
     k, v = (x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (k, v))
     return softmax_attention(q, k, v, None, run.causal)[0].transpose(0, 1)
 
