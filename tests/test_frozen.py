@@ -68,7 +68,7 @@ def test_a_folder_saved_in_the_past_still_gives_its_scores():
     now = scores(RewardModel.load(DATA / "saved/rm", dtype=torch.float64))
     for mode in kept:
         for ours, theirs in zip(now[mode], kept[mode], strict=True):
-            assert ours == pytest.approx(theirs, abs=1e-7)
+            assert ours == pytest.approx(theirs, abs=1e-10)
 
 
 def write(folder: Path) -> None:

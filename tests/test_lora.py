@@ -114,6 +114,27 @@ def test_an_adapter_can_be_named_for_one_pass():
     assert torch.equal(model(IDS), base)
 
 
+@torch.no_grad()
+def test_generation_speaks_under_the_adapter_that_it_is_given():
+    model = with_adapters("policy")
+    said = {name: model.generate(IDS[:1], max_new_tokens=8, temperature=0, adapter=name) for name in ("policy", None)}
+    with lora.use(model, "policy"):
+        assert torch.equal(model.generate(IDS[:1], max_new_tokens=8, temperature=0), said["policy"])
+    assert torch.equal(model.generate(IDS[:1], max_new_tokens=8, temperature=0), said[None])
+    assert said["policy"].tolist() != said[None].tolist()
+    words, count = IDS[:1], said["policy"].shape[1]  # it may end early
+    assert count > 1
+    for _ in range(count):  # each word from a reading of all before it
+        words = torch.cat([words, model.logits(model(words, adapter="policy"))[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(words[:, IDS.shape[1] :], said["policy"])
+
+
+def test_use_of_a_wrapper_is_refused_since_the_model_inside_would_not_hear_of_it():
+    wrapper = torch.compile(with_adapters("policy"))
+    with pytest.raises(InputError, match="no adapter 'policy': the model has none"), lora.use(wrapper, "policy"):
+        pass
+
+
 def test_what_one_model_uses_is_no_matter_of_another():
     a, b = with_adapters("policy"), with_adapters("policy")
     with lora.use(a, "policy"):
@@ -284,6 +305,8 @@ def test_names_are_checked():
         lora.add(model, "a", CONFIG)
     with pytest.raises(InputError, match="no adapter 'b': the model has .'a'."), lora.use(model, "b"):
         pass
+    with pytest.raises(InputError, match="can hold no dot: 'lora.use'"):  # which is what `use` goes by
+        lora.add(model, lora.IN_USE, CONFIG)
     with pytest.raises(InputError, match="q_proj"):
         lora.add(model, "c", LoraConfig(targets=("att_proj", "q_proj")))
     assert not any("c" in linear.adapters for _, linear in lora.targets(model, lora.TARGETS)), "half an adapter is left"

@@ -215,7 +215,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_on_a_gpu_a_causal_segment_is_one_call_of_the_flash_kernel(monkeypatch):
+def test_on_a_gpu_a_causal_run_is_one_call_of_the_flash_kernel(monkeypatch):
     """Tensors that only pretend to be on a GPU, and a flash kernel that pretends to be there, for half precision."""
     monkeypatch.setattr(ops, "can_use_flash_attention", lambda params: params.query.dtype == torch.bfloat16)
     names = {}
@@ -233,9 +233,9 @@ def test_on_a_gpu_a_causal_segment_is_one_call_of_the_flash_kernel(monkeypatch):
 
 
 def batch_mask(mode):
-    """A padded batch: a packed row, a row with an image and three responses, a short row."""
-    rows = ["PP11P1122", "PIIP12233", "P1......."]
-    record = torch.tensor([[0] * 4 + [1] * 5, [0] * 9, [0] * 2 + [-1] * 7])
+    """A padded batch: a short row, a packed row, a row with padding before an image and two responses."""
+    rows = ["P1.......", "PP11P1122", "..PIIP122"]
+    record = torch.tensor([[0] * 2 + [-1] * 7, [0] * 4 + [1] * 5, [-1] * 2 + [0] * 7])
     response = torch.tensor([[int(k) - 1 if k.isdigit() else -1 for k in row] for row in rows])
     image = torch.tensor([[k == "I" for k in row] for row in rows])
     return AttentionMask(record, response, image, mode)

@@ -3,14 +3,17 @@
 pytest tests/test_ops.py
 """
 
+import importlib
 import inspect
+import pkgutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_model
+from conftest import TINY, random_model
 from torch.utils.flop_counter import FlopCounterMode
 
+import yojo
 from yojo import lora, molmo2, ops
 from yojo.molmo2 import Cache
 from yojo.ops import attention, kernel_attention, product_attention, softmax_attention
@@ -96,6 +99,17 @@ def test_a_network_of_such_products_is_the_same_network(adapter, monkeypatch):
             assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("shape", [(7,), (2, 5, 7)])
+def test_the_sum_with_a_product_is_written_over_only_when_nothing_is_learned(shape):
+    x, weight = torch.randn(shape, dtype=torch.float64), torch.randn(9, 7, dtype=torch.float64)
+    y = torch.randn(*shape[:-1], 9, dtype=torch.float64)
+    before, expected = y.clone(), y + x @ weight.T
+    assert (ops.add_product(y, x, weight) - expected).abs().max() < 1e-12 and torch.equal(y, before)
+    with torch.no_grad():
+        assert (ops.add_product(y, x, weight) - expected).abs().max() < 1e-12
+    assert (y - expected).abs().max() < 1e-12
+
+
 # -------------------------------------------------------------------------------------------------------- attention
 
 
@@ -107,7 +121,7 @@ def test_attention_repeats_key_heads_in_groups():
 
 
 # Queries, keys, causal.
-LOOKS = {"all": (5, 9, False), "past": (9, 9, True), "past, the last queries": (5, 9, True)}
+REACHES = {"all": (5, 9, False), "past": (9, 9, True), "past, the last queries": (5, 9, True)}
 
 
 def qkv(queries, keys, dtype, batch=2):
@@ -117,9 +131,9 @@ def qkv(queries, keys, dtype, batch=2):
     return [torch.randn(batch, T, h, 8, generator=g, dtype=torch.float64).to(dtype).transpose(1, 2) for h, T in sizes]
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_plain_products_equal_the_kernel(look):
-    queries, keys, causal = LOOKS[look]
+@pytest.mark.parametrize("reach", REACHES)
+def test_plain_products_equal_the_kernel(reach):
+    queries, keys, causal = REACHES[reach]
     q, k, v = qkv(queries, keys, torch.float64)
     kernel = kernel_attention(q, k, v, causal=causal)
     assert (product_attention(q, k, v, causal) - kernel).abs().max() < 1e-12
@@ -163,9 +177,9 @@ def test_the_kernel_is_the_sum_it_stands_for():
     every = [x.repeat_interleave(3, dim=1) for x in (k, v)]
     scores = q @ every[0].mT / 8**0.5
     back = torch.ones(12, 12, dtype=torch.bool).tril()
-    looks = {"everybody": (None, False, scores), "back": (None, True, scores.masked_fill(~back, -torch.inf))}
-    looks["a mask"] = (back.mT, False, scores.masked_fill(~back.mT, -torch.inf))
-    for allow, causal, left in looks.values():
+    reaches = {"everybody": (None, False, scores), "back": (None, True, scores.masked_fill(~back, -torch.inf))}
+    reaches["a mask"] = (back.mT, False, scores.masked_fill(~back.mT, -torch.inf))
+    for allow, causal, left in reaches.values():
         assert (softmax_attention(q, k, v, allow, causal) - left.softmax(-1) @ every[1]).abs().max() < 1e-12
     few = attention(q[:, :, 8:], k, v, None)  # the last queries beside the last keys
     assert (few - attention(q, k, v, None)[:, :, 8:]).abs().max() < 1e-12
@@ -178,19 +192,22 @@ def test_the_kernel_is_the_sum_it_stands_for():
 
 def marked():
     """Every method of the package that `tokenwise` marks, by its name."""
+    modules = [importlib.import_module(f"yojo.{found.name}") for found in pkgutil.iter_modules(yojo.__path__)]
     return {
         f"{kind.__name__}.{name}": method
-        for module in (molmo2, lora)
+        for module in modules
         for kind in vars(module).values()
         if inspect.isclass(kind) and kind.__module__ == module.__name__
         for name, method in vars(kind).items()
-        if hasattr(method, "__wrapped__") and method.__code__.co_filename == ops.__file__
+        if inspect.isfunction(method) and hasattr(method, "__wrapped__") and method.__code__.co_filename == ops.__file__
     }
 
 
 def cases(model):
-    """name -> (the module, the method's arguments): rows of a batch, picked tokens, views; with and without adapter."""
+    """(name, the module, what is inside it and sees the pieces, the method's arguments): rows of a batch, picked
+    tokens, views; with and without an adapter; a product that is column-major."""
     block = model.model.transformer.blocks[0]
+    mlp, heads = block.mlp, block.self_attn
     tower = model.model.vision_backbone.image_vit.transformer["resblocks"][0].feed_forward
     g = torch.Generator().manual_seed(0)
     rows, picked, views, qkv = (
@@ -200,11 +217,11 @@ def cases(model):
     angles = molmo2.rotary_angles(positions, 8, 10_000.0, torch.float64)
     column_major = qkv.transpose(0, 2).contiguous().transpose(0, 2)
     return [
-        ("VisionMLP.forward", tower, (views,)),
-        ("MLP.forward", block.mlp, (rows, None)),
-        ("MLP.forward", block.mlp, (picked, "a")),
-        ("Attention.split_heads", block.self_attn, (qkv, *angles)),
-        ("Attention.split_heads", block.self_attn, (column_major, *angles)),
+        ("VisionMLP.forward", tower, tower.w1, (views,)),
+        ("MLP.forward", mlp, mlp.ff_proj, (rows, None)),
+        ("MLP.forward", mlp, mlp.ff_proj, (picked, "a")),
+        ("Attention.split_heads", heads, heads.q_norm, (qkv, *angles)),
+        ("Attention.split_heads", heads, heads.q_norm, (column_major, *angles)),
     ]
 
 
@@ -216,51 +233,24 @@ def test_every_marked_method_in_pieces_of_three_equals_the_whole(monkeypatch):
         p.data.normal_()
     methods, tested = marked(), cases(model)
     assert {name for name, *_ in tested} == set(methods)
-    for name, module, args in tested:
-        pieces, plain = [], methods[name].__wrapped__
-        monkeypatch.setattr(type(module), name.split(".")[1], spied(plain, pieces, name))
-        whole = plain(module, *args)
+    for name, module, inside, args in tested:
+        pieces, tokens = [], args[0].shape[:-1].numel()
+        whole = methods[name].__wrapped__(module, *args)
+        hook = inside.register_forward_pre_hook(lambda _, xs, pieces=pieces: pieces.append(len(xs[0].flatten(0, -2))))
+        heads = TINY.text.num_attention_heads if name == "Attention.split_heads" else 1  # a head's rows
         for size in (3, 1):
             monkeypatch.setattr(ops, "PIECE", size)
             monkeypatch.setattr(ops, "NUMBERS", size * args[0].shape[-1])
             pieces.clear()
             with torch.no_grad():
-                parts = getattr(module, name.split(".")[1])(*args)
-            assert max(pieces) == size and sum(pieces) == args[0].shape[:-1].numel()
+                parts = methods[name](module, *args)
+            assert max(pieces) == size * heads and sum(pieces) == tokens * heads
             for ours, theirs in zip(*(x if isinstance(x, tuple) else (x,) for x in (parts, whole)), strict=True):
                 assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 1e-12 * theirs.abs().max()
-
-
-def spied(plain, pieces, name):
-    """The method, marked anew, which writes down how many tokens it is given at a time."""
-
-    def method(self, x, *more):
-        pieces.append(x.shape[:-1].numel())
-        return plain(self, x, *more)
-
-    return ops.tokenwise(products=name != "Attention.split_heads")(method)
-
-
-def test_with_a_gradient_nothing_goes_in_pieces(monkeypatch):
-    monkeypatch.setattr(ops, "PIECE", 3)
-    pieces, mlp = [], random_model().model.transformer.blocks[0].mlp
-    monkeypatch.setattr(type(mlp), "forward", spied(type(mlp).forward.__wrapped__, pieces, "MLP.forward"))
-    mlp(torch.randn(2, 7, 32, dtype=torch.float64), None)
-    assert pieces == [14]
-
-
-@torch.no_grad()
-def test_heads_in_pieces_equal_the_whole(monkeypatch):
-    """Norm and rotation five tokens at a time, over the rows of a batch, also of a column-major product."""
-    model = random_model()
-    ids, attention = torch.randint(0, 399, (2, 6)), model.model.transformer.blocks[0].self_attn
-    whole, seen = model(ids), []
-    heads = spied(molmo2.Attention.split_heads.__wrapped__, seen, "Attention.split_heads")
-    monkeypatch.setattr(ops, "NUMBERS", 5 * sum(attention.widths))
-    monkeypatch.setattr(molmo2.Attention, "split_heads", heads)
-    assert (model(ids) - whole).abs().max() < 1e-12 and seen == [5, 5, 2] * len(model.model.transformer.blocks)
-    monkeypatch.setattr(ops, "linear", ops.column_major_product)
-    assert (model(ids) - whole).abs().max() < 1e-12
+        pieces.clear()
+        methods[name](module, *args)  # with a gradient nothing goes in pieces
+        assert pieces == [tokens * heads]
+        hook.remove()
 
 
 def test_swiglu_is_written_over_its_gate_only_when_nothing_is_learned():

@@ -118,7 +118,7 @@ def test_one_pass_equals_n_passes_without_lora(tiny_folder):
     assert_equal(judge("prompt", responses), judge.one_by_one("prompt", responses), judge.tolerance)
 
 
-def test_long_rows_take_the_structured_form_and_give_the_same_scores(exact):
+def test_long_rows_are_computed_run_by_run_and_give_the_same_scores(exact):
     """Beyond 512 tokens the decoder stops building a [T, T] mask; nothing may change."""
     responses = [f"{i} " * 90 for i in range(8)]
     assert len(exact.encode("prompt", responses, "image").ids) > DENSE_UP_TO

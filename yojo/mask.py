@@ -102,7 +102,7 @@ class AttentionMask:
             spans = list(pairwise([*first.tolist(), len(kinds)]))
             allowed = self.allow(b, None, first[:, None], first[None, :]).tolist()
             for i, image in enumerate(self.image[b, first].tolist()):
-                keys = joined([span for span, yes in zip(spans, allowed[i], strict=True) if yes])
+                keys = merged([span for span, yes in zip(spans, allowed[i], strict=True) if yes])
                 run = Run(b, *spans[i], keys, not image)
                 if runs and runs[-1].goes_on_in(run):
                     runs[-1] = runs[-1].until(run.stop)
@@ -121,7 +121,7 @@ class AttentionMask:
         return create_block_mask(allow, B=B, H=None, Q_LEN=T, KV_LEN=T, device=str(device))
 
 
-def joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Ranges in ascending order, those that touch made one."""
     out: list[tuple[int, int]] = []
     for start, stop in ranges:

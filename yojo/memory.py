@@ -52,6 +52,6 @@ def activations(config: Config, dtype: torch.dtype, lora: LoraConfig, mask: Atte
     gradients = 2 * s * 2 * inner  # of up and gate, apart and side by side
     per_token = c.num_hidden_layers * s * D + adapters + attention + rest + gradients
     # a call with several ranges of keys (an isolated response: its prompt's and its own) copies them side by side
-    ranges = [run.keys for run in ops.calls(mask)] if ops.by_runs(mask.record.shape[1]) else []
-    copied = 2 * keys * sum(z - a for apart in ranges if len(apart) > 1 for a, z in apart)
+    runs = ops.calls(mask) if ops.by_runs(mask.record.shape[1]) else []
+    copied = 2 * keys * sum(stop - start for run in runs if len(run.keys) > 1 for start, stop in run.keys)
     return mask.record.numel() * per_token + s * (pairs + copied)  # pairs: the mask in numbers

@@ -54,13 +54,13 @@ def joined(x: Tensor) -> Tensor:
 class VisionAttention(nn.Module):
     """softmax(Q K^T / sqrt(d)) V with biases; queries and keys may come from different places."""
 
-    def __init__(self, width_in: int, width_out: int, heads: int, head_dim: int):
+    def __init__(self, width_in: int, width_out: int, num_heads: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
-        self.wq = nn.Linear(width_in, heads * head_dim)
-        self.wk = nn.Linear(width_in, heads * head_dim)
-        self.wv = nn.Linear(width_in, heads * head_dim)
-        self.wo = nn.Linear(heads * head_dim, width_out)
+        self.wq = nn.Linear(width_in, num_heads * head_dim)
+        self.wk = nn.Linear(width_in, num_heads * head_dim)
+        self.wv = nn.Linear(width_in, num_heads * head_dim)
+        self.wo = nn.Linear(num_heads * head_dim, width_out)
 
     def forward(self, x: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B, Q, width_in], keys [B, S, width_in], mask bool [B, 1, Q, S] -> [B, Q, width_out]."""
@@ -169,6 +169,7 @@ class VisionBackbone(nn.Module):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = w * x / sqrt(mean(x^2) + eps), cast back BEFORE it is multiplied by w: so the checkpoint was trained."""
     exact = torch.promote_types(x.dtype, torch.float32)
+    # summed in at least float32 without a copy of x
     mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square() / x.shape[-1]
     return weight * (x * torch.rsqrt(mean_square + eps)).to(x.dtype)
 
@@ -408,10 +409,10 @@ class Molmo2(nn.Module):
         if mask is not None and (past or mask.record.shape != (B, T)):
             raise ValueError(f"mask of shape {tuple(mask.record.shape)} for ids {(B, T)} after {past} cached tokens")
         if positions is None:
-            positions = torch.arange(past, past + T, device=input_ids.device).expand(B, T)
+            positions = torch.arange(past, past + T, device=input_ids.device)
         c, decoder = self.config.text, self.model.transformer
         x = self.embed(input_ids, features)
-        angles = rotary_angles(positions, c.head_dim, c.rope_theta, x.dtype)
+        angles = rotary_angles(positions.expand(B, T), c.head_dim, c.rope_theta, x.dtype)
         context = Context(angles, mask, lora.active(self, adapter))
         recompute = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(decoder.blocks):

@@ -2,15 +2,16 @@
 docstring, and `molmo2.py`, which calls them, knows nothing else of speed.
 
     linear(x, W)               x W^T
+    add_product(y, x, W)       y + x W^T
     attention(q, k, v, mask)   softmax(q k^T / sqrt(d)) v
     swiglu(x)                  silu(gate) * up
     @tokenwise(...)            marks a method that treats every token by itself, so some may go after the others
     fuse(modules)              lets a compiler make one program of each
 
-When nothing is learned, there are faster ways than torch's own, most of them on a CPU. Each is kept for as long as it
-saves 5% of a whole pass in LOG.md. They differ from the plain ways in how numbers are rounded and in nothing else.
+When nothing is learned, there are faster ways than torch's own, most of them on a CPU. A way is kept if it saves about
+5% of a whole pass; what each saved, and on which processor, is in LOG.md. Sums are the same, only rounded otherwise.
 
-See it: `pytest tests/test_ops.py` holds every fast way against the plain one.
+See it: `pytest tests/test_ops.py tests/test_mask.py tests/test_fuse.py` hold the fast ways against the plain ones.
 """
 
 import math
@@ -40,8 +41,8 @@ PIECE = 1024  # tokens of a tokenwise method that multiplies by matrices, at a t
 NUMBERS = 2**20  # of the first tensor of one that does not
 
 
-def learning() -> bool:
-    """Is a gradient asked for, or does autocast or a compiler choose how to compute? Then only plain ways are used."""
+def plain_only() -> bool:
+    """Is a gradient asked for, or does autocast or a compiler choose how to compute? They know the plain ways only."""
     return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
 
 
@@ -58,7 +59,7 @@ def bf16_without_amx(device: str) -> bool:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T. x [..., in], weight [out, in], of one dtype -> [..., out], which need not be contiguous."""
     large = weight.dtype == torch.float32 and weight.numel() >= LARGE and x.shape[:-1].numel() > 1
-    if large and not learning() and bf16_without_amx(weight.device.type):
+    if large and not plain_only() and bf16_without_amx(weight.device.type):
         return column_major_product(x, weight)
     return F.linear(x, weight)
 
@@ -73,6 +74,12 @@ def column_major_product(x: Tensor, weight: Tensor) -> Tensor:
     lines = -(-len(rows) // LINE) | 1  # odd
     columns = x.new_empty(len(weight), lines * LINE)[:, : len(rows)]
     return torch.mm(weight, rows.T, out=columns).T.unflatten(0, x.shape[:-1])
+
+
+def add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """y + x W^T. y [..., out], x [..., in], weight [out, in] -> [..., out]; when nothing is learned, written over y."""
+    rows, few = (z.reshape(-1, z.shape[-1]) for z in (y, x))
+    return torch.addmm(rows, few, weight.T, out=None if plain_only() else rows).view_as(y)
 
 
 # -------------------------------------------------------------------------------------------------------- attention
@@ -144,7 +151,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v in one call; arguments as in `attention`, allow bool [Q, S] or [B, 1, Q, S]."""
     scores = q.shape[1] // k.shape[1] * q.shape[2] * k.shape[2]
-    if allow is None and scores in SCORES and kernel_lags(q.dtype, q.device.type) and not learning():
+    if allow is None and scores in SCORES and kernel_lags(q.dtype, q.device.type) and not plain_only():
         return product_attention(q, k, v, causal)
     return kernel_attention(q, k, v, allow, causal)
 
@@ -193,7 +200,7 @@ def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up.  x [..., 2 * inner], up first, gate second -> [..., inner]. When nothing is learned it is
     written over the gate, and x is lost."""
     up, gate = x.chunk(2, dim=-1)
-    return F.silu(gate, inplace=not learning()).mul_(up)
+    return F.silu(gate, inplace=not plain_only()).mul_(up)
 
 
 def tokenwise(products: bool) -> Callable:
@@ -208,7 +215,7 @@ def tokenwise(products: bool) -> Callable:
         @wraps(method)
         def in_pieces(self, x: Tensor, *more):
             tokens, size = x.shape[:-1], PIECE if products else max(1, NUMBERS // x.shape[-1])
-            if learning() or x.is_cuda or tokens.numel() <= size:
+            if plain_only() or x.is_cuda or tokens.numel() <= size:
                 return method(self, x.contiguous(), *more)
             rows = (y.flatten(0, x.ndim - 2).split(size) if isinstance(y, Tensor) else repeat(y) for y in (x, *more))
             pieces = [method(self, few.contiguous(), *rest) for few, *rest in zip(*rows)]  # noqa: B905

@@ -4,7 +4,7 @@
     python -m yojo.score --tiny --image picture.png --prompt "Describe the star." --response "..." --response "..."
     python -m yojo.score --model runs/rm --data records.jsonl --json scores.json
 
-Prints a ranked table per record; with `--draw-mask FILE`, also who may look at whom, as a picture.
+Prints a ranked table per record; with `--draw-mask FILE`, also who may attend to whom, as a picture.
 """
 
 import argparse
