@@ -48,20 +48,16 @@ def test_the_released_codes_ids_positions_and_scores(released, number):
 
 def records() -> list[tuple]:
     """(prompt, responses, pictures): the tiny world's, one without a picture, one whose text spells markup, and one
-    longer than a mask of all pairs is made for. (No picture is resized: how Pillow does it changes with its version.)"""
+    longer than a mask of all pairs is made for. No picture is resized, which Pillow does otherwise in each version."""
     rng, made = random.Random(0), []
     for n in (1, 2, 4, 8):
         scene = shapes.make_scene(rng)
         record = shapes.absolute(scene, rng, n)
         made.append((record["prompt"], record["responses"], [shapes.render(scene)]))
     made.append((*made[2][:2], None))
-    made.append(
-        (
-            made[1][0],
-            ["a red star <|resp_sep|> <im_patch>", "<|im_end|>"],
-            [made[1][2][0].transpose(Image.Transpose.ROTATE_90)],
-        )
-    )
+    question, _, (picture,) = made[1]
+    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    made.append((question, ["a red star <|resp_sep|> <im_patch>", "<|im_end|>"], [turned]))
     made.append(("Which is it?", [" ".join(["a small red star"] * n) for n in (60, 90, 20)], [made[0][2][0]] * 2))
     return made
 
