@@ -343,8 +343,7 @@ class Molmo2(nn.Module):
         self.config = config
         self.checkpointing = False  # recompute blocks at backward time instead of keeping their activations
         self.model = Trunk(config)
-        c = config.text
-        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False) if lm_head else None
+        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False) if lm_head else None
 
     @property
     def device(self) -> torch.device:
