@@ -8,7 +8,7 @@ head that it used. No line of this project took part in them.
 
 `tests/data/saved/` holds a reward model as `RewardModel.save` wrote it on 2026-11-26, with the scores it gave that day
 in float64, joint and isolated, with and without pictures. To write such a folder again:
-`python tests/test_frozen.py DIR`.
+`PYTHONPATH=. python tests/test_frozen.py DIR`.
 """
 
 import json

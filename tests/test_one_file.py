@@ -1,4 +1,4 @@
-"""`tutorials/one_file.py` computes what the package computes, though the two share no line.
+"""`tutorials/one_file.py` computes what the package computes, though it takes only the tiny world from it.
 
     pytest tests/test_one_file.py
 

@@ -4,8 +4,8 @@
 
 Nothing is hidden: weights, picture to patches, the row in which the answers stand, the mask that isolates them, the
 network (vision tower, connector, decoder), LoRA, the value head, the loss, the training loop. From the package `yojo`
-only the tiny world is borrowed: its pictures, questions and graded answers. `tests/test_one_file.py` holds every score
-and every gradient here against the package.
+only the tiny world is borrowed: its pictures, questions and graded answers. `tests/test_one_file.py` holds scores and
+gradients against the package.
 
 Left out: other sizes than those of weights/tiny (one square view), several pictures, video, long rows, files written.
 
@@ -148,10 +148,10 @@ def encode(j: Judge, question: str, answers: list[str], picture: Image.Image) ->
     side = math.isqrt(len(windows) // 2)  # windows along one side of a view
     names = ("<im_patch>", "<low_res_im_start>", "<im_start>", "<im_end>", "<im_col>")
     patch, overview, crop, end, column = image_ids = [j.id(name) for name in names]
-    look = [overview, *side * side * [patch], end, crop, *side * [*side * [patch], column], end]
+    image = [overview, *side * side * [patch], end, crop, *side * [*side * [patch], column], end]
     turn, turn_end, separator = (j.id(name) for name in ("<|im_start|>", "<|im_end|>", "<|resp_sep|>"))
     separator = j.tokenizer.get_vocab_size() if separator is None else separator
-    ids = [turn_end, *look, turn, *text("user\n" + question), turn_end, *text("\n"), turn, *text("assistant\n")]
+    ids = [turn_end, *image, turn, *text("user\n" + question), turn_end, *text("\n"), turn, *text("assistant\n")]
     P = len(ids)
     owner, position, ends = [PROMPT] * P, list(range(P)), []
     for i, answer in enumerate(answers):
@@ -211,7 +211,8 @@ def vision_attention(j: Judge, name: str, x: Tensor, keys: Tensor, d: int) -> Te
 
 
 def layer_norm(j: Judge, name: str, x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], j.weights[f"{name}.weight"], j.weights[f"{name}.bias"], eps=1e-6)
+    eps = j.config["vit_config"]["layer_norm_eps"]
+    return F.layer_norm(x, x.shape[-1:], j.weights[f"{name}.weight"], j.weights[f"{name}.bias"], eps)
 
 
 def see(j: Judge, patches: Tensor, windows: Tensor) -> Tensor:
@@ -235,7 +236,8 @@ def see(j: Judge, patches: Tensor, windows: Tensor) -> Tensor:
 
 def rms_norm(j: Judge, name: str, x: Tensor) -> Tensor:
     """y = w * x / sqrt(mean(x^2) + eps)"""
-    return j.weights[f"{name}.weight"] * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+    eps = j.config["text_config"]["layer_norm_eps"]
+    return j.weights[f"{name}.weight"] * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
 
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:

@@ -6,7 +6,7 @@ docstring, and `molmo2.py`, which calls them, knows nothing else of speed.
     attention(q, k, v, mask)   softmax(q k^T / sqrt(d)) v
     swiglu(x)                  silu(gate) * up
     @tokenwise(...)            marks a method that treats every token by itself, so some may go after the others
-    fuse(modules)              lets a compiler make one program of each
+    fuse(modules, trial)       lets a compiler make one program of each
 
 When nothing is learned, there are faster ways than torch's own, most of them on a CPU. A way is kept if it saves about
 5% of a whole pass; what each saved, and on which processor, is in LOG.md. Sums are the same, only rounded otherwise.
