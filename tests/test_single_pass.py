@@ -7,6 +7,7 @@ together must equal scoring each alone, to 1e-10 in float64 and 2e-5 in float32:
 Joint mode: response i sees the responses before it, so its score may depend on those, and on nothing after it.
 """
 
+import math
 import random
 
 import pytest
@@ -81,8 +82,15 @@ def exact(tiny_folder):
 
 
 def assert_equal(ours, theirs, tolerance):
-    far = max((abs(a - b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
-    assert far <= tolerance, f"scores differ by {far}"
+    """Written so that NaN fails: it is not within any tolerance, and `max` over Python numbers would pass it over."""
+    apart = [(a, b) for a, b in zip(ours, theirs, strict=True) if not abs(a - b) <= tolerance]
+    assert not apart, f"scores differ by more than {tolerance}: {apart}"
+
+
+def test_scores_that_are_no_numbers_are_never_equal():
+    for ours, theirs in (([0.0, math.nan], [0.0, 0.0]), ([math.nan], [math.nan]), ([math.inf], [math.inf])):
+        with pytest.raises(AssertionError, match="differ by more"):
+            assert_equal(ours, theirs, 1.0)
 
 
 # ----------------------------------------------------------------------------------------------------- isolated mode

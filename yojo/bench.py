@@ -24,7 +24,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -127,6 +127,11 @@ def take_turns(
         for name in order:
             seconds[name].append(clock(arms[name], device))
     return seconds, above
+
+
+def largest(values: Iterable[float]) -> float:
+    """NaN where a value is NaN, which Python's `max` may pass over."""
+    return torch.tensor(list(values), dtype=torch.float64).max().item()
 
 
 def ratio(seconds: dict[str, list[float]], of: str, to: str) -> float:
@@ -613,7 +618,7 @@ def batch(args: argparse.Namespace) -> list[dict]:
 
     arms = {"one by one": single, "sorted batches": sorted_}
     seconds, above = take_turns(arms, args.rounds, torch.device(args.device), args.seed)
-    apart = max(abs(a - b) for x, y in zip(*scores.values(), strict=True) for a, b in zip(x, y, strict=True))
+    apart = largest(abs(a - b) for x, y in zip(*scores.values(), strict=True) for a, b in zip(x, y, strict=True))
     lengths = sorted(len(record.ids) for record in records)
     print(f"{hardware(torch.device(args.device))}; {args.n} records of {lengths[0]} to {lengths[-1]} tokens")
     rows = []
@@ -643,9 +648,10 @@ def drift(args: argparse.Namespace) -> list[dict]:
         flips = [
             (x[i] - x[j]) * (y[i] - y[j]) < 0 for x, y in pairs for i in range(len(x)) for j in range(i) if x[i] != x[j]
         ]
-        row = {"model": name, "groups": len(pairs), "largest": max(apart), "median": median(apart), "spread": spread}
+        most, typical = largest(apart), median(apart)
+        row = {"model": name, "groups": len(pairs), "largest": most, "median": typical, "spread": spread}
         rows.append(row | {"winners_changed": winners, "pairs": len(flips), "pairs_flipped": sum(flips)})
-        print(f"{name}: {len(pairs)} groups; a score moves by {median(apart):.3f} (median), {max(apart):.3f} at most,")
+        print(f"{name}: {len(pairs)} groups; a score moves by {typical:.3f} (median), {most:.3f} at most,")
         print(f"where best and worst of a group are {spread:.1f} apart (median); {winners} winners change, and")
         print(f"{sum(flips)} of {len(flips)} pairs of answers change places")
     return rows
