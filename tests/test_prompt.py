@@ -55,6 +55,13 @@ def test_a_picture_written_out(processor):
     assert len(e.pictures.pooling) == 18
 
 
+def test_the_label_of_a_line_break_can_be_read(processor):
+    row = processor.encode("Describe\nthe star.", ["a red\tstar"])
+    labels = processor.tokenizer.labels(row.ids.tolist())
+    assert labels[2:6] == ["user", r"\n", "Describe", r"\n"] and r"\t" in labels
+    assert all(label.strip() and label.isprintable() for label in labels)
+
+
 @pytest.mark.parametrize("token", SPECIAL)
 def test_a_text_that_spells_a_token_is_noticed(processor, token):
     assert processor.tokenizer.spells(f"a red star {token}") and not processor.tokenizer.spells("a <| b |> <im")

@@ -131,6 +131,10 @@ class Tokenizer:
         """How one id reads: an added token's name, or the text it stands for."""
         return SEPARATOR if token == self.separator_id else self.decode([token])
 
+    def labels(self, tokens: Sequence[int]) -> list[str]:
+        r"""Names to print beside a row: a line break as \n, and no blank before a word."""
+        return [repr(self.name(token))[1:-1].strip() or "space" for token in tokens]
+
     def spells(self, text: str) -> bool:
         """Does a text spell the name of an added token, which `encode` takes for the text it is?"""
         return any(name in text for name in self.added)
