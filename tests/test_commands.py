@@ -6,6 +6,7 @@ pytest tests/test_commands.py
 import argparse
 import json
 import math
+import random
 import re
 import shutil
 from dataclasses import replace
@@ -23,11 +24,13 @@ from yojo import (
     preference,
     pretrain,
     score,
+    shapes,
     train,
     votes,
 )
 from yojo.cli import WEIGHTS
 from yojo.molmo2 import Molmo2
+from yojo.reward import RewardModel
 
 
 @pytest.fixture
@@ -113,17 +116,31 @@ def test_help_explains_every_option(command, module, monkeypatch):
 def test_score_tiny_prints_a_ranked_table(command, tmp_path):
     status, out, err = command(score, "--tiny", "--json", tmp_path / "s.json", "--draw-mask", tmp_path / "m.png")
     assert status == 0, err
-    assert "mode: joint" in out and "rank  score    #  response" in out
+    assert "mode: joint: each answer attends to the answers before it" in out
+    assert "rank  score    #  true facts  response" in out
     result = json.loads((tmp_path / "s.json").read_text())
-    assert result["mode"] == "joint" and len(result["scores"]) == 4
+    assert result["mode"] == "joint" and len(result["scores"]) == len(result["true_facts"]) == 4
     assert Image.open(tmp_path / "m.png").width > 500
     rows = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit()]
     assert [float(row[1]) for row in rows] == sorted((float(row[1]) for row in rows), reverse=True)
+    assert [int(row[3]) for row in rows] == [result["true_facts"][int(row[2]) - 1] for row in rows]
+
+
+@pytest.mark.parametrize("name", ["tiny-rm", "tiny-rm-isolated"])
+def test_the_demonstration_has_one_wholly_true_answer_and_the_shipped_models_find_it(name):
+    rm = RewardModel.load(WEIGHTS / name)
+    for seed in range(20):
+        scene, prompt, responses, facts = score.demonstration(random.Random(seed))
+        assert facts.count(6) == 1 == facts.count(max(facts)) and len(facts) == 4
+        assert facts == [shapes.oracle(scene, prompt, response) for response in responses]
+        scores = rm.score(prompt, responses, image=shapes.render(scene))
+        assert facts[scores.index(max(scores))] == 6
 
 
 def test_score_names_the_mode_that_was_asked_for(command):
     _, out, _ = command(score, "--model", WEIGHTS / "tiny-rm", "--mode", "isolated", *ONE)
-    assert "mode: isolated (trained in joint)" in out
+    assert "mode: isolated (trained in joint): each answer attends to the question and itself" in out
+    assert "true facts" not in out, "nobody knows them here"
 
 
 def test_score_reads_records(command, tmp_path):

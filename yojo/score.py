@@ -4,7 +4,7 @@
     python -m yojo.score --tiny --image picture.png --prompt "Describe the star." --response "..." --response "..."
     python -m yojo.score --model runs/rm --data records.jsonl --json scores.json
 
-Prints a ranked table per record; with `--draw-mask FILE`, also who may attend to whom, as a picture.
+Prints a ranked table per record; with `--draw-mask FILE`, also which token may attend to which, as a picture.
 """
 
 import argparse
@@ -24,6 +24,11 @@ from yojo.image import FRAMES, INTERVAL, open_video
 from yojo.mask import DRAWN_UP_TO, MODES, draw
 from yojo.prompt import Encoded
 from yojo.reward import RewardModel
+
+MEANS = {
+    "joint": "each answer attends to the answers before it",
+    "isolated": "each answer attends to the question and itself",
+}
 
 
 def main() -> None:
@@ -55,16 +60,16 @@ def score(args: argparse.Namespace) -> dict | list[dict]:
     if args.compile:
         rm.backbone.fuse()
     mode = args.mode or rm.mode
-    print(f"mode: {mode}" + ("" if mode == rm.mode else f" (trained in {rm.mode})"))
-    records, results = asked(args), []
+    print(f"mode: {mode}" + ("" if mode == rm.mode else f" (trained in {rm.mode})") + f": {MEANS[mode]}")
+    (records, facts), results = asked(args), []
     encoded = encode_all(rm, records)
     if args.draw_mask:
         first = next(encoded)
         save_mask(first, mode, rm, args.draw_mask, records[0][0])
         encoded = chain([first], encoded)
     for (_, prompt, responses, _, _), scores in zip(records, rm.score_all(encoded, mode), strict=True):
-        print(f"\n{prompt}\n" + table(responses, scores))
-        results.append({"mode": mode, "scores": scores})
+        print(f"\n{prompt}\n" + table(responses, scores, facts))
+        results.append({"mode": mode, "scores": scores} | ({"true_facts": facts} if facts else {}))
     return results if args.data else results[0]
 
 
@@ -84,44 +89,51 @@ def load(args: argparse.Namespace) -> RewardModel:
     return RewardModel.load(folder, args.base, dtype, device)
 
 
-def asked(args: argparse.Namespace) -> Sequence[tuple]:
-    """(where it stands, prompt, responses, pictures, video) of every record to score."""
+def asked(args: argparse.Namespace) -> tuple[Sequence[tuple], list[int] | None]:
+    """(where it stands, prompt, responses, pictures, video) of every record to score; and how many facts are true in
+    each response, where that is known: for the demonstration."""
     if args.data:
         if args.prompt or args.response or args.image or args.video:
             raise InputError("--data brings its own prompts, responses and pictures")
         return [
             (f"{r.where}: ", r.prompt, r.responses, r.images, r.video) for r in read_records(args.data, ranked=False)
-        ]
+        ], None
     if args.prompt is None and args.tiny and not (args.response or args.image or args.video):
-        rng = random.Random(args.seed)
-        scene = shapes.make_scene(rng)
-        record = shapes.absolute(scene, rng)
+        scene, prompt, responses, facts = demonstration(random.Random(args.seed))
         print("a scene of the tiny world: " + "; ".join(shapes.describe(scene.facts(t)) for t in scene.things))
-        return [("", record["prompt"], record["responses"], [shapes.render(scene)], None)]
+        return [("", prompt, responses, [shapes.render(scene)], None)], facts
     if args.prompt is None or not args.response:
         raise InputError("give --prompt and at least one --response, or --data FILE")
     video = open_video(args.video, args.frames, args.interval) if args.video else None
-    return [("", args.prompt, args.response, args.image, video)]
+    return [("", args.prompt, args.response, args.image, video)], None
 
 
-def table(responses: Sequence[str], scores: Sequence[float]) -> str:
-    """Best first, numbered as they were given."""
-    ranked = sorted(range(len(scores)), key=lambda i: -scores[i])
-    return "\n".join(
-        [" rank  score    #  response"]
-        + [
-            f"{rank:5d} {scores[i]:7.3f} {i + 1:3d}  {' '.join(responses[i].split())}"
-            for rank, i in enumerate(ranked, 1)
-        ]
-    )
+def demonstration(rng: random.Random) -> tuple[shapes.Scene, str, list[str], list[int]]:
+    """A scene, a question, four answers and how many facts are true in each; in one of them all are, which not every
+    record of the task has."""
+    scene = shapes.make_scene(rng)
+    while True:
+        record = shapes.absolute(scene, rng)
+        facts = [shapes.oracle(scene, record["prompt"], response) for response in record["responses"]]
+        if max(facts) == len(shapes.SLOTS):
+            return scene, record["prompt"], record["responses"], facts
+
+
+def table(responses: Sequence[str], scores: Sequence[float], facts: list[int] | None = None) -> str:
+    """Best first, numbered as they were given, beside the true facts where they are known."""
+    lines = [" rank  score    #  " + ("true facts  " if facts else "") + "response"]
+    for rank, i in enumerate(sorted(range(len(scores)), key=lambda i: -scores[i]), 1):
+        known = f"{facts[i]:5d} of {len(shapes.SLOTS)}  " if facts else ""
+        lines.append(f"{rank:5d} {scores[i]:7.3f} {i + 1:3d}  {known}{' '.join(responses[i].split())}")
+    return "\n".join(lines)
 
 
 def save_mask(encoded: Encoded, mode: str, rm: RewardModel, path: Path, where: str) -> None:
     if len(encoded.ids) > DRAWN_UP_TO:
         raise InputError(f"{where}{len(encoded.ids)} tokens are too many to draw: at most {DRAWN_UP_TO}")
-    labels = [rm.processor.tokenizer.name(t).strip() or "⏎" for t in encoded.ids.tolist()]
+    mask, labels = collate([encoded], mode).mask, rm.processor.tokenizer.labels(encoded.ids.tolist())
     with whole_file(path) as temporary:
-        draw(collate([encoded], mode).mask, labels=labels).save(temporary, "PNG")
+        draw(mask, labels=labels).save(temporary, "PNG")
     print(f"mask drawn in {path}")
 
 
