@@ -7,7 +7,7 @@ import io
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from yojo import Processor, load_backbone, shapes
 from yojo.cli import WEIGHTS
@@ -47,9 +48,31 @@ def _axes(width: float, height: float, columns: int = 1, **about) -> tuple[Figur
 
 
 def _picture(figure: Figure) -> Image.Image:
+    numbers, texts = [], []
+    for axes in figure.axes:
+        texts += [axes.get_title(), axes.get_xlabel(), axes.get_ylabel(), *(text.get_text() for text in axes.texts)]
+        for line in axes.lines:
+            texts.append(line.get_label())
+            numbers += [*line.get_xdata(), *line.get_ydata()]
+        numbers += [n for box in axes.patches if isinstance(box, Rectangle) for n in box.get_bbox().bounds]
+        for image in map(np.asarray, (image.get_array() for image in axes.images)):
+            numbers += [*image.mean(0).ravel(), *image.mean(1).ravel()]
     file = io.BytesIO()
     figure.savefig(file, format="png")
-    return Image.open(file).convert("RGB")
+    return _remember(Image.open(file).convert("RGB"), numbers, texts)
+
+
+def _remember(picture: Image.Image, numbers: Iterable[float], texts: Sequence[str]) -> Image.Image:
+    """Keep beside the pixels what they show: a changed digit is a few pixels, and another font is many."""
+    shown = {"numbers": [float(f"{float(n):.6g}") for n in numbers], "texts": list(texts)}
+    picture.info["shown"] = json.dumps(shown, ensure_ascii=False)
+    return picture
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    text = PngInfo()
+    text.add_itxt("shown", picture.info["shown"], zip=True)
+    picture.save(path, pnginfo=text)
 
 
 def _plot(axes: Axes, x: str, y: str, title: str = "") -> None:
@@ -79,8 +102,10 @@ def _curve(axes, log: list[dict], key: str, width: int, label: str, line: dict) 
 
 def scene() -> Image.Image:
     """The picture that lesson 00 judges answers about, four times its size."""
-    picture = shapes.render(shapes.make_scene(random.Random(0)))
-    return picture.resize((4 * picture.width, 4 * picture.height), Image.Resampling.NEAREST)
+    scene = shapes.make_scene(random.Random(0))
+    picture = shapes.render(scene)
+    large = picture.resize((4 * picture.width, 4 * picture.height), Image.Resampling.NEAREST)
+    return _remember(large, [], [shapes.describe(scene.facts(thing)) for thing in scene.things])
 
 
 def tiling() -> Image.Image:
@@ -219,8 +244,8 @@ def mask_isolated() -> Image.Image:
 def _mask(mode: str) -> Image.Image:
     processor = Processor.from_folder(WEIGHTS / "tiny", max_tokens=4096)
     encoded = processor.encode("Describe the star.", ["a red star", "a star", "a small star"])
-    labels = [processor.tokenizer.name(t).strip() or "newline" for t in encoded.ids.tolist()]
-    return draw(collate([encoded], mode).mask, labels=labels, cell=16)
+    labels, mask = processor.tokenizer.labels(encoded.ids.tolist()), collate([encoded], mode).mask
+    return _remember(draw(mask, labels=labels, cell=16), mask.dense.flatten().tolist(), labels)
 
 
 def masks_with_a_picture() -> Image.Image:
@@ -228,13 +253,14 @@ def masks_with_a_picture() -> Image.Image:
     processor = Processor.from_folder(WEIGHTS / "tiny", max_tokens=4096)
     world = shapes.make_scene(random.Random(0))
     encoded = processor.encode("Describe the star.", ["a red star", "a star", "a small star"], shapes.render(world))
-    halves = [draw(collate([encoded], mode).mask, cell=7) for mode in ("joint", "isolated")]
+    masks = [collate([encoded], mode).mask for mode in ("joint", "isolated")]
+    halves = [draw(mask, cell=7) for mask in masks]
     width, height = halves[0].size
     both = Image.new("RGB", (2 * width + 20, height + 30), "white")
     for i, (half, name) in enumerate(zip(halves, ("joint", "isolated"), strict=True)):
         both.paste(half, (i * (width + 20), 30))
         ImageDraw.Draw(both).text((i * (width + 20) + width / 2, 8), name, "black", ImageFont.load_default(18), "ma")
-    return both
+    return _remember(both, [n for mask in masks for n in mask.dense.flatten().tolist()], [])
 
 
 # ------------------------------------------------------------------------------------------------- lessons 06 and 07
@@ -415,5 +441,5 @@ FIGURES: dict[str, Callable[[], Image.Image]] = {
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     for name, figure in FIGURES.items():
-        figure().save(FOLDER / f"{name}.png")
+        save(figure(), FOLDER / f"{name}.png")
         print(FOLDER / f"{name}.png")
