@@ -157,7 +157,7 @@ def test_score_reads_records(command, tmp_path):
 
 @pytest.fixture
 def run_folder(tiny_folder, tmp_path, monkeypatch):
-    """Preference records and the paper's recipe, shrunk."""
+    """Preference records and the default recipe, shrunk."""
     from yojo.fit import FitConfig
     from yojo.lora import LoraConfig
     from yojo.preference import Recipe

@@ -16,7 +16,7 @@ from test_single_pass import noise
 from yojo import parallel
 from yojo.files import InputError
 
-# The command itself, with the paper's recipe made small; float64 where the last argument says so.
+# The command itself, with the default recipe made small; float64 where the last argument says so.
 # A first exit handler runs last: after it the group's threads must be gone, or leaving can abort.
 SCRIPT = """
 import atexit, sys

@@ -26,7 +26,7 @@ from yojo.files import InputError, add_line, whole_file
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Defaults are the paper's optimiser: AdamW 1e-4, no weight decay, linear decay without warm-up, clip 1.0."""
+    """Defaults are the released training script's: AdamW 1e-4, no weight decay, linear decay, no warm-up, clip 1.0."""
 
     steps: int
     lr: float = 1e-4

@@ -33,7 +33,7 @@ from yojo.reward import RewardModel
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a reward model is trained. Defaults are the paper's; the presets below are written as their difference."""
+    """How a reward model is trained. Defaults are the released training script's; presets below name what differs."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
     inner: int = 1024  # hidden units of the value head
