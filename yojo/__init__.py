@@ -1,6 +1,6 @@
 """Yojo: you only judge once. A reward model that scores N responses in one forward pass, by hand.
 
-Start with `tutorials/00_one_pass.md`; the file list in README.md is the order in which data flows.
+Start with `tutorials/00_one_pass.md`; README.md lists the core's files in the order in which data flows.
 """
 
 from importlib import import_module

@@ -9,7 +9,8 @@ docstring, and `molmo2.py`, which calls them, knows nothing else of speed.
     fuse(modules, trial)       lets a compiler make one program of each
 
 When nothing is learned, there are faster ways than torch's own, most of them on a CPU. A way is kept if it saves about
-5% of a whole pass; what each saved, and on which processor, is in LOG.md. Sums are the same, only rounded otherwise.
+5% of a whole pass; `tutorials/runs/speed.md` says what each saved, and on which processor. Sums are the same, only
+rounded otherwise.
 
 See it: `pytest tests/test_ops.py tests/test_mask.py tests/test_fuse.py` hold the fast ways against the plain ones.
 """

@@ -1,0 +1,120 @@
+"""What the Markdown files say can be done: links lead somewhere, commands and examples run, the first page is a page.
+
+    pytest tests/test_docs.py USAGE.md
+    pytest tests/test_docs.py -m slow        # every command of README and USAGE that takes no minutes, as printed
+
+(Python examples are run where they stand: `pytest USAGE.md tutorials`.)
+"""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+from tutorials.examples import make
+from yojo import score
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), ROOT / "weights/README.md", *ROOT.glob("tutorials/**/*.md")])
+NOTES = [p for p in PAGES if "tutorials" not in p.relative_to(ROOT).parts[:1] or "runs" in p.parts]
+NAMES = [str(p.relative_to(ROOT)) for p in PAGES]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^(?:python -m|torchrun)\b.*")
+# What only test_tiny.py runs, or nothing here does: it takes minutes.
+MINUTES = ("pip install", "yojo.train --tiny", "yojo.evaluate --tiny", "yojo.grpo --tiny", "yojo.hacking", "-m pytest")
+
+
+def prose(path: Path) -> str:
+    return FENCE.sub("", path.read_text(encoding="utf-8"))
+
+
+def commands(path: Path) -> list[str]:
+    """Lines of the code blocks that are commands of this project, and those in running text."""
+    text = path.read_text(encoding="utf-8")
+    lines = [line for _, block in FENCE.findall(text) for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines + re.findall(r"`(python -m [^`]+)`", prose(path)) if COMMAND.match(line)]
+
+
+def anchors(path: Path) -> set[str]:
+    """The names that a hub gives to a page's headings."""
+    titles = re.findall(r"^#+ (.*)", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", prose(path)):
+        file, _, anchor = target.partition("#")
+        page = path.parent / file if file else path
+        assert page.exists(), target
+        assert not anchor or anchor in anchors(page), target
+
+
+@pytest.mark.parametrize("path", NOTES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_line_of_prose_is_longer_than_120_characters(path):
+    assert not [line for line in prose(path).splitlines() if len(line) > 120 and not line.startswith("|")]
+
+
+def test_the_first_page_is_a_page_that_names_every_file():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 1000
+    names = {path.stem for path in (ROOT / "yojo").glob("*.py")} - {"__init__"}
+    assert names <= set(re.findall(r"[`\[](\w+)(?:\.py)?[`\]]", text))
+
+
+def test_the_first_page_shows_what_score_prints(command):
+    """Ranks and texts to the letter; scores differ in their last digits by processor."""
+    status, printed, _ = command(score, "--tiny")
+    shown = next(block for _, block in FENCE.findall((ROOT / "README.md").read_text()) if "true facts" in block)
+    ours, theirs = (re.findall(r"-?\d+\.\d+", text) for text in (printed, shown))
+    assert status == 0 and [float(n) for n in ours] == pytest.approx([float(n) for n in theirs], abs=0.005)
+    without = [re.sub(r"-?\d+\.\d+", "", text).split() for text in (printed[printed.index("\n\n") :], shown)]
+    assert without[0] == without[1]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def test_every_command_has_the_options_it_is_shown_with(path, command, monkeypatch):
+    for line in commands(path):
+        words = shlex.split(line, comments=True)
+        name, *words = words[words.index("-m") + 1 :]
+        module = None if name == "pytest" else importlib.import_module(name)
+        if name.startswith("yojo."):
+            monkeypatch.setattr(module, "run", lambda *_: None)
+            status, _, err = command(module, *words)
+            assert status == 0, f"{line}: {err}"
+
+
+def test_the_example_files_are_what_their_script_makes(tmp_path):
+    make.write(tmp_path)
+    for path in sorted(tmp_path.rglob("*.*")):
+        kept = make.HERE / path.relative_to(tmp_path)
+        if path.suffix == ".png":  # drawn alike by every Pillow, but for a level here and there
+            both = [Image.open(p).convert("RGB") for p in (path, kept)]
+            assert ImageChops.difference(*both).convert("L").getextrema()[1] < 16, path.name
+        else:
+            assert path.read_text() == kept.read_text(), path.name
+    for record in map(json.loads, (make.HERE / "records.jsonl").read_text().splitlines()):
+        assert (make.HERE / record["image"]).exists()
+
+
+@pytest.mark.slow
+def test_every_command_runs_as_printed(tmp_path):
+    """In a copy of the project, in the order in which README and USAGE show them."""
+    for name in ("yojo", "tutorials", "weights"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    ran = 0
+    for line in (line for page in ("README.md", "USAGE.md") for line in commands(ROOT / page)):
+        if not any(word in line for word in MINUTES):
+            done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+            ran += 1
+    assert ran >= 15
