@@ -5,6 +5,7 @@ pytest tests/test_bench.py
 
 import copy
 import json
+import math
 from argparse import Namespace
 
 import pytest
@@ -71,6 +72,10 @@ def test_alternatives_take_turns(monkeypatch):
     assert rounds[1] == rounds[0][::-1] and rounds[3] == rounds[2][::-1]
     assert [seconds[name][0] for name in rounds[0]] == [1, 5, 9]  # (2 i + 1)^2 - (2 i)^2 of the i-th call
     assert bench.ratio({"a": [1, 9, 4], "b": [1, 3, 1]}, "a", "b") == 3
+
+
+def test_the_largest_of_numbers_that_hold_nan_is_nan():
+    assert math.isnan(bench.largest([0.0, math.nan, 1.0])) and bench.largest([0.0, 2.0, 1.0]) == 2
 
 
 def test_several_prompts_are_measured_on_one_model(command, tmp_path):

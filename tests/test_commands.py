@@ -116,7 +116,7 @@ def test_help_explains_every_option(command, module, monkeypatch):
 def test_score_tiny_prints_a_ranked_table(command, tmp_path):
     status, out, err = command(score, "--tiny", "--json", tmp_path / "s.json", "--draw-mask", tmp_path / "m.png")
     assert status == 0, err
-    assert "mode: joint: each answer attends to the answers before it" in out
+    assert "mode: joint: each answer attends to the question, itself and the answers before it" in out
     assert "rank  score    #  true facts  response" in out
     result = json.loads((tmp_path / "s.json").read_text())
     assert result["mode"] == "joint" and len(result["scores"]) == len(result["true_facts"]) == 4
@@ -149,7 +149,21 @@ def test_score_reads_records(command, tmp_path):
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
     status, _, err = command(score, "--tiny", "--data", tmp_path / "d.jsonl", "--json", tmp_path / "s.json")
     assert status == 0, err
-    assert [len(r["scores"]) for r in json.loads((tmp_path / "s.json").read_text())] == [2, 1]
+    results = json.loads((tmp_path / "s.json").read_text())
+    assert [len(r["scores"]) for r in results] == [2, 1] and not any("true_facts" in r for r in results)
+
+
+def test_scores_that_are_not_finite_are_named_not_ranked(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(RewardModel, "score_all", lambda *_: iter([[1.0, math.nan, 7.0, math.inf]]))
+    status, out, err = command(score, "--tiny", "--json", tmp_path / "s.json")
+    assert status == 1 and "scores are not finite" in err and "rank" not in out and not (tmp_path / "s.json").exists()
+
+
+def test_the_drawn_mask_has_labels_that_can_be_read(command, monkeypatch, tmp_path):
+    seen, real = [], score.draw
+    monkeypatch.setattr(score, "draw", lambda mask, labels: seen.extend(labels) or real(mask, labels=labels))
+    assert command(score, "--tiny", "--draw-mask", tmp_path / "m.png", *ONE)[0] == 0
+    assert r"\n" in seen and "<|resp_sep|>" in seen and not any(label != label.strip() for label in seen)
 
 
 # ---------------------------------------------------------------------------- training on a checkpoint and a file

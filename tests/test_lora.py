@@ -87,7 +87,7 @@ def test_in_bf16_an_adapter_costs_no_precision_that_the_base_has_not_lost():
 def test_use_switches_nests_and_restores():
     model = with_adapters("policy", "reward")
     base, policy, reward = run(model, None), run(model, "policy"), run(model, "reward")
-    assert not torch.allclose(base, policy) and not torch.allclose(policy, reward)
+    assert (base - policy).abs().max() > 1e-3 and (policy - reward).abs().max() > 1e-3
     with lora.use(model, "policy"):
         with lora.use(model, None):
             assert torch.equal(model(IDS), base)
@@ -241,7 +241,7 @@ def test_an_adapter_trained_in_peft_loads_here(tmp_path):
     with torch.no_grad():
         expected = theirs.eval()(IDS)
     assert (run(ours, "a") - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert not torch.allclose(run(ours, "a"), run(ours, None), atol=1e-2)
+    assert (run(ours, "a") - run(ours, None)).abs().max() > 1e-2
 
 
 def test_an_adapter_saved_here_loads_in_peft(tmp_path):

@@ -56,10 +56,11 @@ def test_a_picture_written_out(processor):
 
 
 def test_the_label_of_a_line_break_can_be_read(processor):
-    row = processor.encode("Describe\nthe star.", ["a red\tstar"])
+    row = processor.encode("Describe\nthe star.", ["a red\tstar\\  or not"])
     labels = processor.tokenizer.labels(row.ids.tolist())
     assert labels[2:6] == ["user", r"\n", "Describe", r"\n"] and r"\t" in labels
-    assert all(label.strip() and label.isprintable() for label in labels)
+    assert "space" in labels and "\\" in labels
+    assert all(label and label == label.strip() and label.isprintable() for label in labels)
 
 
 @pytest.mark.parametrize("token", SPECIAL)

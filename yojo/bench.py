@@ -18,6 +18,7 @@ import argparse
 import ctypes
 import gc
 import importlib.util
+import math
 import os
 import random
 import shutil
@@ -641,6 +642,8 @@ def drift(args: argparse.Namespace) -> list[dict]:
         for dtype in (torch.float32, torch.bfloat16):
             rm = RewardModel.load(WEIGHTS / name, dtype=dtype, device=args.device)
             scores.append(list(rm.score_all(world(rm, args.n, args.seed))))
+            if not all(math.isfinite(score) for group in scores[-1] for score in group):
+                raise FloatingPointError(f"{name} in {dtype}: scores are not finite")
         pairs = list(zip(*scores, strict=True))
         apart = [abs(a - b) for x, y in pairs for a, b in zip(x, y, strict=True)]
         spread = median(max(x) - min(x) for x, _ in pairs)

@@ -133,7 +133,8 @@ class Tokenizer:
 
     def labels(self, tokens: Sequence[int]) -> list[str]:
         r"""Names to print beside a row: a line break as \n, and no blank before a word."""
-        return [repr(self.name(token))[1:-1].strip() or "space" for token in tokens]
+        names = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in self.name(token)) for token in tokens)
+        return [name.strip() or "space" for name in names]
 
     def spells(self, text: str) -> bool:
         """Does a text spell the name of an added token, which `encode` takes for the text it is?"""

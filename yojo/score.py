@@ -8,6 +8,7 @@ Prints a ranked table per record; with `--draw-mask FILE`, also which token may 
 """
 
 import argparse
+import math
 import random
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -26,7 +27,7 @@ from yojo.prompt import Encoded
 from yojo.reward import RewardModel
 
 MEANS = {
-    "joint": "each answer attends to the answers before it",
+    "joint": "each answer attends to the question, itself and the answers before it",
     "isolated": "each answer attends to the question and itself",
 }
 
@@ -61,20 +62,22 @@ def score(args: argparse.Namespace) -> dict | list[dict]:
         rm.backbone.fuse()
     mode = args.mode or rm.mode
     print(f"mode: {mode}" + ("" if mode == rm.mode else f" (trained in {rm.mode})") + f": {MEANS[mode]}")
-    (records, facts), results = asked(args), []
+    records, results = asked(args), []
     encoded = encode_all(rm, records)
     if args.draw_mask:
         first = next(encoded)
         save_mask(first, mode, rm, args.draw_mask, records[0][0])
         encoded = chain([first], encoded)
-    for (_, prompt, responses, _, _), scores in zip(records, rm.score_all(encoded, mode), strict=True):
+    for (where, prompt, responses, _, _, facts), scores in zip(records, rm.score_all(encoded, mode), strict=True):
+        if not all(map(math.isfinite, scores)):
+            raise FloatingPointError(f"{where}scores are not finite: {scores}")
         print(f"\n{prompt}\n" + table(responses, scores, facts))
         results.append({"mode": mode, "scores": scores} | ({"true_facts": facts} if facts else {}))
     return results if args.data else results[0]
 
 
 def encode_all(rm: RewardModel, records: Sequence[tuple]) -> Iterator[Encoded]:
-    for where, prompt, responses, images, video in tqdm(records, "scoring", delay=2, leave=False):
+    for where, prompt, responses, images, video, _ in tqdm(records, "scoring", delay=2, leave=False):
         try:
             yield rm.processor.encode(prompt, responses, images or None, video)
         except InputError as error:
@@ -89,23 +92,24 @@ def load(args: argparse.Namespace) -> RewardModel:
     return RewardModel.load(folder, args.base, dtype, device)
 
 
-def asked(args: argparse.Namespace) -> tuple[Sequence[tuple], list[int] | None]:
-    """(where it stands, prompt, responses, pictures, video) of every record to score; and how many facts are true in
-    each response, where that is known: for the demonstration."""
+def asked(args: argparse.Namespace) -> Sequence[tuple]:
+    """(where it stands, prompt, responses, pictures, video, true facts) of every record to score; the number of facts
+    that are true in each response is known of the demonstration only, else None."""
     if args.data:
         if args.prompt or args.response or args.image or args.video:
             raise InputError("--data brings its own prompts, responses and pictures")
         return [
-            (f"{r.where}: ", r.prompt, r.responses, r.images, r.video) for r in read_records(args.data, ranked=False)
-        ], None
+            (f"{r.where}: ", r.prompt, r.responses, r.images, r.video, None)
+            for r in read_records(args.data, ranked=False)
+        ]
     if args.prompt is None and args.tiny and not (args.response or args.image or args.video):
         scene, prompt, responses, facts = demonstration(random.Random(args.seed))
         print("a scene of the tiny world: " + "; ".join(shapes.describe(scene.facts(t)) for t in scene.things))
-        return [("", prompt, responses, [shapes.render(scene)], None)], facts
+        return [("", prompt, responses, [shapes.render(scene)], None, facts)]
     if args.prompt is None or not args.response:
         raise InputError("give --prompt and at least one --response, or --data FILE")
     video = open_video(args.video, args.frames, args.interval) if args.video else None
-    return [("", args.prompt, args.response, args.image, video)], None
+    return [("", args.prompt, args.response, args.image, video, None)]
 
 
 def demonstration(rng: random.Random) -> tuple[shapes.Scene, str, list[str], list[int]]:
