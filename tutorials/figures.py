@@ -10,11 +10,14 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+import PIL
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
@@ -48,23 +51,22 @@ def _axes(width: float, height: float, columns: int = 1, **about) -> tuple[Figur
 
 
 def _picture(figure: Figure) -> Image.Image:
-    numbers, texts = [], []
+    file, numbers = io.BytesIO(), []
+    figure.savefig(file, format="png")
+    texts = [text.get_text() for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
     for axes in figure.axes:
-        texts += [axes.get_title(), axes.get_xlabel(), axes.get_ylabel(), *(text.get_text() for text in axes.texts)]
         for line in axes.lines:
-            texts.append(line.get_label())
             numbers += [*line.get_xdata(), *line.get_ydata()]
         numbers += [n for box in axes.patches if isinstance(box, Rectangle) for n in box.get_bbox().bounds]
         for image in map(np.asarray, (image.get_array() for image in axes.images)):
             numbers += [*image.mean(0).ravel(), *image.mean(1).ravel()]
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
     return _remember(Image.open(file).convert("RGB"), numbers, texts)
 
 
 def _remember(picture: Image.Image, numbers: Iterable[float], texts: Sequence[str]) -> Image.Image:
     """Keep beside the pixels what they show: a changed digit is a few pixels, and another font is many."""
-    shown = {"numbers": [float(f"{float(n):.6g}") for n in numbers], "texts": list(texts)}
+    versions = f"matplotlib {matplotlib.__version__}, Pillow {PIL.__version__}"
+    shown = {"numbers": [float(f"{float(n):.6g}") for n in numbers], "texts": list(texts), "drawn by": versions}
     picture.info["shown"] = json.dumps(shown, ensure_ascii=False)
     return picture
 
@@ -105,7 +107,9 @@ def scene() -> Image.Image:
     scene = shapes.make_scene(random.Random(0))
     picture = shapes.render(scene)
     large = picture.resize((4 * picture.width, 4 * picture.height), Image.Resampling.NEAREST)
-    return _remember(large, [], [shapes.describe(scene.facts(thing)) for thing in scene.things])
+    return _remember(
+        large, np.asarray(picture).mean(0).ravel(), [shapes.describe(scene.facts(thing)) for thing in scene.things]
+    )
 
 
 def tiling() -> Image.Image:
@@ -260,7 +264,7 @@ def masks_with_a_picture() -> Image.Image:
     for i, (half, name) in enumerate(zip(halves, ("joint", "isolated"), strict=True)):
         both.paste(half, (i * (width + 20), 30))
         ImageDraw.Draw(both).text((i * (width + 20) + width / 2, 8), name, "black", ImageFont.load_default(18), "ma")
-    return _remember(both, [n for mask in masks for n in mask.dense.flatten().tolist()], [])
+    return _remember(both, [n for mask in masks for n in mask.dense.flatten().tolist()], ["joint", "isolated"])
 
 
 # ------------------------------------------------------------------------------------------------- lessons 06 and 07
@@ -354,8 +358,8 @@ def clip_and_kl() -> Image.Image:
     left.axvspan(1 - clip, 1 + clip, color="#eeeeee", zorder=0)
     left.legend(frameon=False)
     _plot(left, "q = p / p_old", "objective")
-    g = torch.linspace(-2, 2, 121)
-    right.plot(g, g.exp() - g - 1, **LINES[0])
+    g = torch.linspace(-2, 2, 121, dtype=torch.float64)
+    right.plot(g, torch.expm1(g) - g, **LINES[0])
     _plot(right, "g = log(p_ref / p)", "KL estimate")
     return _picture(figure)
 
