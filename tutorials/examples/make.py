@@ -10,6 +10,7 @@ votes.jsonl, answers.jsonl     three people's votes on the answers of eight ques
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 
 from yojo import shapes
@@ -20,6 +21,7 @@ VOTERS, WRONG = 3, 0.2  # every voter compares every pair of answers; the share 
 
 
 def write(folder: Path) -> None:
+    shutil.rmtree(folder / "records", ignore_errors=True)
     shapes.render(shapes.make_scene(random.Random(0))).save(folder / "scene.png")
     path = shapes.write_records(folder, "records", shapes.records(random.Random(1), "absolute", RECORDS, SCENES))
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -46,7 +48,4 @@ def vote(ranks: dict[str, int], a: str, b: str, rng: random.Random) -> str:
 
 
 if __name__ == "__main__":
-    import shutil
-
-    shutil.rmtree(HERE / "records", ignore_errors=True)
     write(HERE)
