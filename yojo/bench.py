@@ -651,7 +651,7 @@ def drift(args: argparse.Namespace) -> list[dict]:
         flips = [
             (x[i] - x[j]) * (y[i] - y[j]) < 0 for x, y in pairs for i in range(len(x)) for j in range(i) if x[i] != x[j]
         ]
-        most, typical = largest(apart), median(apart)
+        most, typical = max(apart), median(apart)
         row = {"model": name, "groups": len(pairs), "largest": most, "median": typical, "spread": spread}
         rows.append(row | {"winners_changed": winners, "pairs": len(flips), "pairs_flipped": sum(flips)})
         print(f"{name}: {len(pairs)} groups; a score moves by {typical:.3f} (median), {most:.3f} at most,")
