@@ -26,7 +26,7 @@ from yojo.cli import WEIGHTS
 from yojo.data import collate
 from yojo.grpo import GrpoConfig
 from yojo.image import ImageConfig, images_to_patches, read_image_config
-from yojo.mask import draw
+from yojo.mask import MODES, draw
 from yojo.metrics import mean, tau_b
 from yojo.molmo2 import rotary_angles, rotate
 from yojo.votes import METHODS, simulate
@@ -257,14 +257,14 @@ def masks_with_a_picture() -> Image.Image:
     processor = Processor.from_folder(WEIGHTS / "tiny", max_tokens=4096)
     world = shapes.make_scene(random.Random(0))
     encoded = processor.encode("Describe the star.", ["a red star", "a star", "a small star"], shapes.render(world))
-    masks = [collate([encoded], mode).mask for mode in ("joint", "isolated")]
+    masks = [collate([encoded], mode).mask for mode in MODES]
     halves = [draw(mask, cell=7) for mask in masks]
     width, height = halves[0].size
     both = Image.new("RGB", (2 * width + 20, height + 30), "white")
-    for i, (half, name) in enumerate(zip(halves, ("joint", "isolated"), strict=True)):
+    for i, (half, name) in enumerate(zip(halves, MODES, strict=True)):
         both.paste(half, (i * (width + 20), 30))
         ImageDraw.Draw(both).text((i * (width + 20) + width / 2, 8), name, "black", ImageFont.load_default(18), "ma")
-    return _remember(both, [n for mask in masks for n in mask.dense.flatten().tolist()], ["joint", "isolated"])
+    return _remember(both, [n for mask in masks for n in mask.dense.flatten().tolist()], MODES)
 
 
 # ------------------------------------------------------------------------------------------------- lessons 06 and 07
