@@ -20,14 +20,14 @@ from PIL import Image, ImageChops
 from tutorials.examples import make
 from yojo import score
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 TOP = ("README.md", "USAGE.md", "BENCHMARKS.md", "LOG.md", "weights/README.md")
 PAGES = [*map(ROOT.joinpath, TOP), *sorted(ROOT.glob("tutorials/**/*.md"))]
 NAMES = [str(p.relative_to(ROOT)) for p in PAGES]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:python -m|torchrun)\s")
 # What takes minutes: the suite itself, and what test_tiny.py runs.
-MINUTES = ("-m pytest", "yojo.train --tiny", "yojo.evaluate --tiny", "yojo.grpo --tiny", "yojo.hacking")
+MINUTES = ("-m pytest", "yojo.train --tiny", "yojo.evaluate --tiny", "yojo.grpo --tiny")
 
 
 def prose(path: Path) -> str:
