@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from yojo.config import AdapterConfig, Config, TextConfig, VisionConfig
-from yojo.molmo2 import Molmo2, init_weights
+from yojo.core.config import AdapterConfig, Config, TextConfig, VisionConfig
+from yojo.core.molmo2 import Molmo2, init_weights
 
 torch.set_num_threads(2)
 

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from yojo import checkpoint, evaluate, grpo, train
 from yojo.cli import WEIGHTS
+from yojo.core.lora import LoraConfig
 from yojo.fit import FitConfig
-from yojo.lora import LoraConfig
 from yojo.preference import Recipe
 
 torch.set_num_threads(1)

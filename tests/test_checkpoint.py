@@ -29,10 +29,10 @@ from yojo.checkpoint import (
     stored_sizes,
     write_random,
 )
+from yojo.core.lora import LoraConfig
+from yojo.core.prompt import Tokenizer
+from yojo.core.reward import RewardModel
 from yojo.files import InputError, whole_file, whole_folder
-from yojo.lora import LoraConfig
-from yojo.prompt import Tokenizer
-from yojo.reward import RewardModel
 
 DATA = Path(__file__).parent / "data"
 

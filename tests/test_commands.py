@@ -14,23 +14,11 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from yojo import (
-    bench,
-    checkpoint,
-    evaluate,
-    flops,
-    grpo,
-    hacking,
-    preference,
-    pretrain,
-    score,
-    shapes,
-    train,
-    votes,
-)
+from yojo import bench, checkpoint, evaluate, flops, grpo, hacking, preference, pretrain, score, train, votes
 from yojo.cli import WEIGHTS
-from yojo.molmo2 import Molmo2
-from yojo.reward import RewardModel
+from yojo.core.molmo2 import Molmo2
+from yojo.core.reward import RewardModel
+from yojo.tiny import world
 
 
 @pytest.fixture
@@ -132,8 +120,8 @@ def test_the_demonstration_has_one_wholly_true_answer_and_the_shipped_models_fin
     for seed in range(20):
         scene, prompt, responses, facts = score.demonstration(random.Random(seed))
         assert facts.count(6) == 1 == facts.count(max(facts)) and len(facts) == 4 and facts[0] < 6
-        assert facts == [shapes.oracle(scene, prompt, response) for response in responses]
-        scores = rm.score(prompt, responses, image=shapes.render(scene))
+        assert facts == [world.oracle(scene, prompt, response) for response in responses]
+        scores = rm.score(prompt, responses, image=world.render(scene))
         assert facts[scores.index(max(scores))] == 6
 
 
@@ -172,8 +160,8 @@ def test_the_drawn_mask_has_labels_that_can_be_read(command, monkeypatch, tmp_pa
 @pytest.fixture
 def run_folder(tiny_folder, tmp_path, monkeypatch):
     """Preference records and the default recipe, shrunk."""
+    from yojo.core.lora import LoraConfig
     from yojo.fit import FitConfig
-    from yojo.lora import LoraConfig
     from yojo.preference import Recipe
 
     small = Recipe(LoraConfig(r=2, dropout=0.0), inner=8, records=1, fit=FitConfig(steps=0, accumulate=2, save_every=2))

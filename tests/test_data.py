@@ -10,10 +10,10 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from yojo.data import collate, join, read_records
+from yojo.core.data import collate, join, read_records
+from yojo.core.image import Pictures
+from yojo.core.prompt import Processor
 from yojo.files import InputError
-from yojo.image import Pictures
-from yojo.prompt import Processor
 
 GOOD = {"prompt": "?", "responses": ["a", "b"], "rankings": [2, 1]}
 

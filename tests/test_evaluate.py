@@ -19,9 +19,9 @@ from PIL import Image
 
 from yojo import evaluate
 from yojo.cli import WEIGHTS
+from yojo.core.reward import RewardModel
 from yojo.evaluate import Item, Run, order_sensitivity, read_items, report
 from yojo.files import InputError
-from yojo.reward import RewardModel
 
 
 @pytest.fixture
@@ -233,10 +233,10 @@ def test_bad_rows_are_named_and_with_keep_going_listed(folder, form, row, why):
 def benchmark(folder):
     import random
 
-    from yojo import shapes
+    from yojo.tiny import world
 
-    made = shapes.records(random.Random(5), "absolute", 12, 12, (2, 4))
-    return shapes.write_records(folder, "bench", made)
+    made = world.records(random.Random(5), "absolute", 12, 12, (2, 4))
+    return world.write_records(folder, "bench", made)
 
 
 def words(path, *more):

@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 
 from yojo import fit, train
+from yojo.core.lora import LoraConfig
+from yojo.core.reward import RewardModel
 from yojo.files import InputError, add_line
 from yojo.fit import FitConfig, NotFinite
-from yojo.lora import LoraConfig
 from yojo.preference import Recipe
-from yojo.reward import RewardModel
 
 FAULTS = Path(__file__).with_name("faults.py")
 

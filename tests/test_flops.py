@@ -13,15 +13,16 @@ import torch
 from conftest import TINY
 from torch.utils.flop_counter import FlopCounterMode
 
-from yojo import flops, lora, ops
-from yojo.config import Config
-from yojo.image import ImageConfig, choose_tiling, images_to_patches, measure
-from yojo.lora import LoraConfig
-from yojo.mask import MODES
-from yojo.molmo2 import Molmo2
-from yojo.ops import DENSE_UP_TO
-from yojo.prompt import Markup
-from yojo.reward import ValueHead
+from yojo import flops
+from yojo.core import lora, ops
+from yojo.core.config import Config
+from yojo.core.image import ImageConfig, choose_tiling, images_to_patches, measure
+from yojo.core.lora import LoraConfig
+from yojo.core.mask import MODES
+from yojo.core.molmo2 import Molmo2
+from yojo.core.ops import DENSE_UP_TO
+from yojo.core.prompt import Markup
+from yojo.core.reward import ValueHead
 
 LORA, INNER = LoraConfig(r=8, alpha=8, dropout=0.0), 16
 ASKS = {
@@ -152,7 +153,7 @@ def test_a_picture_is_measured_without_being_opened(size):
 def test_tokens_of_a_picture(tiny_folder):
     from PIL import Image
 
-    from yojo.prompt import Processor
+    from yojo.core.prompt import Processor
 
     processor = Processor.from_folder(tiny_folder, 4096)
     for markup in (Markup(), Markup(use_single_crop_col_tokens=True), Markup(image_use_col_tokens=False)):

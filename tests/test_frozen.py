@@ -21,10 +21,10 @@ import pytest
 import torch
 from PIL import Image
 
-from yojo import shapes
 from yojo.cli import WEIGHTS
-from yojo.lora import LoraConfig
-from yojo.reward import RewardModel
+from yojo.core.lora import LoraConfig
+from yojo.core.reward import RewardModel
+from yojo.tiny import world
 
 DATA = Path(__file__).parent / "data"
 
@@ -51,9 +51,9 @@ def records() -> list[tuple]:
     longer than a mask of all pairs is made for. No picture is resized, which Pillow does otherwise in each version."""
     rng, made = random.Random(0), []
     for n in (1, 2, 4, 8):
-        scene = shapes.make_scene(rng)
-        record = shapes.absolute(scene, rng, n)
-        made.append((record["prompt"], record["responses"], [shapes.render(scene)]))
+        scene = world.make_scene(rng)
+        record = world.absolute(scene, rng, n)
+        made.append((record["prompt"], record["responses"], [world.render(scene)]))
     made.append((*made[2][:2], None))
     question, _, (picture,) = made[1]
     turned = picture.transpose(Image.Transpose.ROTATE_90)

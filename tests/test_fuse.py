@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import random_model
 
-from yojo import lora
 from yojo.cli import WEIGHTS
-from yojo.mask import AttentionMask
+from yojo.core import lora
+from yojo.core.mask import AttentionMask
 
 
 def rows(lengths, seed=0):

@@ -15,13 +15,14 @@ import pytest
 import torch
 from test_single_pass import make_model, noise
 
-from yojo import grpo, lora
+from yojo import grpo
 from yojo.checkpoint import load_backbone
+from yojo.core import lora
+from yojo.core.mask import PROMPT, AttentionMask
+from yojo.core.molmo2 import Cache, sample
+from yojo.core.reward import RewardModel, place_separator
 from yojo.files import InputError
 from yojo.grpo import GrpoConfig, Question, Rollout, advantages, group_rewards, lay_out, log_probs, objective, rollout
-from yojo.mask import PROMPT, AttentionMask
-from yojo.molmo2 import Cache, sample
-from yojo.reward import RewardModel, place_separator
 
 C = GrpoConfig(steps=3, prompts=2, group=3, max_new_tokens=8)
 
@@ -132,7 +133,7 @@ def test_the_policy_is_asked_in_its_own_layout_however_its_judge_reads(policy):
 
 
 def test_activation_checkpointing_is_used_and_changes_no_gradient(policy, monkeypatch):
-    from yojo import molmo2
+    from yojo.core import molmo2
 
     rollouts, calls, real = rolled(policy), [], molmo2.checkpoint
     monkeypatch.setattr(molmo2, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k))
@@ -234,7 +235,7 @@ def test_a_noisy_caption_is_wrong_as_often_as_asked_and_never_about_what_was_ask
         text = grpo.noisy_caption(q, rng, grpo.WRONG)
         found.append(grpo.quality(q, text))
         assert grpo.noisy_caption(q, rng, dict.fromkeys(grpo.WRONG, 0.0)) in [
-            grpo.shapes.describe(q.scene.facts(t)) for t in q.scene.things
+            grpo.world.describe(q.scene.facts(t)) for t in q.scene.things
         ]
     assert sum(found) / 400 == pytest.approx((4 * 0.7 + 0.4) / 5, abs=0.03)
     assert grpo.quality(q, "nonsense") == 0.0

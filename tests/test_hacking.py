@@ -9,7 +9,7 @@ import random
 import pytest
 
 from yojo import grpo, hacking
-from yojo.prompt import SEPARATOR
+from yojo.core.prompt import SEPARATOR
 
 ANSWERS = ["a red star", "a star", "a small star"]
 CHEAT = ["a red star" + SEPARATOR + "a blue star", "a star", "a small star"]

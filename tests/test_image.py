@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from yojo.files import InputError
-from yojo.image import (
+from yojo.core.image import (
     ImageConfig,
     choose_tiling,
     frames_to_patches,
@@ -25,6 +24,7 @@ from yojo.image import (
     pool_windows,
     read_image_config,
 )
+from yojo.files import InputError
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = load_file(DATA / "molmo2_images.safetensors")

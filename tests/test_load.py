@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 import yojo
-from yojo import bench, shapes
+from yojo import bench
 from yojo.cli import WEIGHTS
 from yojo.files import InputError
+from yojo.tiny import world
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def judge():
 
 
 def test_64_answers_to_one_prompt_score_as_each_alone(judge):
-    answers = [f"a {colour} {shape}" for colour, shape in shapes.PAIRS]
+    answers = [f"a {colour} {shape}" for colour, shape in world.PAIRS]
     answers = (answers + [f"{a}, one of two" for a in answers])[:64]
     together = judge.score("What is in the picture?", answers, Image.new("RGB", (84, 84), "grey"))
     assert len(together) == len(set(answers)) == 64
@@ -78,11 +79,11 @@ def test_nothing_asks_for_a_network_and_nothing_warns():
 @pytest.mark.slow
 def test_10_000_records_take_no_more_memory_than_500(judge):
     rng, held = random.Random(0), []
-    pictures = [shapes.render(shapes.make_scene(rng)) for _ in range(50)]
+    pictures = [world.render(world.make_scene(rng)) for _ in range(50)]
 
     def records():
         for i in range(10_000):
-            asked = shapes.absolute(shapes.make_scene(rng), rng, rng.randint(2, 8))
+            asked = world.absolute(world.make_scene(rng), rng, rng.randint(2, 8))
             yield judge.processor.encode(asked["prompt"], asked["responses"], pictures[i % 50])
 
     for i, scores in enumerate(judge.score_all(records())):

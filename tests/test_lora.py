@@ -16,10 +16,10 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from yojo import lora
+from yojo.core import lora
+from yojo.core.lora import LoraConfig
+from yojo.core.molmo2 import Molmo2
 from yojo.files import InputError
-from yojo.lora import LoraConfig
-from yojo.molmo2 import Molmo2
 
 CONFIG = LoraConfig(r=3, alpha=6, dropout=0.0)
 IDS = torch.arange(10, 22).view(2, 6)

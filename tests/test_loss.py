@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yojo.loss import best, best_of_n, bradley_terry, plackett_luce
+from yojo.core.loss import best, best_of_n, bradley_terry, plackett_luce
 
 LN2, LN3 = math.log(2), math.log(3)
 ALL = [best_of_n, plackett_luce, bradley_terry]

@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from yojo import mask as masks
-from yojo import ops
-from yojo.mask import AttentionMask, draw
-from yojo.ops import attention, softmax_attention
+from yojo.core import mask as masks
+from yojo.core import ops
+from yojo.core.mask import AttentionMask, draw
+from yojo.core.ops import attention, softmax_attention
 
 
 def make(kinds, mode, record=None):

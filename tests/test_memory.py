@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import TINY
 
-from yojo import flops, lora, memory
-from yojo.config import Config, TextConfig
-from yojo.lora import LoraConfig
-from yojo.molmo2 import Molmo2
-from yojo.prompt import Ask
-from yojo.reward import ValueHead
+from yojo import flops, memory
+from yojo.core import lora
+from yojo.core.config import Config, TextConfig
+from yojo.core.lora import LoraConfig
+from yojo.core.molmo2 import Molmo2
+from yojo.core.prompt import Ask
+from yojo.core.reward import ValueHead
 
 LORA = LoraConfig(r=8)
 

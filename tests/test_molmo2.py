@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
 from yojo.checkpoint import load_backbone, read_config, save_backbone
-from yojo.config import AdapterConfig, TextConfig, VisionConfig
-from yojo.image import ImageConfig, frames_to_patches, images_to_patches
-from yojo.mask import AttentionMask
-from yojo.molmo2 import Cache
+from yojo.core.config import AdapterConfig, TextConfig, VisionConfig
+from yojo.core.image import ImageConfig, frames_to_patches, images_to_patches
+from yojo.core.mask import AttentionMask
+from yojo.core.molmo2 import Cache
 
 PATCH, START, END, COL, LOW = 407, 401, 402, 403, 404
 PICTURES = ImageConfig(size=84, margins=(1, 1), max_crops=4)

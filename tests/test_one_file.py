@@ -12,19 +12,20 @@ import pytest
 import torch
 
 from tutorials import one_file
-from yojo import lora, shapes
-from yojo.data import collate
-from yojo.loss import best_of_n
-from yojo.reward import RewardModel
+from yojo.core import lora
+from yojo.core.data import collate
+from yojo.core.loss import best_of_n
+from yojo.core.reward import RewardModel
+from yojo.tiny import world
 
 WEIGHTS = one_file.WEIGHTS
 
 
 def draw(seed, n=4):
     rng = random.Random(seed)
-    scene = shapes.make_scene(rng)
-    record = shapes.absolute(scene, rng, n)
-    return record["prompt"], record["responses"], shapes.render(scene), record["rankings"]
+    scene = world.make_scene(rng)
+    record = world.absolute(scene, rng, n)
+    return record["prompt"], record["responses"], world.render(scene), record["rankings"]
 
 
 @pytest.fixture(scope="module", params=["tiny-rm", "tiny-rm-isolated"])
@@ -120,5 +121,5 @@ def test_a_short_training_run_learns_to_judge_records_that_it_has_not_seen():
 def test_it_uses_nothing_of_the_package_but_the_tiny_world():
     source = Path(one_file.__file__).read_text(encoding="utf-8")
     assert [line.strip() for line in source.splitlines() if "import" in line and "yojo" in line] == [
-        "from yojo import shapes"
+        "from yojo.tiny.world import absolute, make_scene, render"
     ]

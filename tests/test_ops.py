@@ -14,9 +14,9 @@ from conftest import TINY, random_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import yojo
-from yojo import lora, molmo2, ops
-from yojo.molmo2 import Cache
-from yojo.ops import attention, kernel_attention, product_attention, softmax_attention
+from yojo.core import lora, molmo2, ops
+from yojo.core.molmo2 import Cache
+from yojo.core.ops import attention, kernel_attention, product_attention, softmax_attention
 
 LINE_BYTES = 64
 
@@ -192,7 +192,7 @@ def test_the_kernel_is_the_sum_it_stands_for():
 
 def marked():
     """Every method of the package that `tokenwise` marks, by its name."""
-    modules = [importlib.import_module(f"yojo.{found.name}") for found in pkgutil.iter_modules(yojo.__path__)]
+    modules = [importlib.import_module(found.name) for found in pkgutil.walk_packages(yojo.__path__, "yojo.")]
     return {
         f"{kind.__name__}.{name}": method
         for module in modules

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from test_single_pass import noise
 
-from yojo import parallel
+from yojo.core import parallel
 from yojo.files import InputError
 
 # The command itself, with the default recipe made small; float64 where the last argument says so.
@@ -29,9 +29,10 @@ def comm(path):
 atexit.register(lambda: print("gloo" in "".join(map(comm, Path("/proc/self/task").glob("*/comm")))))
 from dataclasses import replace
 import torch
-from yojo import reward, train
+from yojo import train
+from yojo.core import reward
 from yojo.fit import FitConfig
-from yojo.lora import LoraConfig
+from yojo.core.lora import LoraConfig
 from yojo.preference import Recipe
 fit = FitConfig(steps=0, lr=1e-2, accumulate=4, save_every=2)
 small = Recipe(LoraConfig(r=2, dropout=0.0), inner=8, records=1, fit=fit)

@@ -9,12 +9,13 @@ import random
 import pytest
 import torch
 
-from yojo import pretrain, shapes
+from yojo import pretrain
 from yojo.cli import WEIGHTS
+from yojo.core.mask import MODES
+from yojo.core.prompt import Processor
 from yojo.fit import fit
-from yojo.mask import MODES
 from yojo.pretrain import NOTHING, Pretraining, Rows, facts_asked_about, talks, wrong_so_far
-from yojo.prompt import Processor
+from yojo.tiny import world
 
 QUESTION = "Describe the star. a large red star, top left, one of three. Right?"
 
@@ -27,7 +28,7 @@ def rows(tiny_folder):
 def test_a_wrong_fact_is_wrong_from_its_word_on(rows):
     talk, start, verdicts = rows.encode(QUESTION, "wrong size, row")
     names = [rows.processor.tokenizer.name(token).strip() for token in talk[:start]]
-    size, row = (list(shapes.SLOTS).index(slot) for slot in ("size", "row"))
+    size, row = (list(world.SLOTS).index(slot) for slot in ("size", "row"))
     assert len(verdicts) == len(talk)
     for name, verdict in zip(names[: names.index("large")], verdicts, strict=False):
         assert verdict == NOTHING, f"nothing has been said yet at {name!r}"
@@ -46,12 +47,12 @@ def test_only_a_description_to_check_is_judged():
 
 
 def test_what_is_true_of_the_thing_asked_about():
-    scene = shapes.make_scene(random.Random(0))
+    scene = world.make_scene(random.Random(0))
     for thing in scene.things:
         for by in ("shape", "colour"):
-            values = facts_asked_about(scene, shapes.ask(thing, by))
-            words = [list(shapes.SLOTS[slot])[value] for slot, value in zip(shapes.SLOTS, values, strict=True)]
-            assert words == [scene.facts(thing)[slot] for slot in shapes.SLOTS]
+            values = facts_asked_about(scene, world.ask(thing, by))
+            words = [list(world.SLOTS[slot])[value] for slot, value in zip(world.SLOTS, values, strict=True)]
+            assert words == [scene.facts(thing)[slot] for slot in world.SLOTS]
     assert facts_asked_about(scene, "Is there a red star?") == [-1] * 6
 
 
@@ -61,7 +62,7 @@ def test_a_batch_lines_up(rows, part):
     b = rows.batch(step=3, part=part, size=4)
     assert b["mask"].mode == MODES[part]
     rng = random.Random(f"0 3 {part}")
-    scenes = [shapes.make_scene(rng) for _ in range(4)]
+    scenes = [world.make_scene(rng) for _ in range(4)]
     said = [talk for scene in scenes for talk in talks(scene, rng, pretrain.TALKS)]
     tokenizer = rows.processor.tokenizer
     end = tokenizer.id("<|im_end|>")

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from yojo.core.prompt import IMAGE_TOKENS, SEPARATOR, Markup, Processor, Tokenizer, read_markup
 from yojo.files import InputError
-from yojo.prompt import IMAGE_TOKENS, SEPARATOR, Markup, Processor, Tokenizer, read_markup
 
 SPECIAL = ["<|resp_sep|>", "<|im_end|>", "<|im_start|>", "<im_patch>", "<|image|>", "<|video|>", "<|endoftext|>"]
 SPECIAL += [name for name in IMAGE_TOKENS if name not in SPECIAL]

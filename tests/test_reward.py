@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_single_pass import make_model, noise
 
-from yojo import lora
 from yojo.checkpoint import load_backbone
-from yojo.data import collate
+from yojo.core import lora
+from yojo.core.data import collate
+from yojo.core.loss import best_of_n
+from yojo.core.reward import RewardModel, ValueHead, batches, place_separator
 from yojo.files import InputError
-from yojo.loss import best_of_n
-from yojo.reward import RewardModel, ValueHead, batches, place_separator
 
 ASK = ("Describe the star.", ["a small red star", "a large red star", "nothing"])
 
@@ -287,8 +287,8 @@ def test_batches_cover_every_row_once_within_the_budget(lengths, tokens):
 def test_many_records_of_unequal_length_score_as_each_alone_and_in_their_order(tiny_folder, mode, long, monkeypatch):
     """Short ones are padded to one length, long ones stand in one row."""
     shapes = []
-    monkeypatch.setattr("yojo.reward.WINDOW", 4)
-    monkeypatch.setattr("yojo.ops.DENSE_UP_TO", long)
+    monkeypatch.setattr("yojo.core.reward.WINDOW", 4)
+    monkeypatch.setattr("yojo.core.ops.DENSE_UP_TO", long)
     rm = RewardModel.new(tiny_folder, mode, lora.LoraConfig(r=2))
     picture = noise(3)
     records = [

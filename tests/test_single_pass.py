@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from yojo import shapes
 from yojo.cli import WEIGHTS
-from yojo.data import collate
-from yojo.lora import LoraConfig
-from yojo.mask import MODES
-from yojo.ops import DENSE_UP_TO
-from yojo.reward import RewardModel
+from yojo.core.data import collate
+from yojo.core.lora import LoraConfig
+from yojo.core.mask import MODES
+from yojo.core.ops import DENSE_UP_TO
+from yojo.core.reward import RewardModel
+from yojo.tiny import world
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 WORDS = "a small large red blue star circle, left right. ümlaut 猫 <|resp_sep|> <im_patch> 42 \n\n".split(" ")
@@ -113,8 +113,8 @@ def test_one_pass_equals_n_passes_with_the_shipped_weights(name, dtype):
     rm = RewardModel.load(WEIGHTS / name, dtype=dtype)
     rng = random.Random(0)
     for n in (1, 2, 3, 4, 8, 16):
-        scene = shapes.make_scene(rng)
-        record, picture = shapes.absolute(scene, rng, n), shapes.render(scene)
+        scene = world.make_scene(rng)
+        record, picture = world.absolute(scene, rng, n), world.render(scene)
         together = rm.score(record["prompt"], record["responses"], image=picture, mode="isolated")
         alone = [rm.score(record["prompt"], [r], image=picture, mode="isolated")[0] for r in record["responses"]]
         assert_equal(together, alone, TOLERANCE[dtype])

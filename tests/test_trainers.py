@@ -9,8 +9,8 @@ import pytest
 from test_single_pass import noise
 
 from yojo.cli import WEIGHTS
+from yojo.core.reward import RewardModel
 from yojo.files import InputError
-from yojo.reward import RewardModel
 from yojo.trainers import GroupReward
 
 ASK = "Describe the star."

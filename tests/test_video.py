@@ -8,10 +8,10 @@ import json
 import pytest
 from PIL import Image
 
-from yojo.data import read_records
+from yojo.core.data import read_records
+from yojo.core.image import open_video, spread
+from yojo.core.prompt import Processor
 from yojo.files import InputError
-from yojo.image import open_video, spread
-from yojo.prompt import Processor
 
 GREYS = range(0, 200, 20)  # ten frames, each of its own grey
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from yojo import metrics, votes
-from yojo.data import read_records
+from yojo.core.data import read_records
 from yojo.files import InputError
 from yojo.votes import METHODS, Vote, count, denoise, eades, ensemble, kept, optimal, rank_items, simulate
 

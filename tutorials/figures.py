@@ -21,14 +21,15 @@ from matplotlib.text import Text
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from yojo import Processor, load_backbone, shapes
+from yojo import Processor, load_backbone
 from yojo.cli import WEIGHTS
-from yojo.data import collate
+from yojo.core.data import collate
+from yojo.core.image import ImageConfig, images_to_patches, read_image_config
+from yojo.core.mask import MODES, draw
+from yojo.core.molmo2 import rotary_angles, rotate
 from yojo.grpo import GrpoConfig
-from yojo.image import ImageConfig, images_to_patches, read_image_config
-from yojo.mask import MODES, draw
 from yojo.metrics import mean, tau_b
-from yojo.molmo2 import rotary_angles, rotate
+from yojo.tiny import world
 from yojo.votes import METHODS, simulate
 
 FOLDER, RUNS = Path(__file__).parent / "figures", Path(__file__).parent / "runs"
@@ -104,11 +105,11 @@ def _curve(axes, log: list[dict], key: str, width: int, label: str, line: dict) 
 
 def scene() -> Image.Image:
     """The picture that lesson 00 judges answers about, four times its size."""
-    scene = shapes.make_scene(random.Random(0))
-    picture = shapes.render(scene)
+    scene = world.make_scene(random.Random(0))
+    picture = world.render(scene)
     large = picture.resize((4 * picture.width, 4 * picture.height), Image.Resampling.NEAREST)
     return _remember(
-        large, np.asarray(picture).mean(0).ravel(), [shapes.describe(scene.facts(thing)) for thing in scene.things]
+        large, np.asarray(picture).mean(0).ravel(), [world.describe(scene.facts(thing)) for thing in scene.things]
     )
 
 
@@ -150,7 +151,7 @@ def tiling() -> Image.Image:
 
 def windows() -> Image.Image:
     """The tiny scene's overview with its patches, and the tokens that its windows become."""
-    c, picture = read_image_config(WEIGHTS / "tiny"), shapes.render(shapes.make_scene(random.Random(0)))
+    c, picture = read_image_config(WEIGHTS / "tiny"), world.render(world.make_scene(random.Random(0)))
     pooling = images_to_patches([picture], c).pooling
     figure, (axes,) = _axes(4.6, 4.6)
     axes.imshow(picture, alpha=0.75)
@@ -174,7 +175,7 @@ def windows() -> Image.Image:
 
 def network() -> Image.Image:
     """The parts in a row, with the shapes that hooks saw in a real pass."""
-    picture = shapes.render(shapes.make_scene(random.Random(0)))
+    picture = world.render(world.make_scene(random.Random(0)))
     model = load_backbone(WEIGHTS / "tiny")
     row = Processor.from_folder(WEIGHTS / "tiny", max_tokens=4096).encode("What colour is the cross?", [], picture)
     seen, eyes, decoder = row.pictures, model.model.vision_backbone, model.model.transformer
@@ -255,8 +256,8 @@ def _mask(mode: str) -> Image.Image:
 def masks_with_a_picture() -> Image.Image:
     """Both modes side by side, for a prompt with a picture."""
     processor = Processor.from_folder(WEIGHTS / "tiny", max_tokens=4096)
-    world = shapes.make_scene(random.Random(0))
-    encoded = processor.encode("Describe the star.", ["a red star", "a star", "a small star"], shapes.render(world))
+    scene = world.make_scene(random.Random(0))
+    encoded = processor.encode("Describe the star.", ["a red star", "a star", "a small star"], world.render(scene))
     masks = [collate([encoded], mode).mask for mode in MODES]
     halves = [draw(mask, cell=7) for mask in masks]
     width, height = halves[0].size
@@ -383,7 +384,7 @@ def grpo_runs() -> Image.Image:
 def masks_compared() -> Image.Image:
     """One set of weights under three masks, for a model trained in each mode."""
     rows = json.loads((RUNS / "masks.json").read_text(encoding="utf-8"))
-    rows = [row for row in rows if row.get("noise") == shapes.NOISE]
+    rows = [row for row in rows if row.get("noise") == world.NOISE]
     masks = [key for key in rows[0] if key.startswith(("joint", "isolated"))]
     figure, panels = _axes(8.5, 3.4, 2, sharey=True)
     for axes, task in zip(panels, ("absolute", "corroborated"), strict=True):
@@ -398,8 +399,8 @@ def masks_compared() -> Image.Image:
     panels[0].legend(
         title="mask it is read under", frameon=False, fontsize=8, title_fontsize=8, ncols=3, columnspacing=0.8
     )
-    panels[1].axhline(shapes.CEILINGS["isolated"], color="black", linewidth=0.8, linestyle=":")
-    panels[1].text(0.5, shapes.CEILINGS["isolated"] + 0.01, "1/3", ha="center", fontsize=8)
+    panels[1].axhline(world.CEILINGS["isolated"], color="black", linewidth=0.8, linestyle=":")
+    panels[1].text(0.5, world.CEILINGS["isolated"] + 0.01, "1/3", ha="center", fontsize=8)
     return _picture(figure)
 
 

@@ -325,14 +325,14 @@ def train(j: Judge, draw: Callable[[], Record], test: list[Record], steps: int, 
 
 def world(seed: str) -> Callable[[], Record]:
     """Records of the tiny world, one after the other: a picture, a question, four answers, how true each is."""
-    from yojo import shapes
+    from yojo.tiny.world import absolute, make_scene, render
 
     rng = random.Random(seed)
 
     def draw() -> Record:
-        scene = shapes.make_scene(rng)
-        record = shapes.absolute(scene, rng)
-        return record["prompt"], record["responses"], shapes.render(scene), record["rankings"]
+        scene = make_scene(rng)
+        record = absolute(scene, rng)
+        return record["prompt"], record["responses"], render(scene), record["rankings"]
 
     return draw
 

@@ -7,12 +7,12 @@ from importlib import import_module
 
 # Each name is imported when it is first used, so that `python -m yojo.checkpoint` runs that module once, not twice.
 _WHERE = {
-    "AttentionMask": "mask",
+    "AttentionMask": "core.mask",
     "InputError": "files",
-    "LoraConfig": "lora",
-    "Molmo2": "molmo2",
-    "Processor": "prompt",
-    "RewardModel": "reward",
+    "LoraConfig": "core.lora",
+    "Molmo2": "core.molmo2",
+    "Processor": "core.prompt",
+    "RewardModel": "core.reward",
     "load_backbone": "checkpoint",
     "save_backbone": "checkpoint",
 }
@@ -21,7 +21,7 @@ __all__ = [*_WHERE, "lora"]
 
 def __getattr__(name: str):
     if name == "lora":
-        return import_module("yojo.lora")
+        return import_module("yojo.core.lora")
     if name not in _WHERE:
         raise AttributeError(f"module 'yojo' has no attribute {name!r}")
     return getattr(import_module(f"yojo.{_WHERE[name]}"), name)

@@ -37,17 +37,19 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from yojo import flops, lora, shapes
+from yojo import flops
 from yojo.checkpoint import SHAPES, load_backbone, read_config, shape_config, shards, write_random
 from yojo.cli import COMPILE, DTYPES, WEIGHTS, Parser, run
-from yojo.data import Batch, collate
+from yojo.core import lora
+from yojo.core.data import Batch, collate
+from yojo.core.lora import LoraConfig
+from yojo.core.loss import best_of_n
+from yojo.core.mask import MODES, PROMPT
+from yojo.core.molmo2 import Cache, Molmo2
+from yojo.core.prompt import Ask, Encoded, Processor
+from yojo.core.reward import ADAPTER, RewardModel, ValueHead
 from yojo.files import InputError
-from yojo.lora import LoraConfig
-from yojo.loss import best_of_n
-from yojo.mask import MODES, PROMPT
-from yojo.molmo2 import Cache, Molmo2
-from yojo.prompt import Ask, Encoded, Processor
-from yojo.reward import ADAPTER, RewardModel, ValueHead
+from yojo.tiny import world
 
 SEPARATE, CACHED, JOINT = "N separate passes", "prompt once, batch of N after it", "one pass, joint"
 QUESTION = "Which of these answers describes the picture best?"
@@ -593,13 +595,13 @@ def train_n(folder: Path, args: argparse.Namespace, name: str, n: int) -> list[d
 # -------------------------------------------------------------------------------------------------------------- batch
 
 
-def world(rm: RewardModel, count: int, seed: int) -> list[Encoded]:
+def tiny_records(rm: RewardModel, count: int, seed: int) -> list[Encoded]:
     """Records of the tiny world, of 2 to 8 answers, without or with a picture."""
     rng, records = random.Random(seed), []
     for _ in range(count):
-        scene = shapes.make_scene(rng)
-        asked = shapes.absolute(scene, rng, rng.randint(2, 8))
-        picture = shapes.render(scene) if rng.random() < 0.5 else None
+        scene = world.make_scene(rng)
+        asked = world.absolute(scene, rng, rng.randint(2, 8))
+        picture = world.render(scene) if rng.random() < 0.5 else None
         records.append(rm.processor.encode(asked["prompt"], asked["responses"], picture))
     return records
 
@@ -608,7 +610,7 @@ def world(rm: RewardModel, count: int, seed: int) -> list[Encoded]:
 def batch(args: argparse.Namespace) -> list[dict]:
     """Many records of unequal length, scored by the shipped model in two ways."""
     rm = RewardModel.load(WEIGHTS / "tiny-rm", device=args.device)
-    records = world(rm, args.n, args.seed)
+    records = tiny_records(rm, args.n, args.seed)
     scores = {}
 
     def single():
@@ -641,7 +643,7 @@ def drift(args: argparse.Namespace) -> list[dict]:
         scores = []
         for dtype in (torch.float32, torch.bfloat16):
             rm = RewardModel.load(WEIGHTS / name, dtype=dtype, device=args.device)
-            scores.append(list(rm.score_all(world(rm, args.n, args.seed))))
+            scores.append(list(rm.score_all(tiny_records(rm, args.n, args.seed))))
             if not all(math.isfinite(score) for group in scores[-1] for score in group):
                 raise FloatingPointError(f"{name} in {dtype}: scores are not finite")
         pairs = list(zip(*scores, strict=True))

@@ -30,12 +30,12 @@ from tqdm import tqdm
 
 from yojo import memory
 from yojo.cli import DTYPES, WEIGHTS, Parser, run
-from yojo.config import AdapterConfig, Config, TextConfig, VisionConfig
+from yojo.core.config import AdapterConfig, Config, TextConfig, VisionConfig
+from yojo.core.image import ImageConfig, preprocessor_json
+from yojo.core.lora import LoraConfig
+from yojo.core.molmo2 import Molmo2, init_tensor
+from yojo.core.prompt import Processor
 from yojo.files import InputError, check_tensors, open_tensors, read_json, whole_folder, write_json
-from yojo.image import ImageConfig, preprocessor_json
-from yojo.lora import LoraConfig
-from yojo.molmo2 import Molmo2, init_tensor
-from yojo.prompt import Processor
 
 WTE = "model.transformer.wte."
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them

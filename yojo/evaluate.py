@@ -36,9 +36,9 @@ from tqdm import tqdm
 
 from yojo import metrics
 from yojo.cli import COMPILE, DTYPE, Parser, run
+from yojo.core.mask import MODES
+from yojo.core.reward import RewardModel, digest
 from yojo.files import InputError, add_line, read_lines, whole_file
-from yojo.mask import MODES
-from yojo.reward import RewardModel, digest
 
 # -------------------------------------------------------------------------------------------------------------- files
 
@@ -428,7 +428,7 @@ def begin(args: argparse.Namespace) -> dict | list[dict]:
         own = (args.model, args.data, args.out, args.mode, args.map, args.dtype, args.compile)
         if any(own) or args.permutations > 1:
             raise InputError("--tiny brings its own models, data and orders: leave the other options out")
-        from yojo.ablation import tables
+        from yojo.tiny.comparison import tables
 
         return tables(args.seed)
     if not (args.model and args.data):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from yojo import parallel
+from yojo.core import parallel
 from yojo.files import InputError, add_line, whole_file
 
 

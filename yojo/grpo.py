@@ -37,16 +37,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from yojo import lora, memory, metrics, shapes
+from yojo import memory, metrics
 from yojo.cli import WEIGHTS, Parser, pool, run
-from yojo.data import pictures_of
+from yojo.core import lora
+from yojo.core.data import pictures_of
+from yojo.core.lora import LoraConfig
+from yojo.core.mask import PADDING, PROMPT, AttentionMask
+from yojo.core.molmo2 import Molmo2, at_least_float32
+from yojo.core.prompt import Encoded, Seen, Tokenizer
+from yojo.core.reward import RewardModel, digest
 from yojo.files import InputError, add_line, read_lines, whole_folder
 from yojo.fit import FitConfig, fit, resume, save_state
-from yojo.lora import LoraConfig
-from yojo.mask import PADDING, PROMPT, AttentionMask
-from yojo.molmo2 import Molmo2, at_least_float32
-from yojo.prompt import Encoded, Seen, Tokenizer
-from yojo.reward import RewardModel, digest
+from yojo.tiny import world
 from yojo.train import NAMES, place, start_over
 
 POLICY, START = "policy", "start"
@@ -86,7 +88,7 @@ class Question:
     prompt: str
     images: list | None = None
     video: Path | None = None
-    scene: shapes.Scene | None = None
+    scene: world.Scene | None = None
 
 
 @dataclass(frozen=True)
@@ -327,7 +329,7 @@ def measure(rollouts: Sequence[Rollout], asked: Sequence[Question], tokenizer: T
 
 def quality(q: Question, text: str) -> float:
     """Share of the five facts that the question did not give away which are stated and true."""
-    word, found = asked_about(q), shapes.DESCRIPTION.fullmatch(text)
+    word, found = asked_about(q), world.DESCRIPTION.fullmatch(text)
     facts = q.scene.facts(q.scene.find(word))
     asked = [slot for slot in facts if facts[slot] != word]
     return sum(found[slot] == facts[slot] for slot in asked) / len(asked) if found else 0.0
@@ -339,22 +341,22 @@ def asked_about(q: Question) -> str:
 
 
 def question(rng: random.Random) -> Question:
-    scene = shapes.make_scene(rng)
-    prompt = shapes.ask(rng.choice(scene.things), rng.choice(("colour", "shape")))
-    return Question(prompt, [shapes.render(scene)], None, scene)
+    scene = world.make_scene(rng)
+    prompt = world.ask(rng.choice(scene.things), rng.choice(("colour", "shape")))
+    return Question(prompt, [world.render(scene)], None, scene)
 
 
-WRONG = {slot: 0.6 if slot == "size" else 0.3 for slot in shapes.SLOTS}  # greedy answers lie about the size
+WRONG = {slot: 0.6 if slot == "size" else 0.3 for slot in world.SLOTS}  # greedy answers lie about the size
 
 
 def noisy_caption(q: Question, rng: random.Random, wrong: dict[str, float] = WRONG) -> str:
     """A description in which each fact is wrong with some probability, but never the one that the question names."""
     word = asked_about(q)
     facts = dict(q.scene.facts(q.scene.find(word)))
-    for slot, values in shapes.SLOTS.items():
+    for slot, values in world.SLOTS.items():
         if facts[slot] != word and rng.random() < wrong[slot]:
             facts[slot] = rng.choice([v for v in values if v != facts[slot]])
-    return shapes.describe(facts)
+    return world.describe(facts)
 
 
 class Captions:

@@ -20,9 +20,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from yojo import lora, metrics
+from yojo import metrics
 from yojo.cli import WEIGHTS, Parser, run
-from yojo.data import Batch
+from yojo.core import lora
+from yojo.core.data import Batch
+from yojo.core.mask import PROMPT, AttentionMask
+from yojo.core.prompt import SEPARATOR, Encoded, Seen
+from yojo.core.reward import RewardModel
 from yojo.files import InputError
 from yojo.grpo import (
     POLICY,
@@ -38,9 +42,6 @@ from yojo.grpo import (
     question,
     sample_group,
 )
-from yojo.mask import PROMPT, AttentionMask
-from yojo.prompt import SEPARATOR, Encoded, Seen
-from yojo.reward import RewardModel
 from yojo.train import NAMES
 
 SPELLED = 0.05  # share of the answers that go on after a separator

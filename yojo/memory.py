@@ -11,11 +11,11 @@ it against what autograd really keeps.
 
 import torch
 
-from yojo import ops
-from yojo.config import Config
-from yojo.lora import LoraConfig
-from yojo.mask import AttentionMask
-from yojo.molmo2 import Molmo2
+from yojo.core import ops
+from yojo.core.config import Config
+from yojo.core.lora import LoraConfig
+from yojo.core.mask import AttentionMask
+from yojo.core.molmo2 import Molmo2
 
 
 def weights(config: Config, dtype: torch.dtype) -> int:

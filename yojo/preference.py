@@ -20,15 +20,15 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from yojo import loss as losses
-from yojo import parallel
-from yojo.data import Record, collate, join
+from yojo.core import loss as losses
+from yojo.core import parallel
+from yojo.core.data import Record, collate, join
+from yojo.core.image import open_picture, open_video, picture_size, video_plan
+from yojo.core.lora import LoraConfig
+from yojo.core.prompt import Ask, Encoded, Seen
+from yojo.core.reward import RewardModel
 from yojo.files import InputError
 from yojo.fit import FitConfig
-from yojo.image import open_picture, open_video, picture_size, video_plan
-from yojo.lora import LoraConfig
-from yojo.prompt import Ask, Encoded, Seen
-from yojo.reward import RewardModel
 
 
 @dataclass(frozen=True)

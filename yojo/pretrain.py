@@ -30,22 +30,22 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as BPE
 from torch import Tensor, nn
 
-from yojo import shapes
 from yojo.checkpoint import save_backbone
 from yojo.cli import WEIGHTS, Parser, run
-from yojo.config import AdapterConfig, Config, TextConfig, VisionConfig
-from yojo.data import join
+from yojo.core.config import AdapterConfig, Config, TextConfig, VisionConfig
+from yojo.core.data import join
+from yojo.core.image import ImageConfig, preprocessor_json
+from yojo.core.mask import MODES, PADDING, PROMPT, AttentionMask
+from yojo.core.molmo2 import Molmo2, init_weights
+from yojo.core.prompt import TURN_END, Markup, Processor, Tokenizer
 from yojo.files import InputError, write_json
 from yojo.fit import FitConfig, fit
-from yojo.image import ImageConfig, preprocessor_json
-from yojo.mask import MODES, PADDING, PROMPT, AttentionMask
-from yojo.molmo2 import Molmo2, init_weights
-from yojo.prompt import TURN_END, Markup, Processor, Tokenizer
+from yojo.tiny import world
 
 TEXT = TextConfig(128, 4, 4, 2, 32, 384, 512, 16, 4096, 10_000.0)
 VISION = VisionConfig(96, 3, 4, 24, 256, 14, 36)
 ADAPTER = AdapterConfig(96, 4, 24, 256, (-1, -3))
-IMAGES = ImageConfig(size=shapes.GRID * shapes.CELL, margins=(1, 1), max_crops=1)
+IMAGES = ImageConfig(size=world.GRID * world.CELL, margins=(1, 1), max_crops=1)
 PICTURES, TALKS = 8, 8  # pictures in a micro-batch, conversations about each
 AUXILIARY, FACTS, VERDICT = 0.5, 0.5, 1.0  # weights of the read-outs
 FIT = FitConfig(
@@ -84,9 +84,9 @@ def make_tokenizer(path: Path, texts: list[str]) -> None:
 def corpus() -> list[str]:
     """What the tokenizer is trained on: the world's own sentences, and some English of a fixed wording (`LICENSE`)."""
     rng = random.Random(0)
-    world = [text for _ in range(4000) for talk in talks(shapes.make_scene(rng), rng, 4) for text in talk]
+    sentences = [text for _ in range(4000) for talk in talks(world.make_scene(rng), rng, 4) for text in talk]
     english = (WEIGHTS.parent / "LICENSE").read_text(encoding="utf-8").splitlines()
-    return ["user\n" + text for text in world] + ["assistant\n"] * 4000 + english
+    return ["user\n" + text for text in sentences] + ["assistant\n"] * 4000 + english
 
 
 # ---------------------------------------------------------------------------------------------------- conversations
@@ -95,26 +95,26 @@ def corpus() -> list[str]:
 Talk = tuple[str, str]  # question, answer
 
 
-def talks(scene: shapes.Scene, rng: random.Random, count: int) -> list[Talk]:
+def talks(scene: world.Scene, rng: random.Random, count: int) -> list[Talk]:
     """Conversations about one scene."""
     kinds = (describe, describe, look_up, look_up, place, presence, check, check, check, name)
     return [rng.choice(kinds)(scene, rng) for _ in range(count)]
 
 
-def describe(scene: shapes.Scene, rng: random.Random) -> Talk:
+def describe(scene: world.Scene, rng: random.Random) -> Talk:
     return describe_thing(scene, rng.choice(scene.things), rng)
 
 
-def describe_thing(scene: shapes.Scene, thing: shapes.Thing, rng: random.Random) -> Talk:
-    return shapes.ask(thing, rng.choice(("shape", "colour"))), shapes.describe(scene.facts(thing))
+def describe_thing(scene: world.Scene, thing: world.Thing, rng: random.Random) -> Talk:
+    return world.ask(thing, rng.choice(("shape", "colour"))), world.describe(scene.facts(thing))
 
 
-def describe_held_out(scene: shapes.Scene, rng: random.Random) -> Talk:
+def describe_held_out(scene: world.Scene, rng: random.Random) -> Talk:
     return describe_thing(scene, scene.things[0], rng)
 
 
-def look_up(scene: shapes.Scene, rng: random.Random) -> Talk:
-    thing, slot = rng.choice(scene.things), rng.choice(list(shapes.SLOTS))
+def look_up(scene: world.Scene, rng: random.Random) -> Talk:
+    thing, slot = rng.choice(scene.things), rng.choice(list(world.SLOTS))
     if slot == "count":
         return "How many things are there?", scene.facts(thing)["count"]
     by = {"colour": "shape", "shape": "colour"}.get(slot) or rng.choice(("shape", "colour"))
@@ -122,41 +122,41 @@ def look_up(scene: shapes.Scene, rng: random.Random) -> Talk:
     return f"What {slot} is the {subject}?", getattr(thing, slot)
 
 
-def place(scene: shapes.Scene, rng: random.Random) -> Talk:
-    row, column = rng.choice(shapes.ROWS), rng.choice(shapes.COLUMNS)
+def place(scene: world.Scene, rng: random.Random) -> Talk:
+    row, column = rng.choice(world.ROWS), rng.choice(world.COLUMNS)
     if rng.random() < 0.7:
         row, column = (lambda t: (t.row, t.column))(rng.choice(scene.things))
     here = [t for t in scene.things if (t.row, t.column) == (row, column)]
     return f"What is {row} {column}?", f"a {here[0].size} {here[0].colour} {here[0].shape}" if here else "nothing"
 
 
-def presence(scene: shapes.Scene, rng: random.Random) -> Talk:
+def presence(scene: world.Scene, rng: random.Random) -> Talk:
     pairs = {(t.colour, t.shape) for t in scene.things}
-    absent = [p for p in shapes.PAIRS if p not in pairs and p not in shapes.HELD_OUT]
+    absent = [p for p in world.PAIRS if p not in pairs and p not in world.HELD_OUT]
     pair = rng.choice(sorted(pairs) if rng.random() < 0.5 else absent)
-    return f"Is there {rng.choice(shapes.wordings(*pair))}?", "yes" if pair in pairs else "no"
+    return f"Is there {rng.choice(world.wordings(*pair))}?", "yes" if pair in pairs else "no"
 
 
-def name(scene: shapes.Scene, rng: random.Random) -> Talk:
+def name(scene: world.Scene, rng: random.Random) -> Talk:
     thing = rng.choice(scene.things)
-    return shapes.CORROBORATED, rng.choice(shapes.wordings(thing.colour, thing.shape))
+    return world.CORROBORATED, rng.choice(world.wordings(thing.colour, thing.shape))
 
 
 CHECK = ". Right?"
 
 
-def check(scene: shapes.Scene, rng: random.Random) -> Talk:
+def check(scene: world.Scene, rng: random.Random) -> Talk:
     """A description in which each fact is wrong with probability 0.25 (but never the one the question names)."""
     thing, by = rng.choice(scene.things), rng.choice(("shape", "colour"))
     truth = scene.facts(thing)
     said = dict(truth)
     for slot in said:
-        wrong = [v for v in shapes.SLOTS[slot] if v != truth[slot] and shapes.may_say(truth, slot, v, held_out=False)]
+        wrong = [v for v in world.SLOTS[slot] if v != truth[slot] and world.may_say(truth, slot, v, held_out=False)]
         if slot != by and rng.random() < 0.25:
             said[slot] = rng.choice(wrong)
-    errors = [slot for slot in shapes.SLOTS if said[slot] != truth[slot]]
+    errors = [slot for slot in world.SLOTS if said[slot] != truth[slot]]
     verdict = "wrong " + ", ".join(errors) if errors else "right"
-    return f"{shapes.ask(thing, by)} {shapes.describe(said)}{CHECK}", verdict
+    return f"{world.ask(thing, by)} {world.describe(said)}{CHECK}", verdict
 
 
 # ------------------------------------------------------------------------------------------------------------ batch
@@ -180,8 +180,8 @@ class Rows:
 
     def batch(self, step: int, part: int, size: int = PICTURES) -> dict[str, Tensor]:
         rng = random.Random(f"{self.seed} {step} {part}")
-        scenes = [shapes.make_scene(rng) for _ in range(size)]
-        seen = [self.processor.look(shapes.render(scene)) for scene in scenes]
+        scenes = [world.make_scene(rng) for _ in range(size)]
+        seen = [self.processor.look(world.render(scene)) for scene in scenes]
         rows = [
             self._row(marks, scene, talks(scene, rng, TALKS)) for scene, (marks, _) in zip(scenes, seen, strict=True)
         ]
@@ -210,13 +210,13 @@ class Rows:
             cells=cells,
         )
 
-    def _row(self, marks: list[int], scene: shapes.Scene, talk: list[Talk]) -> list[list]:
+    def _row(self, marks: list[int], scene: world.Scene, talk: list[Talk]) -> list[list]:
         """Of each token: id, record, response, position, where the next one is to be learned its id (else -1),
         `wrong_so_far`, and what is true of the thing that its conversation asks about."""
         ids = [self.processor.tokenizer.id(TURN_END), *marks]
         start = len(ids)
         response, positions, target = [PROMPT] * start, list(range(start)), [-1] * start
-        wrong, true = [NOTHING] * start, [[-1] * len(shapes.SLOTS)] * start
+        wrong, true = [NOTHING] * start, [[-1] * len(world.SLOTS)] * start
         for i, pair in enumerate(talk):
             piece, answer, verdicts = self.encode(*pair)
             wrong = wrong + verdicts
@@ -228,37 +228,37 @@ class Rows:
         return [ids, [0] * len(ids), response, positions, target, wrong, true]
 
 
-NOTHING = [-1.0] * len(shapes.SLOTS)  # no verdict is asked for at this token
+NOTHING = [-1.0] * len(world.SLOTS)  # no verdict is asked for at this token
 
 
 def wrong_so_far(question: str, answer: str, end: int) -> list[float]:
     """Of a question that asks to check a description, read up to character `end`: 1 for each fact that has been said
     and that the answer, "wrong size, row", lists. `NOTHING` before the first fact, and for other questions."""
-    found = shapes.DESCRIPTION.search(question) if question.endswith(CHECK) else None
-    if found is None or end < found.end(min(shapes.SLOTS, key=found.end)):
+    found = world.DESCRIPTION.search(question) if question.endswith(CHECK) else None
+    if found is None or end < found.end(min(world.SLOTS, key=found.end)):
         return NOTHING
     errors = answer.removeprefix("wrong ").split(", ")
-    return [float(slot in errors and found.end(slot) <= end) for slot in shapes.SLOTS]
+    return [float(slot in errors and found.end(slot) <= end) for slot in world.SLOTS]
 
 
-def facts_asked_about(scene: shapes.Scene, question: str) -> list[int]:
+def facts_asked_about(scene: world.Scene, question: str) -> list[int]:
     """Each slot's true value as a number, of the thing that "Describe the ..." names; -1 for other questions."""
     asked = re.match(r"Describe the (\w+)", question)
     facts = scene.facts(scene.find(asked[1])) if asked else {}
-    return [list(values).index(facts[slot]) if asked else -1 for slot, values in shapes.SLOTS.items()]
+    return [list(values).index(facts[slot]) if asked else -1 for slot, values in world.SLOTS.items()]
 
 
-FACT_SIZES = tuple(len(values) for values in shapes.SLOTS.values())
-AUX_SIZES = (len(shapes.SHAPES) + 1, len(shapes.COLOURS) + 1, len(shapes.SIZES) + 1, 3, 3)
+FACT_SIZES = tuple(len(values) for values in world.SLOTS.values())
+AUX_SIZES = (len(world.SHAPES) + 1, len(world.COLOURS) + 1, len(world.SIZES) + 1, 3, 3)
 
 
-def cell_labels(scene: shapes.Scene) -> list[tuple[int, ...]]:
+def cell_labels(scene: world.Scene) -> list[tuple[int, ...]]:
     """For each cell, row by row: shape, colour, size (the last class = empty), row, column."""
     labels = []
-    for r, row in enumerate(shapes.ROWS):
-        for c, column in enumerate(shapes.COLUMNS):
+    for r, row in enumerate(world.ROWS):
+        for c, column in enumerate(world.COLUMNS):
             here = [t for t in scene.things if (t.row, t.column) == (row, column)]
-            words = [(shapes.SHAPES, "shape"), (tuple(shapes.COLOURS), "colour"), (shapes.SIZES, "size")]
+            words = [(world.SHAPES, "shape"), (tuple(world.COLOURS), "colour"), (world.SIZES, "size")]
             labels.append((*(w.index(getattr(here[0], k)) if here else len(w) for w, k in words), r, c))
     return labels
 
@@ -273,7 +273,7 @@ class Pretraining:
         self.model, self.rows = model, rows
         self.probe = nn.Linear(TEXT.hidden_size, sum(AUX_SIZES))
         self.facts = nn.Linear(TEXT.hidden_size, sum(FACT_SIZES))
-        self.verdict = nn.Linear(TEXT.hidden_size, len(shapes.SLOTS))
+        self.verdict = nn.Linear(TEXT.hidden_size, len(world.SLOTS))
         for readout in (self.probe, self.facts, self.verdict):
             nn.init.normal_(readout.weight, std=0.02, generator=generator)
             nn.init.zeros_(readout.bias)
@@ -308,10 +308,10 @@ KINDS = (describe, describe_held_out, look_up, place, presence, check)
 
 
 @torch.no_grad()
-def answer_to(model: Molmo2, rows: Rows, scene: shapes.Scene, question: str, answer: str) -> bool:
+def answer_to(model: Molmo2, rows: Rows, scene: world.Scene, question: str, answer: str) -> bool:
     """Is the greedy answer right, word for word?"""
     talk, start, _ = rows.encode(question, answer)
-    marks, pictures = rows.processor.look(shapes.render(scene))
+    marks, pictures = rows.processor.look(world.render(scene))
     ids = torch.tensor([[rows.processor.tokenizer.id(TURN_END), *marks, *talk[:start]]])
     mask = AttentionMask(
         torch.zeros_like(ids), torch.full_like(ids, PROMPT), torch.isin(ids, rows.processor.image_ids), "joint"
@@ -327,7 +327,7 @@ def examine(model: Molmo2, rows: Rows, seed: int, count: int = 200) -> dict[str,
         rng = random.Random(f"examine {seed} {kind.__name__}")
         right = 0
         for _ in range(count):
-            scene = shapes.make_scene(rng, held_out=kind is describe_held_out)
+            scene = world.make_scene(rng, held_out=kind is describe_held_out)
             right += answer_to(model, rows, scene, *kind(scene, rng))
         figures[kind.__name__] = right / count
     return figures

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from yojo import shapes
 from yojo.cli import COMPILE, DTYPE, WEIGHTS, Parser, run
-from yojo.data import collate, read_records
+from yojo.core.data import collate, read_records
+from yojo.core.image import FRAMES, INTERVAL, open_video
+from yojo.core.mask import DRAWN_UP_TO, MODES, draw
+from yojo.core.prompt import Encoded
+from yojo.core.reward import RewardModel
 from yojo.files import InputError, whole_file
-from yojo.image import FRAMES, INTERVAL, open_video
-from yojo.mask import DRAWN_UP_TO, MODES, draw
-from yojo.prompt import Encoded
-from yojo.reward import RewardModel
+from yojo.tiny import world
 
 MEANS = {
     "joint": "each answer attends to the question, itself and the answers before it",
@@ -104,22 +104,22 @@ def asked(args: argparse.Namespace) -> Sequence[tuple]:
         ]
     if args.prompt is None and args.tiny and not (args.response or args.image or args.video):
         scene, prompt, responses, facts = demonstration(random.Random(args.seed))
-        print("a scene of the tiny world: " + "; ".join(shapes.describe(scene.facts(t)) for t in scene.things))
-        return [("", prompt, responses, [shapes.render(scene)], None, facts)]
+        print("a scene of the tiny world: " + "; ".join(world.describe(scene.facts(t)) for t in scene.things))
+        return [("", prompt, responses, [world.render(scene)], None, facts)]
     if args.prompt is None or not args.response:
         raise InputError("give --prompt and at least one --response, or --data FILE")
     video = open_video(args.video, args.frames, args.interval) if args.video else None
     return [("", args.prompt, args.response, args.image, video, None)]
 
 
-def demonstration(rng: random.Random) -> tuple[shapes.Scene, str, list[str], list[int]]:
+def demonstration(rng: random.Random) -> tuple[world.Scene, str, list[str], list[int]]:
     """A scene, a question, four answers and how many facts are true in each. All are true in one of them, which not
     every record of the task has, and it is not the first, or a model that keeps the order would look right."""
-    scene = shapes.make_scene(rng)
+    scene = world.make_scene(rng)
     while True:
-        record = shapes.absolute(scene, rng)
-        facts = [shapes.oracle(scene, record["prompt"], response) for response in record["responses"]]
-        if len(shapes.SLOTS) in facts[1:]:
+        record = world.absolute(scene, rng)
+        facts = [world.oracle(scene, record["prompt"], response) for response in record["responses"]]
+        if len(world.SLOTS) in facts[1:]:
             return scene, record["prompt"], record["responses"], facts
 
 
@@ -127,7 +127,7 @@ def table(responses: Sequence[str], scores: Sequence[float], facts: list[int] | 
     """Best first, numbered as they were given, beside the true facts where they are known."""
     lines = [" rank  score    #  " + ("true facts  " if facts else "") + "response"]
     for rank, i in enumerate(sorted(range(len(scores)), key=lambda i: -scores[i]), 1):
-        known = f"{facts[i]:5d} of {len(shapes.SLOTS)}  " if facts else ""
+        known = f"{facts[i]:5d} of {len(world.SLOTS)}  " if facts else ""
         lines.append(f"{rank:5d} {scores[i]:7.3f} {i + 1:3d}  {known}{' '.join(responses[i].split())}")
     return "\n".join(lines)
 

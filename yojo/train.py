@@ -24,16 +24,18 @@ from pathlib import Path
 
 import torch
 
-from yojo import flops, memory, metrics, parallel, shapes
+from yojo import flops, memory, metrics
 from yojo.cli import COMPILE, WEIGHTS, Parser, pool, run
-from yojo.data import Record, read_records
+from yojo.core import parallel
+from yojo.core.data import Record, read_records
+from yojo.core.loss import LOSSES
+from yojo.core.mask import MODES
+from yojo.core.prompt import Ask
+from yojo.core.reward import RewardModel
 from yojo.files import InputError
 from yojo.fit import NotFinite, fit
-from yojo.loss import LOSSES
-from yojo.mask import MODES
 from yojo.preference import CORROBORATED, TINY, Dataset, Recipe, Task, evaluate
-from yojo.prompt import Ask
-from yojo.reward import RewardModel
+from yojo.tiny import world
 
 TASKS = {
     # task: recipe, responses to choose among
@@ -81,8 +83,8 @@ def write_world(folder: Path, task: str, recipe: Recipe, sizes: Sequence[int], s
         ("heldout", HELD_OUT, HELD_OUT, (n,), True),
     ):
         rng = random.Random(f"{seed} {task} {name}")
-        made = shapes.records(rng, task, total, scenes, many, held_out, paraphrase)
-        shapes.write_records(folder, name, made)
+        made = world.records(rng, task, total, scenes, many, held_out, paraphrase)
+        world.write_records(folder, name, made)
 
 
 def tiny_run(
@@ -140,7 +142,7 @@ def tiny(
             tests.append(read_records(folder / "test.jsonl"))
         runs = [job.result() for job in jobs]
     result = summary(task, runs, [record for test in tests for record in test])
-    result["ceilings"] = shapes.PARAPHRASED if paraphrase else shapes.CEILINGS
+    result["ceilings"] = world.PARAPHRASED if paraphrase else world.CEILINGS
     result["seconds"] = round(time.monotonic() - start, 1)
     print(table(result))
     return result

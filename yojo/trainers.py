@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+from yojo.core.reward import RewardModel
 from yojo.files import InputError
-from yojo.reward import RewardModel
 
 
 class GroupReward:

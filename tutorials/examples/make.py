@@ -13,7 +13,7 @@ import random
 import shutil
 from pathlib import Path
 
-from yojo import shapes
+from yojo.tiny import world
 
 HERE = Path(__file__).parent
 RECORDS, SCENES = 40, 8
@@ -22,8 +22,8 @@ VOTERS, WRONG = 3, 0.2  # every voter compares every pair of answers; the share 
 
 def write(folder: Path) -> None:
     shutil.rmtree(folder / "records", ignore_errors=True)
-    shapes.render(shapes.make_scene(random.Random(0))).save(folder / "scene.png")
-    path = shapes.write_records(folder, "records", shapes.records(random.Random(1), "absolute", RECORDS, SCENES))
+    world.render(world.make_scene(random.Random(0))).save(folder / "scene.png")
+    path = world.write_records(folder, "records", world.records(random.Random(1), "absolute", RECORDS, SCENES))
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rng, votes, answers = random.Random(2), [], []
     for number, record in enumerate(records[:SCENES]):

@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from yojo import lora, ops
-from yojo.config import Config, TextConfig, VisionConfig
+from yojo.core import lora, ops
+from yojo.core.config import Config, TextConfig, VisionConfig
+from yojo.core.lora import Linear
+from yojo.core.mask import AttentionMask
 from yojo.files import InputError
-from yojo.lora import Linear
-from yojo.mask import AttentionMask
 
 
 def at_least_float32(x: Tensor) -> Tensor:

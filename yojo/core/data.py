@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from yojo.core.image import Pictures
+from yojo.core.mask import PADDING, PROMPT, AttentionMask
+from yojo.core.prompt import Encoded
 from yojo.files import InputError, read_lines
-from yojo.image import Pictures
-from yojo.mask import PADDING, PROMPT, AttentionMask
-from yojo.prompt import Encoded
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from yojo import metrics, shapes
+from yojo import metrics
 from yojo.cli import WEIGHTS
-from yojo.data import read_records
-from yojo.mask import MODES
+from yojo.core.data import read_records
+from yojo.core.mask import MODES
+from yojo.core.reward import RewardModel
 from yojo.preference import CORROBORATED, Dataset, evaluate
-from yojo.reward import RewardModel
+from yojo.tiny import world
 from yojo.train import NAMES, accuracies, tiny
 
 GROUPS, ORDERS, NOISE = 1000, 4, 0.45
@@ -31,12 +32,12 @@ class World:
 
     task: str
     n: int = 4
-    noisy: float = shapes.NOISE
+    noisy: float = world.NOISE
 
     def write(self, folder: Path, seed: int) -> list:
         rng = random.Random(f"{seed} ablation {self}")
-        made = shapes.records(rng, self.task, GROUPS, GROUPS, (self.n,))
-        return read_records(shapes.write_records(folder, f"{self.task}-{self.n}-{self.noisy}", made, self.noisy))
+        made = world.records(rng, self.task, GROUPS, GROUPS, (self.n,))
+        return read_records(world.write_records(folder, f"{self.task}-{self.n}-{self.noisy}", made, self.noisy))
 
 
 @torch.no_grad()
@@ -52,16 +53,16 @@ def under(rm: RewardModel, data: Dataset, mode: str, orders: int, seed: int) -> 
 MASKS = {"joint": ("joint", 1), f"joint, mean of {ORDERS} orders": ("joint", ORDERS), "isolated": ("isolated", 1)}
 
 
-def masks(models: dict[str, Path], world: World, folder: Path, seed: int) -> list[dict]:
+def masks(models: dict[str, Path], test: World, folder: Path, seed: int) -> list[dict]:
     """One row a model: the same weights under every mask."""
-    records, rows = world.write(folder, seed), []
+    records, rows = test.write(folder, seed), []
     for trained, path in models.items():
         rm = RewardModel.load(path)
         data = Dataset(records, rm, keep=True)
         figures = {name: under(rm, data, mode, orders, seed) for name, (mode, orders) in MASKS.items()}
-        rows.append({"task": world.task, "noise": world.noisy, "trained": trained, **figures})
+        rows.append({"task": test.task, "noise": test.noisy, "trained": trained, **figures})
         cells = "".join(f"{value:24.3f}" for value in figures.values())
-        print(f"{world.task + (', noisy' if world.noisy > shapes.NOISE else ''):22s}{trained:10s}{cells}")
+        print(f"{test.task + (', noisy' if test.noisy > world.NOISE else ''):22s}{trained:10s}{cells}")
     return rows
 
 

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
+from yojo.core.mask import AttentionMask, Run
 from yojo.files import InputError
-from yojo.mask import AttentionMask, Run
 
 # Torch asks the system for pages of 4 kB unless it is told before its first tensor to ask for large ones. A pass makes
 # tensors of tens of megabytes, and page-faulting them is up to a tenth of its time.

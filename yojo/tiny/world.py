@@ -13,7 +13,7 @@ Two tasks, both written as ordinary preference records:
   the true fact that another answer confirms. F differs from U and V in both words, as T does: without the picture, T
   and F are exchangeable. Exact ceilings: `CEILINGS`.
 
-See it: `pytest tests/test_shapes.py`.
+See it: `pytest tests/test_world.py`.
 """
 
 import itertools

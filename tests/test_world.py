@@ -1,7 +1,7 @@
 """The tiny world is honest: the oracle is right, held-out pairs are unseen, and no text-only rule finds the best
 answer.
 
-pytest tests/test_shapes.py
+pytest tests/test_world.py
 """
 
 import itertools
@@ -11,9 +11,10 @@ from collections import Counter
 
 import pytest
 
-from yojo import metrics, shapes
-from yojo.data import read_records
-from yojo.shapes import Scene, Thing
+from yojo import metrics
+from yojo.core.data import read_records
+from yojo.tiny import world
+from yojo.tiny.world import Scene, Thing
 
 SCENE = Scene(
     (Thing("small", "red", "star", "top", "left"), Thing("large", "blue", "cross", "middle", "right")), seed=0
@@ -22,16 +23,16 @@ SCENE = Scene(
 
 def test_a_scene_is_drawn_where_and_as_it_says():
     """The pixel at the centre of a thing has its colour; of an empty cell, the background's."""
-    picture = shapes.render(SCENE)
+    picture = world.render(SCENE)
     assert picture.size == (84, 84)
 
     def near(pixel, colour):
         return max(abs(a - b) for a, b in zip(pixel, colour, strict=True)) < 45
 
-    assert near(picture.getpixel((14, 14)), shapes.COLOURS["red"])
-    assert near(picture.getpixel((70, 42)), shapes.COLOURS["blue"])
+    assert near(picture.getpixel((14, 14)), world.COLOURS["red"])
+    assert near(picture.getpixel((70, 42)), world.COLOURS["blue"])
     assert max(picture.getpixel((14, 70))) < 130
-    assert shapes.render(SCENE).tobytes() == picture.tobytes()
+    assert world.render(SCENE).tobytes() == picture.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -47,23 +48,23 @@ def test_a_scene_is_drawn_where_and_as_it_says():
     ],
 )
 def test_the_oracle_counts_true_facts(answer, true):
-    assert shapes.oracle(SCENE, "Describe the star.", answer) == true
+    assert world.oracle(SCENE, "Describe the star.", answer) == true
 
 
 def test_the_oracle_knows_what_is_in_the_picture():
     for answer, true in [("a red star", 1), ("a star in red", 1), ("a blue star", 0), ("a star", 0)]:
-        assert shapes.oracle(SCENE, shapes.CORROBORATED, answer) == true
+        assert world.oracle(SCENE, world.CORROBORATED, answer) == true
 
 
 def made(task, held_out=False, count=4000, n=(4,), paraphrase=False):
-    return [(s, r) for _, s, r in shapes.records(random.Random(1), task, count, count, n, held_out, paraphrase)]
+    return [(s, r) for _, s, r in world.records(random.Random(1), task, count, count, n, held_out, paraphrase)]
 
 
 def test_ranks_are_the_number_of_true_facts():
-    assert shapes.rank([3, 5, 3, 1]) == [2, 1, 2, 4]
+    assert world.rank([3, 5, 3, 1]) == [2, 1, 2, 4]
     for scene, record in made("absolute", count=300):
-        quality = [shapes.oracle(scene, record["prompt"], a) for a in record["responses"]]
-        assert record["rankings"] == shapes.rank(quality)
+        quality = [world.oracle(scene, record["prompt"], a) for a in record["responses"]]
+        assert record["rankings"] == world.rank(quality)
         assert len(set(record["responses"])) == 4
 
 
@@ -99,7 +100,7 @@ def test_every_answer_of_a_full_design_is_as_central_as_any_other(n):
 @pytest.mark.parametrize("paraphrase", [False, True])
 def test_corroborated_sets_are_what_they_say(held_out, paraphrase):
     for scene, record in made("corroborated", held_out, 400, paraphrase=paraphrase):
-        truth = [shapes.oracle(scene, record["prompt"], a) for a in record["responses"]]
+        truth = [world.oracle(scene, record["prompt"], a) for a in record["responses"]]
         assert sorted(zip(record["rankings"], truth, strict=True)) == [(1, 1), (1, 1), (3, 1), (3, 1), (5, 0), (5, 0)]
         best = [a for a, rank in zip(record["responses"], record["rankings"], strict=True) if rank == 1]
         assert (len(set(best)) == 2) == paraphrase
@@ -128,32 +129,32 @@ def test_without_the_picture_the_true_and_the_false_pair_are_alike(held_out):
 def test_what_an_isolated_judge_can_reach(paraphrase):
     """It knows which answers are true, and may like one wording better; among alike answers it guesses."""
     rng, found = random.Random(0), []
-    for _, scene, record in shapes.records(rng, "corroborated", 4000, 400, paraphrase=paraphrase):
+    for _, scene, record in world.records(rng, "corroborated", 4000, 400, paraphrase=paraphrase):
         liked = {
-            text: (shapes.oracle(scene, record["prompt"], text), " in " not in text, rng.random())
+            text: (world.oracle(scene, record["prompt"], text), " in " not in text, rng.random())
             for text in record["responses"]
         }
         best = max(record["responses"], key=liked.get)
         found.append(record["rankings"][record["responses"].index(best)] == 1)
-    ceilings = shapes.PARAPHRASED if paraphrase else shapes.CEILINGS
+    ceilings = world.PARAPHRASED if paraphrase else world.CEILINGS
     assert sum(found) / len(found) == pytest.approx(ceilings["isolated"], abs=0.025)
 
 
 def test_held_out_pairs_never_occur_in_training():
     for task in ("absolute", "corroborated"):
         for scene, record in made(task, count=1000, n=(4, 8)):
-            assert not {(t.colour, t.shape) for t in scene.things} & shapes.HELD_OUT
+            assert not {(t.colour, t.shape) for t in scene.things} & world.HELD_OUT
             for answer in record["responses"]:
-                assert not any(c in answer.split() and s in answer.replace(",", "").split() for c, s in shapes.HELD_OUT)
+                assert not any(c in answer.split() and s in answer.replace(",", "").split() for c, s in world.HELD_OUT)
         for scene, record in made(task, held_out=True, count=200):
             thing = scene.things[0]
-            assert (thing.colour, thing.shape) in shapes.HELD_OUT
+            assert (thing.colour, thing.shape) in world.HELD_OUT
             assert task == "corroborated" or thing.colour in record["prompt"] or thing.shape in record["prompt"]
 
 
 def test_records_are_written_as_ordinary_files(tmp_path):
-    stream = shapes.records(random.Random(0), "absolute", 6, 3, (4,))
-    path = shapes.write_records(tmp_path, "train", stream)
+    stream = world.records(random.Random(0), "absolute", 6, 3, (4,))
+    path = world.write_records(tmp_path, "train", stream)
     records = read_records(path)
     assert len(records) == 6 and len(list((tmp_path / "train").glob("*.png"))) == 3
     assert records[0].images == records[3].images == [tmp_path / "train/0.png"]

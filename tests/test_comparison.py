@@ -1,22 +1,23 @@
 """The tables of `evaluate --tiny`, on a few groups: what they say is what the models score. (Whole: test_tiny.py.)
 
-pytest tests/test_ablation.py
+pytest tests/test_comparison.py
 """
 
 import pytest
 
-from yojo import ablation, metrics
-from yojo.ablation import World, masks, sizes, under
+from yojo import metrics
 from yojo.cli import WEIGHTS
+from yojo.core.reward import RewardModel
 from yojo.preference import Dataset
-from yojo.reward import RewardModel
+from yojo.tiny import comparison
+from yojo.tiny.comparison import World, masks, sizes, under
 
 MODELS = {"joint": WEIGHTS / "tiny-rm", "isolated": WEIGHTS / "tiny-rm-isolated"}
 
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    monkeypatch.setattr(ablation, "GROUPS", 24)
+    monkeypatch.setattr(comparison, "GROUPS", 24)
 
 
 def test_a_figure_is_the_accuracy_of_the_models_own_scores(tmp_path):
@@ -30,9 +31,9 @@ def test_a_figure_is_the_accuracy_of_the_models_own_scores(tmp_path):
 
 
 def test_one_row_a_model_and_one_figure_a_mask(tmp_path, capsys):
-    rows = masks(MODELS, World("absolute", noisy=ablation.NOISE), tmp_path, 0)
+    rows = masks(MODELS, World("absolute", noisy=comparison.NOISE), tmp_path, 0)
     assert [row["trained"] for row in rows] == list(MODELS)
-    assert all(0 <= row[mask] <= 1 for row in rows for mask in ablation.MASKS)
+    assert all(0 <= row[mask] <= 1 for row in rows for mask in comparison.MASKS)
     assert "absolute, noisy" in capsys.readouterr().out
 
 
@@ -53,8 +54,8 @@ def test_the_tables_are_printed_one_after_the_other(monkeypatch, capsys):
             base = out / path.name / "reward_model_config.json"
             base.write_text(base.read_text().replace("../tiny", str(WEIGHTS / "tiny")))
 
-    monkeypatch.setattr(ablation, "tiny", shipped)
-    rows = ablation.tables(0)
+    monkeypatch.setattr(comparison, "tiny", shipped)
+    rows = comparison.tables(0)
     assert [row.get("task", row.get("n")) for row in rows] == ["absolute"] * 4 + ["corroborated"] * 2 + [2, 4, 8, 16]
 
 

@@ -40,8 +40,7 @@ from PIL import Image
 from tokenizers import Tokenizer as BPE
 from torch import Tensor
 
-from yojo.files import InputError, read_json
-from yojo.image import (
+from yojo.core.image import (
     ImageConfig,
     Pictures,
     frames_to_patches,
@@ -51,7 +50,8 @@ from yojo.image import (
     open_video,
     read_image_config,
 )
-from yojo.mask import MODES, PROMPT, AttentionMask
+from yojo.core.mask import MODES, PROMPT, AttentionMask
+from yojo.files import InputError, read_json
 
 SEPARATOR = "<|resp_sep|>"
 BOS = TURN_END = "<|im_end|>"
