@@ -12,7 +12,8 @@ import torch
 from hypothesis import settings
 
 from yojo.core.config import AdapterConfig, Config, TextConfig, VisionConfig
-from yojo.core.molmo2 import Molmo2, init_weights
+from yojo.core.molmo2 import Molmo2
+from yojo.initial import init_weights
 
 torch.set_num_threads(2)
 
@@ -46,8 +47,8 @@ def tiny_config() -> Config:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A random tiny checkpoint with a real tokenizer and processor files."""
-    from yojo.checkpoint import save_backbone
     from yojo.pretrain import write_companions
+    from yojo.weights import save_backbone
 
     companions = tmp_path_factory.mktemp("companions")
     processor = write_companions(companions)

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from yojo import checkpoint, evaluate, grpo, train
+from yojo import checkpoint, evaluate, grpo, train, weights
 from yojo.cli import WEIGHTS
 from yojo.core.lora import LoraConfig
 from yojo.fit import FitConfig
@@ -128,7 +128,7 @@ def check_left(name: str, folder: Path, out: Path) -> None:
         logged = (training / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
         assert logged - saved <= SAVED, f"{logged} steps were made and {saved} saved"
     if name == "checkpoint" and out.exists():
-        checkpoint.load_backbone(out)
+        weights.load_backbone(out)
 
 
 def kill_many(name: str, times: int, seed: int = 0) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from yojo import bench, flops
-from yojo.checkpoint import shape_config, write_random
+from yojo.initial import shape_config, write_random
 
 
 @pytest.fixture(scope="module")

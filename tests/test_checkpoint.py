@@ -17,22 +17,13 @@ import torch
 from conftest import TINY, random_model
 from safetensors.torch import load_file, save_file
 
-from yojo.checkpoint import (
-    config_json,
-    fingerprint,
-    load_backbone,
-    read_config,
-    save_backbone,
-    shape_config,
-    show,
-    stand_in_tokenizer,
-    stored_sizes,
-    write_random,
-)
+from yojo.checkpoint import show
 from yojo.core.lora import LoraConfig
 from yojo.core.prompt import Tokenizer
 from yojo.core.reward import RewardModel
 from yojo.files import InputError, whole_file, whole_folder
+from yojo.initial import shape_config, stand_in_tokenizer, stored_sizes, write_random
+from yojo.weights import config_json, fingerprint, load_backbone, read_config, save_backbone
 
 DATA = Path(__file__).parent / "data"
 
@@ -266,15 +257,15 @@ def test_a_wrong_shape_is_refused():
 
 KILLED_WRITER = """
 import os, signal, sys, torch
-from yojo import checkpoint
-calls, real = [], checkpoint.init_tensor
+from yojo import initial
+calls, real = [], initial.init_tensor
 def init(*args):
     calls.append(1)
     if len(calls) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
-checkpoint.init_tensor = init
-checkpoint.write_random(sys.argv[1], "tiny", checkpoint.shape_config("tiny"), torch.float32, 2, 0)
+initial.init_tensor = init
+initial.write_random(sys.argv[1], "tiny", initial.shape_config("tiny"), torch.float32, 2, 0)
 """
 
 

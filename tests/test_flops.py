@@ -15,13 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from yojo import flops
 from yojo.core import lora, ops
-from yojo.core.config import Config
-from yojo.core.image import ImageConfig, choose_tiling, images_to_patches, measure
+from yojo.core.config import Config, ImageConfig, Markup
+from yojo.core.image import choose_tiling, images_to_patches, measure
 from yojo.core.lora import LoraConfig
 from yojo.core.mask import MODES
 from yojo.core.molmo2 import Molmo2
 from yojo.core.ops import DENSE_UP_TO
-from yojo.core.prompt import Markup
 from yojo.core.reward import ValueHead
 
 LORA, INNER = LoraConfig(r=8, alpha=8, dropout=0.0), 16

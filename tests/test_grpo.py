@@ -16,13 +16,13 @@ import torch
 from test_single_pass import make_model, noise
 
 from yojo import grpo
-from yojo.checkpoint import load_backbone
 from yojo.core import lora
 from yojo.core.mask import PROMPT, AttentionMask
 from yojo.core.molmo2 import Cache, sample
 from yojo.core.reward import RewardModel, place_separator
 from yojo.files import InputError
 from yojo.grpo import GrpoConfig, Question, Rollout, advantages, group_rewards, lay_out, log_probs, objective, rollout
+from yojo.weights import load_backbone
 
 C = GrpoConfig(steps=3, prompts=2, group=3, max_new_tokens=8)
 

@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from yojo import evaluate, score
-from yojo.checkpoint import load_backbone
 from yojo.cli import WEIGHTS
 from yojo.core.data import read_records
 from yojo.core.prompt import SEPARATOR, Processor
 from yojo.core.reward import RewardModel
 from yojo.files import InputError
+from yojo.weights import load_backbone
 
 SPECIAL = sorted(
     {token["content"] for token in json.loads((WEIGHTS / "tiny/tokenizer.json").read_text())["added_tokens"]}

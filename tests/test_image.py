@@ -15,16 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from yojo.core.image import (
-    ImageConfig,
-    choose_tiling,
-    frames_to_patches,
-    images_to_patches,
-    open_picture,
-    pool_windows,
-    read_image_config,
-)
+from yojo.core.config import ImageConfig, read_image_config
+from yojo.core.image import choose_tiling, frames_to_patches, images_to_patches, pool_windows
 from yojo.files import InputError
+from yojo.media import open_picture
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = load_file(DATA / "molmo2_images.safetensors")

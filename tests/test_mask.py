@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from yojo.core import mask as masks
 from yojo.core import ops
-from yojo.core.mask import AttentionMask, draw
+from yojo.core.mask import AttentionMask
 from yojo.core.ops import attention, softmax_attention
+from yojo.drawing import draw
 
 
 def make(kinds, mode, record=None):

@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
-from yojo.checkpoint import load_backbone, read_config, save_backbone
-from yojo.core.config import AdapterConfig, TextConfig, VisionConfig
-from yojo.core.image import ImageConfig, frames_to_patches, images_to_patches
+from yojo.core.config import AdapterConfig, ImageConfig, TextConfig, VisionConfig
+from yojo.core.image import frames_to_patches, images_to_patches
 from yojo.core.mask import AttentionMask
 from yojo.core.molmo2 import Cache
+from yojo.weights import load_backbone, read_config, save_backbone
 
 PATCH, START, END, COL, LOW = 407, 401, 402, 403, 404
 PICTURES = ImageConfig(size=84, margins=(1, 1), max_crops=4)

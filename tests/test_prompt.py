@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from yojo.core.prompt import IMAGE_TOKENS, SEPARATOR, Markup, Processor, Tokenizer, read_markup
+from yojo.core.config import Markup, read_markup
+from yojo.core.prompt import IMAGE_TOKENS, SEPARATOR, Processor, Tokenizer
 from yojo.files import InputError
 
 SPECIAL = ["<|resp_sep|>", "<|im_end|>", "<|im_start|>", "<im_patch>", "<|image|>", "<|video|>", "<|endoftext|>"]

@@ -21,11 +21,11 @@ from test_single_pass import SEEN, make_model, noise
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as BPE
 
-from yojo.checkpoint import load_backbone
 from yojo.core import lora
 from yojo.core.prompt import Processor
 from yojo.core.reward import RewardModel
 from yojo.files import InputError
+from yojo.weights import load_backbone
 
 ASK = ("Describe the star.", ["a small red star.", "a large red star", "nothing"])
 

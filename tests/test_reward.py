@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_single_pass import make_model, noise
 
-from yojo.checkpoint import load_backbone
 from yojo.core import lora
 from yojo.core.data import collate
 from yojo.core.loss import best_of_n
 from yojo.core.reward import RewardModel, ValueHead, batches, place_separator
 from yojo.files import InputError
+from yojo.weights import load_backbone
 
 ASK = ("Describe the star.", ["a small red star", "a large red star", "nothing"])
 

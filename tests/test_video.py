@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from yojo.core.data import read_records
-from yojo.core.image import open_video, spread
 from yojo.core.prompt import Processor
 from yojo.files import InputError
+from yojo.media import open_video, spread
 
 GREYS = range(0, 200, 20)  # ten frames, each of its own grey
 

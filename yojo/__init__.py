@@ -13,8 +13,8 @@ _WHERE = {
     "Molmo2": "core.molmo2",
     "Processor": "core.prompt",
     "RewardModel": "core.reward",
-    "load_backbone": "checkpoint",
-    "save_backbone": "checkpoint",
+    "load_backbone": "weights",
+    "save_backbone": "weights",
 }
 __all__ = [*_WHERE, "lora"]
 

@@ -38,7 +38,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from yojo import flops
-from yojo.checkpoint import SHAPES, load_backbone, read_config, shape_config, shards, write_random
 from yojo.cli import COMPILE, DTYPES, WEIGHTS, Parser, run
 from yojo.core import lora
 from yojo.core.data import Batch, collate
@@ -49,7 +48,9 @@ from yojo.core.molmo2 import Cache, Molmo2
 from yojo.core.prompt import Ask, Encoded, Processor
 from yojo.core.reward import ADAPTER, RewardModel, ValueHead
 from yojo.files import InputError
+from yojo.initial import SHAPES, shape_config, write_random
 from yojo.tiny import world
+from yojo.weights import load_backbone, read_config, shards
 
 SEPARATE, CACHED, JOINT = "N separate passes", "prompt once, batch of N after it", "one pass, joint"
 QUESTION = "Which of these answers describes the picture best?"

@@ -16,14 +16,14 @@ See it: `pytest tests/test_flops.py` holds each form against the counter, on the
 import re
 from collections.abc import Sequence
 
-from yojo.checkpoint import SHAPES, shape_config
 from yojo.cli import Parser, run
 from yojo.core import ops
-from yojo.core.config import Config
-from yojo.core.image import ImageConfig, measure
+from yojo.core.config import Config, ImageConfig, Markup
+from yojo.core.image import measure
 from yojo.core.mask import MODES, AttentionMask
-from yojo.core.prompt import Ask, Markup
+from yojo.core.prompt import Ask
 from yojo.files import InputError
+from yojo.initial import SHAPES, shape_config
 
 # ---------------------------------------------------------------------------------------------------------- forward
 

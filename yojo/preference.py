@@ -23,12 +23,12 @@ from tqdm import tqdm
 from yojo.core import loss as losses
 from yojo.core import parallel
 from yojo.core.data import Record, collate, join
-from yojo.core.image import open_picture, open_video, picture_size, video_plan
 from yojo.core.lora import LoraConfig
 from yojo.core.prompt import Ask, Encoded, Seen
 from yojo.core.reward import RewardModel
 from yojo.files import InputError
 from yojo.fit import FitConfig
+from yojo.media import open_picture, open_video, picture_size, video_plan
 
 
 @dataclass(frozen=True)

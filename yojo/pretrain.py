@@ -30,17 +30,17 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as BPE
 from torch import Tensor, nn
 
-from yojo.checkpoint import save_backbone
 from yojo.cli import WEIGHTS, Parser, run
-from yojo.core.config import AdapterConfig, Config, TextConfig, VisionConfig
+from yojo.core.config import AdapterConfig, Config, ImageConfig, Markup, TextConfig, VisionConfig, preprocessor_json
 from yojo.core.data import join
-from yojo.core.image import ImageConfig, preprocessor_json
 from yojo.core.mask import MODES, PADDING, PROMPT, AttentionMask
-from yojo.core.molmo2 import Molmo2, init_weights
-from yojo.core.prompt import TURN_END, Markup, Processor, Tokenizer
+from yojo.core.molmo2 import Molmo2
+from yojo.core.prompt import TURN_END, Processor, Tokenizer
 from yojo.files import InputError, write_json
 from yojo.fit import FitConfig, fit
+from yojo.initial import init_weights
 from yojo.tiny import world
+from yojo.weights import save_backbone
 
 TEXT = TextConfig(128, 4, 4, 2, 32, 384, 512, 16, 4096, 10_000.0)
 VISION = VisionConfig(96, 3, 4, 24, 256, 14, 36)

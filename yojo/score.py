@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from yojo.cli import COMPILE, DTYPE, WEIGHTS, Parser, run
 from yojo.core.data import collate, read_records
-from yojo.core.image import FRAMES, INTERVAL, open_video
-from yojo.core.mask import DRAWN_UP_TO, MODES, draw
+from yojo.core.mask import MODES
 from yojo.core.prompt import Encoded
 from yojo.core.reward import RewardModel
+from yojo.drawing import DRAWN_UP_TO, draw
 from yojo.files import InputError, whole_file
+from yojo.media import FRAMES, INTERVAL, open_video
 from yojo.tiny import world
 
 MEANS = {

@@ -1,12 +1,14 @@
-"""The network's numbers. Every default is Molmo2-4B's.
+"""The numbers of a checkpoint: of its network, of how pictures are cut, of how they are marked up in a prompt. Every
+default is Molmo2-4B's.
 
-A checkpoint's `config.json` is read into these by `checkpoint.py`; `pytest tests/test_molmo2.py` holds the defaults
-against the released file.
+`config.json` is read into `Config` by `weights.py`; the two files that a prompt needs are read here. `pytest
+tests/test_molmo2.py tests/test_image.py` hold the defaults against the released files.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from yojo.files import InputError
+from yojo.files import InputError, read_json
 
 
 @dataclass(frozen=True)
@@ -88,3 +90,90 @@ class Config:
     def vision_depth(self) -> int:
         """Layers that exist: nothing above the deepest one that is read."""
         return max(self.vision_layers) + 1
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Defaults are the release's. Sizes in pixels, margins and windows in patches."""
+
+    size: int = 378
+    patch: int = 14
+    margins: tuple[int, int] = (4, 4)  # top and left, bottom and right
+    max_crops: int = 8
+    pooling: tuple[int, int] = (2, 2)
+    video_pooling: tuple[int, int] = (3, 3)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a view."""
+        return self.size // self.patch
+
+    @property
+    def window(self) -> int:
+        """Pixels along one side of the part of a crop that is its own."""
+        return (self.side - sum(self.margins)) * self.patch
+
+    @property
+    def overlap(self) -> int:
+        """Pixels along one side that the margins take."""
+        return sum(self.margins) * self.patch
+
+
+@dataclass(frozen=True)
+class Markup:
+    """How picture tokens are laid out; `processor_config.json`. Defaults are the release's."""
+
+    image_use_col_tokens: bool = True
+    use_single_crop_col_tokens: bool = False
+    use_single_crop_start_token: bool = True
+    video_use_col_tokens: bool = False
+    use_frame_special_tokens: bool = False
+
+
+def read_image_config(folder: str | Path) -> ImageConfig:
+    """`preprocessor_config.json`; the video window from `video_preprocessor_config.json` where there is one."""
+    path = Path(folder) / "preprocessor_config.json"
+    raw = read_json(path)
+    try:
+        size, resample = raw["size"], raw.get("resample", 2)
+        if size["height"] != size["width"] or resample != 2:
+            raise InputError(f"{path}: views must be square and resampled bilinearly (2), got {size} and {resample}")
+        video = Path(folder) / "video_preprocessor_config.json"
+        window = read_json(video).get("pooling_size") if video.exists() else None
+        return ImageConfig(
+            size["height"],
+            raw["patch_size"],
+            tuple(raw["overlap_margins"]),
+            raw["max_crops"],
+            tuple(raw["pooling_size"]),
+            tuple(window or ImageConfig.video_pooling),
+            tuple(raw["image_mean"]),
+            tuple(raw["image_std"]),
+        )
+    except KeyError as missing:
+        raise InputError(f"{path} lacks {missing}") from None
+    except TypeError as error:
+        raise InputError(f"{path} has a value of the wrong kind: {error}") from None
+
+
+def preprocessor_json(c: ImageConfig) -> dict:
+    """What `read_image_config` reads back to `c`."""
+    return {
+        "size": {"height": c.size, "width": c.size},
+        "patch_size": c.patch,
+        "overlap_margins": c.margins,
+        "max_crops": c.max_crops,
+        "pooling_size": c.pooling,
+        "image_mean": c.mean,
+        "image_std": c.std,
+        "resample": 2,
+    }
+
+
+def read_markup(folder: str | Path) -> Markup:
+    """The five flags, each at its default where the file, or the flag in it, is missing."""
+    path = Path(folder) / "processor_config.json"
+    raw = read_json(path) if path.exists() else {}
+    return Markup(**{k: raw[k] for k in Markup.__dataclass_fields__ if raw.get(k) is not None})

@@ -9,7 +9,7 @@ How it differs from a textbook decoder (facts: the Molmo2 report and `transforme
 - all picture tokens of a sample see each other in both directions; everything else is causal;
 - the forward pass returns hidden states after the final norm and never logits: a reward model needs none.
 
-Attribute names are the checkpoint's tensor names, so loading is one strict `load_state_dict` (`checkpoint.py`).
+Attribute names are the checkpoint's tensor names, so loading is one strict `load_state_dict` (`weights.py`).
 Precision: norms, rotary angles and softmax run in at least float32 (bf16 goes up, float64 stays). How the arithmetic is
 made fast, and where that rounds otherwise, is in `ops.py`: here stands what is computed.
 
@@ -19,7 +19,6 @@ M pooled picture tokens, D decoder width, H query heads, K key/value heads, d he
 See it run: `pytest tests/test_molmo2.py` holds every part against `transformers`.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -470,18 +469,3 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
         return logits.argmax(-1)
     p = (at_least_float32(logits) / temperature).softmax(-1)
     return torch.multinomial(p.cpu(), 1, generator=generator).squeeze(1).to(p.device)  # drawn where the generator is
-
-
-def init_weights(model: Molmo2, generator: torch.Generator, std: float = 0.02) -> None:
-    """Fresh weights in place."""
-    for name, p in model.named_parameters():
-        init_tensor(name, p.data, model.config, generator, std)
-
-
-def init_tensor(name: str, x: Tensor, config: Config, generator: torch.Generator, std: float = 0.02) -> Tensor:
-    """Fill the parameter `name`, or some rows of it: matrices N(0, std), the two that write into the residual stream
-    smaller by sqrt(2 * layers), biases zero, norms one."""
-    if x.ndim == 1:
-        return x.fill_(float(name.endswith("weight") and ("norm" in name or "ln_f" in name)))
-    into_stream = "attn_out" in name or "ff_out" in name
-    return x.normal_(0, std / math.sqrt(2 * config.text.num_hidden_layers) if into_stream else std, generator=generator)

@@ -40,18 +40,11 @@ from PIL import Image
 from tokenizers import Tokenizer as BPE
 from torch import Tensor
 
-from yojo.core.image import (
-    ImageConfig,
-    Pictures,
-    frames_to_patches,
-    images_to_patches,
-    measure,
-    open_picture,
-    open_video,
-    read_image_config,
-)
+from yojo.core.config import ImageConfig, Markup, read_image_config, read_markup
+from yojo.core.image import Pictures, frames_to_patches, images_to_patches, measure
 from yojo.core.mask import MODES, PROMPT, AttentionMask
 from yojo.files import InputError, read_json
+from yojo.media import open_picture, open_video
 
 SEPARATOR = "<|resp_sep|>"
 BOS = TURN_END = "<|im_end|>"
@@ -70,24 +63,6 @@ IMAGE_TOKENS = (
 )
 MAX_RESPONSES = 64
 LAYOUTS = ("default", "released")
-
-
-@dataclass(frozen=True)
-class Markup:
-    """How picture tokens are laid out; `processor_config.json`. Defaults are the release's."""
-
-    image_use_col_tokens: bool = True
-    use_single_crop_col_tokens: bool = False
-    use_single_crop_start_token: bool = True
-    video_use_col_tokens: bool = False
-    use_frame_special_tokens: bool = False
-
-
-def read_markup(folder: str | Path) -> Markup:
-    """The five flags, each at its default where the file, or the flag in it, is missing."""
-    path = Path(folder) / "processor_config.json"
-    raw = read_json(path) if path.exists() else {}
-    return Markup(**{k: raw[k] for k in Markup.__dataclass_fields__ if raw.get(k) is not None})
 
 
 class Tokenizer:
@@ -251,9 +226,9 @@ class Processor:
     ) -> Encoded:
         """One record -> `Encoded`. No responses = the prompt alone, ready for the first one to be written.
 
-        image: a path, a Pillow picture, or a list of them; video: a path as in `image.open_video`, or a list of
-        (seconds, frame). More than 64 responses,
-        an empty one, or more tokens than the model has positions for raise `InputError`: nothing is ever cut.
+        image: a path, a Pillow picture, or a list of them; video: a path as in `media.open_video`, or a list of
+        (seconds, frame). More than 64 responses, an empty one, or more tokens than the model has positions for raise
+        `InputError`: nothing is ever cut.
         """
         return self.lay_out(prompt, responses, self.look(image, video))
 

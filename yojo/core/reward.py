@@ -31,13 +31,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from yojo.checkpoint import fingerprint, load_backbone
 from yojo.core import lora, ops
 from yojo.core.data import Batch, collate
 from yojo.core.mask import MODES
 from yojo.core.molmo2 import Molmo2
 from yojo.core.prompt import SEPARATOR, Encoded, Processor
 from yojo.files import InputError, read_json, read_pickle, read_tensors, whole_folder, write_json
+from yojo.weights import fingerprint, load_backbone
 
 ADAPTER = "reward"
 MOST_INNER = 65_536  # hidden units of a head: beyond this a file is not believed, since it would cost memory
