@@ -19,9 +19,10 @@ from yojo import grpo
 from yojo.core import lora
 from yojo.core.mask import PROMPT, AttentionMask
 from yojo.core.molmo2 import Cache, sample
-from yojo.core.reward import RewardModel, place_separator
+from yojo.core.reward import RewardModel
 from yojo.files import InputError
 from yojo.grpo import GrpoConfig, Question, Rollout, advantages, group_rewards, lay_out, log_probs, objective, rollout
+from yojo.store import place_separator
 from yojo.weights import load_backbone
 
 C = GrpoConfig(steps=3, prompts=2, group=3, max_new_tokens=8)

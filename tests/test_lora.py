@@ -20,6 +20,7 @@ from yojo.core import lora
 from yojo.core.lora import LoraConfig
 from yojo.core.molmo2 import Molmo2
 from yojo.files import InputError
+from yojo.store import load_adapter, save_adapter
 
 CONFIG = LoraConfig(r=3, alpha=6, dropout=0.0)
 IDS = torch.arange(10, 22).view(2, 6)
@@ -237,7 +238,7 @@ def test_an_adapter_trained_in_peft_loads_here(tmp_path):
                 p.normal_(std=0.3)
     theirs.save_pretrained(tmp_path)
     ours = random_model(dtype=torch.float32)
-    lora.load(ours, "a", tmp_path)
+    load_adapter(ours, "a", tmp_path)
     with torch.no_grad():
         expected = theirs.eval()(IDS)
     assert (run(ours, "a") - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -246,7 +247,7 @@ def test_an_adapter_trained_in_peft_loads_here(tmp_path):
 
 def test_an_adapter_saved_here_loads_in_peft(tmp_path):
     ours = with_adapters("a", dtype=torch.float32)
-    lora.save(ours, "a", tmp_path)
+    save_adapter(ours, "a", tmp_path)
     theirs = PeftModel.from_pretrained(random_model(dtype=torch.float32), tmp_path)
     expected = run(ours, "a")
     with torch.no_grad():
@@ -255,9 +256,9 @@ def test_an_adapter_saved_here_loads_in_peft(tmp_path):
 
 def test_saving_and_loading_changes_no_bit(tmp_path):
     model = with_adapters("a", dtype=torch.float32)
-    lora.save(model, "a", tmp_path)
+    save_adapter(model, "a", tmp_path)
     again = random_model(dtype=torch.float32)
-    lora.load(again, "b", tmp_path)
+    load_adapter(again, "b", tmp_path)
     assert torch.equal(run(model, "a"), run(again, "b"))
     assert lora.adapters(again)["b"] == lora.LoraConfig(3, 6, 0.0, tuple(sorted(lora.TARGETS)))
 
@@ -275,15 +276,15 @@ def test_saving_and_loading_changes_no_bit(tmp_path):
     ],
 )
 def test_what_peft_can_do_and_this_cannot_is_refused(tmp_path, key, value):
-    lora.save(with_adapters("a"), "a", tmp_path)
+    save_adapter(with_adapters("a"), "a", tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(InputError, match=f"{key} = {value!r} is not supported|{key} must be"):
-        lora.load(random_model(), "a", tmp_path)
+        load_adapter(random_model(), "a", tmp_path)
 
 
 def test_files_are_read_strictly(tmp_path):
-    lora.save(with_adapters("a", dtype=torch.float32), "a", tmp_path)
+    save_adapter(with_adapters("a", dtype=torch.float32), "a", tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     name = next(iter(tensors))
@@ -295,7 +296,7 @@ def test_files_are_read_strictly(tmp_path):
         save_file(change, path)
         model = random_model(dtype=torch.float32)
         with pytest.raises(InputError, match=message):
-            lora.load(model, "a", tmp_path)
+            load_adapter(model, "a", tmp_path)
         assert lora.adapters(model) == {}
 
 

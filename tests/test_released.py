@@ -25,6 +25,7 @@ from yojo.core import lora
 from yojo.core.prompt import Processor
 from yojo.core.reward import RewardModel
 from yojo.files import InputError
+from yojo.store import save_adapter
 from yojo.weights import load_backbone
 
 ASK = ("Describe the star.", ["a small red star.", "a large red star", "nothing"])
@@ -189,7 +190,7 @@ def released(tiny_folder, tmp_path):
     scores = rm.score(*ASK, image=noise(1))
     run, merged = tmp_path / "run", tmp_path / "merged"
     run.mkdir()
-    lora.save(rm.backbone, "reward", run)
+    save_adapter(rm.backbone, "reward", run)
     adapter = json.loads((run / "adapter_config.json").read_text())
     (run / "adapter_config.json").write_text(json.dumps(adapter | {"base_model_name_or_path": "allenai/Molmo2-4B"}))
     shutil.copytree(tiny_folder, merged)

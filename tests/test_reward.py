@@ -22,8 +22,9 @@ from test_single_pass import make_model, noise
 from yojo.core import lora
 from yojo.core.data import collate
 from yojo.core.loss import best_of_n
-from yojo.core.reward import RewardModel, ValueHead, batches, place_separator
+from yojo.core.reward import RewardModel, ValueHead, batches
 from yojo.files import InputError
+from yojo.store import place_separator
 from yojo.weights import load_backbone
 
 ASK = ("Describe the star.", ["a small red star", "a large red star", "nothing"])

@@ -37,8 +37,9 @@ from tqdm import tqdm
 from yojo import metrics
 from yojo.cli import COMPILE, DTYPE, Parser, run
 from yojo.core.mask import MODES
-from yojo.core.reward import RewardModel, digest
+from yojo.core.reward import RewardModel
 from yojo.files import InputError, add_line, read_lines, whole_file
+from yojo.store import digest
 
 # -------------------------------------------------------------------------------------------------------------- files
 

@@ -45,9 +45,10 @@ from yojo.core.lora import LoraConfig
 from yojo.core.mask import PADDING, PROMPT, AttentionMask
 from yojo.core.molmo2 import Molmo2, at_least_float32
 from yojo.core.prompt import Encoded, Seen, Tokenizer
-from yojo.core.reward import RewardModel, digest
+from yojo.core.reward import RewardModel
 from yojo.files import InputError, add_line, read_lines, whole_folder
 from yojo.fit import FitConfig, fit, resume, save_state
+from yojo.store import digest, load_adapter, save_adapter
 from yojo.tiny import world
 from yojo.train import NAMES, place, start_over
 
@@ -385,7 +386,7 @@ def make_start(out: Path, steps: int, seed: int, overwrite: bool) -> dict:
     parameters = lora.add(rm.backbone, POLICY, LoraConfig(r=8, alpha=16, dropout=0.0), generator)
     with whole_folder(out, overwrite) as new:
         log = fit(Captions(rm, seed), parameters, FitConfig(steps=steps, lr=3e-3, warmup=10), title="captions")
-        lora.save(rm.backbone, POLICY, new)
+        save_adapter(rm.backbone, POLICY, new)
     return {"loss": log[-1]["loss"]}
 
 
@@ -423,7 +424,7 @@ def tiny_run(name: str, seed: int, c: GrpoConfig, threads: int, folder: Path | N
     torch.set_num_threads(threads)
     rm = RewardModel.load(WEIGHTS / NAMES["isolated" if name == "isolated" else "joint"], lm_head=True)
     for adapter in (START, POLICY):
-        lora.load(rm.backbone, adapter, STARTS_FROM)
+        load_adapter(rm.backbone, adapter, STARTS_FROM)
         for p in lora.parameters(rm.backbone, adapter):
             p.requires_grad_(False)
     rng = random.Random(f"{seed} {name}")
@@ -541,7 +542,7 @@ def full(args: argparse.Namespace, c: GrpoConfig) -> dict:
 
     log = train_policy(rm, judge_of(rm, rm.mode), draw, c, args.seed, None, training, about, tell)
     with whole_folder(args.out, args.overwrite) as new:
-        lora.save(rm.backbone, POLICY, new)
+        save_adapter(rm.backbone, POLICY, new)
         shutil.copyfile(training / "metrics.jsonl", new / "metrics.jsonl")
     shutil.rmtree(training)
     return {"steps": len(log), "reward": log[-1]["reward"]}

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from yojo import metrics
 from yojo.cli import WEIGHTS, Parser, run
-from yojo.core import lora
 from yojo.core.data import Batch
 from yojo.core.mask import PROMPT, AttentionMask
 from yojo.core.prompt import SEPARATOR, Encoded, Seen
@@ -42,6 +41,7 @@ from yojo.grpo import (
     question,
     sample_group,
 )
+from yojo.store import load_adapter
 from yojo.train import NAMES
 
 SPELLED = 0.05  # share of the answers that go on after a separator
@@ -91,7 +91,7 @@ READINGS = {"searched": searched, "constructed": lambda rm: judge_of(rm, "joint"
 def load() -> RewardModel:
     """The joint reward model, with the policy of `grpo --tiny`."""
     rm = RewardModel.load(WEIGHTS / NAMES["joint"], lm_head=True)
-    lora.load(rm.backbone, POLICY, STARTS_FROM)
+    load_adapter(rm.backbone, POLICY, STARTS_FROM)
     return rm
 
 

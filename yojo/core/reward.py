@@ -4,13 +4,8 @@
     h_i    = hidden at the last token of response i   gather: positions known from the prompt, never searched
     s_i    = (w2 silu(W1 h_i + b1) + b2) / sqrt(D)    score: in at least float32
 
-No logits are ever computed. A saved reward model is a folder: the adapter in PEFT's files, `value_head.safetensors`,
-and `reward_model_config.json`, which names the base (relative to the folder), its fingerprint, the separator's id, the
-layout and the mode; a base that is not the one it was trained on is refused.
-
-`RewardModel.load` also reads what the released training code writes (yinuoy/MR2-Molmo2-4B-RM): the merged folder, a
-checkpoint with `value_head.pt` beside it, and an unmerged run, a PEFT adapter with `value_head.pt`. Both are read in
-layout "released" (`prompt.py`), joint.
+No logits are ever computed. `new`, `load` and `save` ask `store.py`, which knows the files: the only three places where
+the method knows of anything that serves it.
 
     rm = RewardModel.load("weights/tiny-rm")
     rm.score("Describe the star.", ["a small red star, ...", "..."], image="picture.png")
@@ -18,34 +13,24 @@ layout "released" (`prompt.py`), joint.
 See it: `tests/test_single_pass.py` proves that one pass equals N passes; `python -m yojo.score --tiny`.
 """
 
-import hashlib
 import math
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from yojo.core import lora, ops
 from yojo.core.data import Batch, collate
 from yojo.core.mask import MODES
 from yojo.core.molmo2 import Molmo2
-from yojo.core.prompt import SEPARATOR, Encoded, Processor
-from yojo.files import InputError, read_json, read_pickle, read_tensors, whole_folder, write_json
-from yojo.weights import fingerprint, load_backbone
+from yojo.core.prompt import Encoded, Processor
+from yojo.files import InputError
 
 ADAPTER = "reward"
-MOST_INNER = 65_536  # hidden units of a head: beyond this a file is not believed, since it would cost memory
 WINDOW, WINDOW_TOKENS = 256, 32_768  # among so many records, or so many tokens of them, those of like length are found
 BATCH_TOKENS = 4096
-CONFIG, HEAD, RELEASED_HEAD = "reward_model_config.json", "value_head.safetensors", "value_head.pt"
-# What the released config may say of its head, with the only value this one computes.
-RELEASED = {"value_head_type": "mlp", "value_head_activation": "silu", "resp_repr_mode": "last"}
 
 
 class ValueHead(nn.Sequential):
@@ -94,8 +79,10 @@ class RewardModel(nn.Module):
         seed: int = 0,
     ) -> "RewardModel":
         """An untrained one on the checkpoint in `base`: fresh adapter, fresh head of `inner` hidden units."""
+        from yojo import store
+
         generator = torch.Generator().manual_seed(seed)
-        backbone, processor, digest = open_base(base, dtype, device)
+        backbone, processor, digest = store.open_base(base, dtype, device)
         lora.add(backbone, ADAPTER, config, generator)
         head = ValueHead(backbone.config.text.hidden_size, inner, generator)
         head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
@@ -176,28 +163,12 @@ class RewardModel(nn.Module):
                 scores[i] = row
         return scores
 
-    # -------------------------------------------------------------------------------------------------------- files
-
     def save(self, folder: str | Path, overwrite: bool = False, also: Sequence[Path] = ()) -> None:
         """Write the folder, whole or not at all, with copies of the files in `also`. The base is not copied: its
         relative path and fingerprint are kept."""
-        folder = Path(folder)
-        config = {
-            "format": "yojo",
-            "base": os.path.relpath(self.base.resolve(), folder.resolve()),
-            "fingerprint": self.fingerprint,
-            "separator": SEPARATOR,
-            "separator_id": self.processor.tokenizer.separator_id,
-            "layout": self.processor.layout,
-            "mode": self.mode,
-            "value_head_hidden_dim": self.head[0].out_features,
-        }
-        with whole_folder(folder, overwrite) as new:
-            lora.save(self.backbone, ADAPTER, new)
-            save_file({k: v.detach().contiguous() for k, v in self.head.state_dict().items()}, new / HEAD)
-            write_json(new / CONFIG, config)
-            for path in also:
-                shutil.copy(path, new)
+        from yojo import store
+
+        store.save_reward_model(self, folder, overwrite, also)
 
     @classmethod
     def load(
@@ -213,53 +184,9 @@ class RewardModel(nn.Module):
         base None = where the folder says it is; dtype, device and lm_head, which only a policy on the same backbone
         needs, as in `load_backbone`. Anything that does not fit what was saved raises `InputError`.
         """
-        folder = Path(folder)
-        config = read_json(folder / CONFIG)
-        if "value_head_type" in config:
-            return cls._load_released(folder, config, base, dtype, device, lm_head)
-        _check_ours(folder / CONFIG, config)
-        base = folder / config["base"] if base is None else Path(base)
-        if not base.is_dir():
-            raise InputError(f"{folder} was trained on a base at {base}, and there is none: pass its folder as `base`")
-        backbone, processor, digest = open_base(base, dtype, device, config["layout"], lm_head)
-        for part in ("weights", "tokenizer"):
-            if digest[part] != config["fingerprint"].get(part):
-                raise InputError(
-                    f"{folder} was trained on another base: the {part} in {base} are not the ones it remembers"
-                )
-        if processor.tokenizer.separator_id != config["separator_id"]:
-            raise InputError(
-                f"{folder} uses separator id {config['separator_id']}, the tokenizer in {base} gives "
-                f"{processor.tokenizer.separator_id}"
-            )
-        lora.load(backbone, ADAPTER, folder)
-        head = _empty_head(backbone, config["value_head_hidden_dim"])
-        head.load_state_dict(read_tensors(folder / HEAD, {k: v.shape for k, v in head.state_dict().items()}))
-        return cls(backbone, processor, head, config["mode"], base, digest).requires_grad_(False).eval()
+        from yojo import store
 
-    @classmethod
-    def _load_released(
-        cls, folder: Path, config: dict, base: str | Path | None, dtype: torch.dtype | None, device, lm_head: bool
-    ) -> "RewardModel":
-        for key, only in RELEASED.items():
-            if config.get(key) != only:
-                raise InputError(f"{folder / CONFIG}: {key} = {config.get(key)!r} is not supported, only {only!r}")
-        inner = config.get("value_head_hidden_dim")
-        if type(inner) is not int or inner < 1:
-            raise InputError(f"{folder / CONFIG}: value_head_hidden_dim must be a whole number from 1, got {inner!r}")
-        unmerged = (folder / "adapter_config.json").exists()
-        if not unmerged and base is not None and Path(base).resolve() != folder.resolve():
-            raise InputError(f"{folder} is a merged model and its own base: leave {base} out")
-        if base is None:
-            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") if unmerged else folder
-        if base is None or not Path(base).is_dir():
-            raise InputError(f"{folder} is an adapter for {base}, which is no folder here: pass its folder as `base`")
-        backbone, processor, digest = open_base(base, dtype, device, "released", lm_head)
-        if unmerged:
-            lora.load(backbone, ADAPTER, folder)
-        head = _empty_head(backbone, inner)
-        head.load_state_dict(read_pickle(folder / RELEASED_HEAD, {k: v.shape for k, v in head.state_dict().items()}))
-        return cls(backbone, processor, head, "joint", Path(base), digest).requires_grad_(False).eval()
+        return store.load_reward_model(cls, folder, base, dtype, device, lm_head)
 
 
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -271,65 +198,3 @@ def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
         out.append(order[:rows])
         order = order[rows:]
     return out
-
-
-def digest(folder: str | Path) -> str:
-    """One digest of a saved reward model's adapter, head and config."""
-    total = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.name in (CONFIG, HEAD, RELEASED_HEAD, "adapter_config.json", "adapter_model.safetensors"):
-            total.update(path.name.encode() + path.read_bytes())
-    return total.hexdigest()
-
-
-def _empty_head(backbone: Molmo2, inner: int) -> ValueHead:
-    if inner > MOST_INNER:
-        raise InputError(f"value_head_hidden_dim {inner} in {CONFIG}: at most {MOST_INNER}")
-    head = ValueHead(backbone.config.text.hidden_size, inner)
-    return head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
-
-
-def _check_ours(path: Path, config: dict) -> None:
-    kinds = {"base": str, "fingerprint": dict, "separator_id": int, "mode": str, "value_head_hidden_dim": int}
-    kinds |= {"layout": str}
-    wrong = [key for key, kind in kinds.items() if type(config.get(key)) is not kind]
-    wrong += [key for key in ("separator_id", "value_head_hidden_dim") if key not in wrong and config[key] < 1]
-    if config.get("format") != "yojo" or wrong:
-        raise InputError(f"{path} is no reward model of this project: {', '.join(wrong) or 'format'} missing or wrong")
-
-
-def open_base(
-    base: str | Path,
-    dtype: torch.dtype | None,
-    device: str | torch.device | None,
-    layout: str = "default",
-    lm_head: bool = False,
-) -> tuple[Molmo2, Processor, dict[str, str]]:
-    """Backbone with a row for the separator, processor, fingerprint."""
-    backbone = load_backbone(base, dtype, device or "cpu", lm_head)
-    processor = Processor.from_folder(base, backbone.config.text.max_position_embeddings, layout)
-    views, tower = processor.images, backbone.config.vision
-    if (views.patch, views.side**2) != (tower.patch_size, tower.num_position_embeddings):
-        raise InputError(
-            f"{base}: preprocessor_config.json cuts views into {views.side**2} patches of {views.patch} pixels, the "
-            f"vision tower reads {tower.num_position_embeddings} of {tower.patch_size}"
-        )
-    digest = fingerprint(backbone, processor.tokenizer.path)
-    place_separator(backbone, processor.tokenizer.separator_id)
-    return backbone, processor, digest
-
-
-def place_separator(backbone: Molmo2, separator_id: int) -> None:
-    """Make sure the table has the separator's row. One that is there is used as it is, as in the release; one that is
-    just missing is appended as zeros; it is frozen either way."""
-    wte, c = backbone.model.transformer.wte, backbone.config
-    height = len(wte.embedding)
-    if separator_id > height:
-        raise InputError(
-            f"the separator's id {separator_id} lies {separator_id - height} beyond the {height} embedding rows"
-        )
-    if separator_id == height:
-        grown = torch.cat([wte.embedding.detach(), torch.zeros_like(wte.embedding[:1])])
-        wte.embedding = nn.Parameter(grown, requires_grad=False)
-        text = replace(c.text, additional_vocab_size=c.text.additional_vocab_size + 1)
-        backbone.config = replace(c, text=text)

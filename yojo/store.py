@@ -1,0 +1,280 @@
+"""Adapters and reward models in files.
+
+An adapter is in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`, both ways.
+
+A saved reward model is a folder: the adapter in PEFT's files, `value_head.safetensors`, and `reward_model_config.json`,
+which names the base (relative to the folder), its fingerprint, the separator's id, the layout and the mode; a base that
+is not the one it was trained on is refused.
+
+What the released training code writes (yinuoy/MR2-Molmo2-4B-RM) is read, too: the merged folder, a checkpoint with
+`value_head.pt` beside it, and an unmerged run, a PEFT adapter with `value_head.pt`. Both are read in layout "released"
+(`prompt.py`), joint.
+
+See it: `pytest tests/test_reward.py tests/test_released.py tests/test_lora.py`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from yojo.core import lora
+from yojo.core.lora import TARGETS, LoraConfig
+from yojo.core.molmo2 import Molmo2
+from yojo.core.prompt import SEPARATOR, Processor
+from yojo.core.reward import ADAPTER, RewardModel, ValueHead
+from yojo.files import InputError, open_tensors, read_json, read_pickle, read_tensors, whole_folder, write_json
+from yojo.weights import fingerprint, load_backbone
+
+MOST_INNER = 65_536  # hidden units of a head: beyond this a file is not believed, since it would cost memory
+CONFIG, HEAD, RELEASED_HEAD = "reward_model_config.json", "value_head.safetensors", "value_head.pt"
+# What the released config may say of its head, with the only value this one computes.
+RELEASED = {"value_head_type": "mlp", "value_head_activation": "silu", "resp_repr_mode": "last"}
+PREFIX = "base_model.model."
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names."""
+    return {
+        f"{PREFIX}{path}.{key}.weight": getattr(adapter, key).detach()
+        for path, _, adapter in lora.matrices(model, name)
+        for key in ("lora_A", "lora_B")
+    }
+
+
+def save_adapter(model: nn.Module, name: str, folder: str | Path) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` into a folder that exists."""
+    c = lora.config_of(model, name)
+    peft = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "r": c.r,
+        "lora_alpha": c.alpha,
+        "lora_dropout": c.dropout,
+        "target_modules": list(c.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    tensors = {k: v.contiguous() for k, v in adapter_tensors(model, name).items()}
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(peft, indent=2) + "\n")
+
+
+# What PEFT can write and this file does not compute, with the value under which both mean the same.
+PLAIN = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_rslora": False,
+    "use_dora": False,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layers_to_transform": None,
+    "layer_replication": None,
+    "exclude_modules": None,
+    "alora_invocation_tokens": None,
+}
+
+
+def read_adapter_config(folder: str | Path) -> LoraConfig:
+    path = Path(folder) / "adapter_config.json"
+    raw = read_json(path)
+    for key, plain in PLAIN.items():
+        if (raw.get(key) or plain) != plain:
+            raise InputError(f"{path}: {key} = {raw[key]!r} is not supported, only {plain!r}")
+    try:
+        names = raw["target_modules"]
+        if not isinstance(names, list):
+            raise TypeError(f"target_modules must be a list of names, got {names!r}")
+        config = LoraConfig(raw["r"], raw["lora_alpha"], raw["lora_dropout"], tuple(sorted(map(str, names))))
+        if not isinstance(config.r, int) or config.r < 1 or not 0 <= config.dropout < 1:
+            raise TypeError(f"r must be a whole number from 1 and lora_dropout in [0, 1), got {config}")
+        if missing := set(config.targets) - set(TARGETS):
+            raise ValueError(f"{sorted(missing)} name no matrix of this model; it has {sorted(TARGETS)}")
+        return replace(config, alpha=float(config.alpha))
+    except KeyError as missing:
+        raise InputError(f"{path} has no {missing}: is this a PEFT LoRA adapter?") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def load_adapter(model: nn.Module, name: str, folder: str | Path) -> list[nn.Parameter]:
+    """Add the adapter in `folder` under `name`, strictly: exactly its tensors, in their shapes."""
+    path = Path(folder) / "adapter_model.safetensors"
+    config = read_adapter_config(folder)
+    with open_tensors(path) as file:  # before anything of that size is made
+        ranks = [file.get_slice(key).get_shape()[:1] for key in file.keys() if key.endswith("lora_A.weight")]
+    if [config.r] not in ranks:
+        raise InputError(f"{path} holds no matrix of rank {config.r}, which its adapter_config.json names")
+    parameters = lora.add(model, name, config)
+    try:
+        tensors = read_tensors(path, expected={k: v.shape for k, v in adapter_tensors(model, name).items()})
+    except InputError:
+        lora.remove(model, name)
+        raise
+    with torch.no_grad():
+        for key, tensor in adapter_tensors(model, name).items():
+            tensor.copy_(tensors[key])
+    return parameters
+
+
+# -------------------------------------------------------------------------------------------------------- reward models
+
+
+def save_reward_model(rm: RewardModel, folder: str | Path, overwrite: bool, also: Sequence[Path]) -> None:
+    """`RewardModel.save`."""
+    folder = Path(folder)
+    config = {
+        "format": "yojo",
+        "base": os.path.relpath(rm.base.resolve(), folder.resolve()),
+        "fingerprint": rm.fingerprint,
+        "separator": SEPARATOR,
+        "separator_id": rm.processor.tokenizer.separator_id,
+        "layout": rm.processor.layout,
+        "mode": rm.mode,
+        "value_head_hidden_dim": rm.head[0].out_features,
+    }
+    with whole_folder(folder, overwrite) as new:
+        save_adapter(rm.backbone, ADAPTER, new)
+        save_file({k: v.detach().contiguous() for k, v in rm.head.state_dict().items()}, new / HEAD)
+        write_json(new / CONFIG, config)
+        for path in also:
+            shutil.copy(path, new)
+
+
+def load_reward_model(
+    kind: type[RewardModel],
+    folder: str | Path,
+    base: str | Path | None,
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
+    lm_head: bool,
+) -> RewardModel:
+    """`RewardModel.load`; kind: the class that is made."""
+    folder = Path(folder)
+    config = read_json(folder / CONFIG)
+    if "value_head_type" in config:
+        return _load_released(kind, folder, config, base, dtype, device, lm_head)
+    _check_ours(folder / CONFIG, config)
+    base = folder / config["base"] if base is None else Path(base)
+    if not base.is_dir():
+        raise InputError(f"{folder} was trained on a base at {base}, and there is none: pass its folder as `base`")
+    backbone, processor, digest = open_base(base, dtype, device, config["layout"], lm_head)
+    for part in ("weights", "tokenizer"):
+        if digest[part] != config["fingerprint"].get(part):
+            raise InputError(
+                f"{folder} was trained on another base: the {part} in {base} are not the ones it remembers"
+            )
+    if processor.tokenizer.separator_id != config["separator_id"]:
+        raise InputError(
+            f"{folder} uses separator id {config['separator_id']}, the tokenizer in {base} gives "
+            f"{processor.tokenizer.separator_id}"
+        )
+    load_adapter(backbone, ADAPTER, folder)
+    head = _empty_head(backbone, config["value_head_hidden_dim"])
+    head.load_state_dict(read_tensors(folder / HEAD, {k: v.shape for k, v in head.state_dict().items()}))
+    return kind(backbone, processor, head, config["mode"], base, digest).requires_grad_(False).eval()
+
+
+def _load_released(
+    kind: type[RewardModel],
+    folder: Path,
+    config: dict,
+    base: str | Path | None,
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
+    lm_head: bool,
+) -> RewardModel:
+    for key, only in RELEASED.items():
+        if config.get(key) != only:
+            raise InputError(f"{folder / CONFIG}: {key} = {config.get(key)!r} is not supported, only {only!r}")
+    inner = config.get("value_head_hidden_dim")
+    if type(inner) is not int or inner < 1:
+        raise InputError(f"{folder / CONFIG}: value_head_hidden_dim must be a whole number from 1, got {inner!r}")
+    unmerged = (folder / "adapter_config.json").exists()
+    if not unmerged and base is not None and Path(base).resolve() != folder.resolve():
+        raise InputError(f"{folder} is a merged model and its own base: leave {base} out")
+    if base is None:
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") if unmerged else folder
+    if base is None or not Path(base).is_dir():
+        raise InputError(f"{folder} is an adapter for {base}, which is no folder here: pass its folder as `base`")
+    backbone, processor, digest = open_base(base, dtype, device, "released", lm_head)
+    if unmerged:
+        load_adapter(backbone, ADAPTER, folder)
+    head = _empty_head(backbone, inner)
+    head.load_state_dict(read_pickle(folder / RELEASED_HEAD, {k: v.shape for k, v in head.state_dict().items()}))
+    return kind(backbone, processor, head, "joint", Path(base), digest).requires_grad_(False).eval()
+
+
+def _check_ours(path: Path, config: dict) -> None:
+    kinds = {"base": str, "fingerprint": dict, "separator_id": int, "mode": str, "value_head_hidden_dim": int}
+    kinds |= {"layout": str}
+    wrong = [key for key, kind in kinds.items() if type(config.get(key)) is not kind]
+    wrong += [key for key in ("separator_id", "value_head_hidden_dim") if key not in wrong and config[key] < 1]
+    if config.get("format") != "yojo" or wrong:
+        raise InputError(f"{path} is no reward model of this project: {', '.join(wrong) or 'format'} missing or wrong")
+
+
+def _empty_head(backbone: Molmo2, inner: int) -> ValueHead:
+    if inner > MOST_INNER:
+        raise InputError(f"value_head_hidden_dim {inner} in {CONFIG}: at most {MOST_INNER}")
+    head = ValueHead(backbone.config.text.hidden_size, inner)
+    return head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
+
+
+def open_base(
+    base: str | Path,
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
+    layout: str = "default",
+    lm_head: bool = False,
+) -> tuple[Molmo2, Processor, dict[str, str]]:
+    """Backbone with a row for the separator, processor, fingerprint."""
+    backbone = load_backbone(base, dtype, device or "cpu", lm_head)
+    processor = Processor.from_folder(base, backbone.config.text.max_position_embeddings, layout)
+    views, tower = processor.images, backbone.config.vision
+    if (views.patch, views.side**2) != (tower.patch_size, tower.num_position_embeddings):
+        raise InputError(
+            f"{base}: preprocessor_config.json cuts views into {views.side**2} patches of {views.patch} pixels, the "
+            f"vision tower reads {tower.num_position_embeddings} of {tower.patch_size}"
+        )
+    digest = fingerprint(backbone, processor.tokenizer.path)
+    place_separator(backbone, processor.tokenizer.separator_id)
+    return backbone, processor, digest
+
+
+def place_separator(backbone: Molmo2, separator_id: int) -> None:
+    """Make sure the table has the separator's row. One that is there is used as it is, as in the release; one that is
+    just missing is appended as zeros; it is frozen either way."""
+    wte, c = backbone.model.transformer.wte, backbone.config
+    height = len(wte.embedding)
+    if separator_id > height:
+        raise InputError(
+            f"the separator's id {separator_id} lies {separator_id - height} beyond the {height} embedding rows"
+        )
+    if separator_id == height:
+        grown = torch.cat([wte.embedding.detach(), torch.zeros_like(wte.embedding[:1])])
+        wte.embedding = nn.Parameter(grown, requires_grad=False)
+        text = replace(c.text, additional_vocab_size=c.text.additional_vocab_size + 1)
+        backbone.config = replace(c, text=text)
+
+
+def digest(folder: str | Path) -> str:
+    """One digest of a saved reward model's adapter, head and config."""
+    total = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.name in (CONFIG, HEAD, RELEASED_HEAD, "adapter_config.json", "adapter_model.safetensors"):
+            total.update(path.name.encode() + path.read_bytes())
+    return total.hexdigest()
