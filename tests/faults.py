@@ -26,8 +26,7 @@ from tqdm import tqdm
 from yojo import checkpoint, evaluate, grpo, train, weights
 from yojo.cli import WEIGHTS
 from yojo.core.lora import LoraConfig
-from yojo.fit import FitConfig
-from yojo.preference import Recipe
+from yojo.core.training import FitConfig, Recipe
 
 torch.set_num_threads(1)
 SAVED = 2  # steps between saves of the training run

@@ -11,7 +11,8 @@ from argparse import Namespace
 import pytest
 import torch
 
-from yojo import bench, flops
+from yojo import bench
+from yojo.core import flops
 from yojo.initial import shape_config, write_random
 
 

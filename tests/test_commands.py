@@ -14,8 +14,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from yojo import bench, checkpoint, evaluate, flops, grpo, hacking, preference, pretrain, score, train, votes
+from yojo import bench, checkpoint, evaluate, flops, grpo, hacking, pretrain, score, train, votes
 from yojo.cli import WEIGHTS
+from yojo.core import training
 from yojo.core.molmo2 import Molmo2
 from yojo.core.reward import RewardModel
 from yojo.tiny import world
@@ -161,8 +162,7 @@ def test_the_drawn_mask_has_labels_that_can_be_read(command, monkeypatch, tmp_pa
 def run_folder(tiny_folder, tmp_path, monkeypatch):
     """Preference records and the default recipe, shrunk."""
     from yojo.core.lora import LoraConfig
-    from yojo.fit import FitConfig
-    from yojo.preference import Recipe
+    from yojo.core.training import FitConfig, Recipe
 
     small = Recipe(LoraConfig(r=2, dropout=0.0), inner=8, records=1, fit=FitConfig(steps=0, accumulate=2, save_every=2))
     monkeypatch.setattr(train, "Recipe", lambda: replace(small))
@@ -250,7 +250,7 @@ def test_a_run_is_not_overwritten_and_an_unfinished_one_goes_on(command, refused
     refused("no unfinished run", train, *words, "--overwrite", "--resume")
     (folder / "rm").rename(folder / "old")
 
-    real, calls = preference.Task.__call__, []
+    real, calls = training.Task.__call__, []
 
     def stops(task, step, part):  # after the save that follows step 5
         calls.append(step)
@@ -258,9 +258,9 @@ def test_a_run_is_not_overwritten_and_an_unfinished_one_goes_on(command, refused
             raise KeyboardInterrupt
         return real(task, step, part)
 
-    monkeypatch.setattr(preference.Task, "__call__", stops)
+    monkeypatch.setattr(training.Task, "__call__", stops)
     assert command(train, *words)[0] == 130
-    monkeypatch.setattr(preference.Task, "__call__", real)
+    monkeypatch.setattr(training.Task, "__call__", real)
     refused("holds an unfinished run", train, *words)
     refused("no file nowhere", train, *words, "--overwrite", "--data", "nowhere")
     assert (folder / "rm.training/state.pt").exists(), "a typing error cost the run"

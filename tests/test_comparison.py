@@ -8,7 +8,7 @@ import pytest
 from yojo import metrics
 from yojo.cli import WEIGHTS
 from yojo.core.reward import RewardModel
-from yojo.preference import Dataset
+from yojo.core.training import Dataset
 from yojo.tiny import comparison
 from yojo.tiny.comparison import World, masks, sizes, under
 

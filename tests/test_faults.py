@@ -17,12 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from yojo import fit, train
+from yojo import train
+from yojo.core import training as loop
 from yojo.core.lora import LoraConfig
 from yojo.core.reward import RewardModel
+from yojo.core.training import FitConfig, NotFinite, Recipe
 from yojo.files import InputError, add_line
-from yojo.fit import FitConfig, NotFinite
-from yojo.preference import Recipe
 
 FAULTS = Path(__file__).with_name("faults.py")
 
@@ -52,14 +52,14 @@ def run(tiny_folder, tmp_path, monkeypatch):
 
 def spoil(monkeypatch, prompt: str, wrong: float):
     """Scores of the record with this prompt come out as no numbers."""
-    real = train.Task.__call__
+    real = loop.Task.__call__
 
     def call(self, step, part):
         value, about = real(self, step, part)
         mine = any(self.data.records[i].prompt == prompt for i in self.indices(step, part))
         return value * (wrong if mine else 1.0), about
 
-    monkeypatch.setattr(train.Task, "__call__", call)
+    monkeypatch.setattr(loop.Task, "__call__", call)
 
 
 def test_a_loss_that_is_not_finite_names_its_records_and_saves_the_weights_before_it(command, run, monkeypatch):
@@ -76,7 +76,7 @@ def test_a_loss_that_is_not_finite_names_its_records_and_saves_the_weights_befor
 
 def test_a_record_whose_scores_are_not_finite_is_named_alone(command, run, monkeypatch):
     words, _ = run
-    real = train.Dataset.scores
+    real = loop.Dataset.scores
 
     def scores(self, encoded):
         mine = "3?"
@@ -85,7 +85,7 @@ def test_a_record_whose_scores_are_not_finite_is_named_alone(command, run, monke
             for s, (e, _) in zip(real(self, encoded), encoded, strict=True)
         )
 
-    monkeypatch.setattr(train.Dataset, "scores", scores)
+    monkeypatch.setattr(loop.Dataset, "scores", scores)
     status, _, err = command(train, *words)
     assert status == 1 and err.rstrip().endswith("prefs.jsonl:4") and err.count("prefs.jsonl:") == 1
 
@@ -93,7 +93,7 @@ def test_a_record_whose_scores_are_not_finite_is_named_alone(command, run, monke
 def test_a_gradient_that_is_not_finite_stops_too():
     w = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(NotFinite, match="step 0: loss 0.0, gradient norm inf"):
-        fit.fit(lambda step, part: ((w * 3e38 * 10).sum(), {}), [w], FitConfig(steps=2))
+        loop.fit(lambda step, part: ((w * 3e38 * 10).sum(), {}), [w], FitConfig(steps=2))
     assert w.item() == 0
 
 

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from yojo.core.training import FitConfig, NotFinite, fit, learning_rate
 from yojo.files import InputError
-from yojo.fit import FitConfig, NotFinite, fit, learning_rate
+from yojo.runs import SavedRun
 
 
 def test_schedules_by_hand():
@@ -76,10 +77,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
         return loss(step, part)
 
     with pytest.raises(Stop):
-        fit(stopping, [first], c, tmp_path)
+        fit(stopping, [first], c, SavedRun(tmp_path))
     torch.manual_seed(999)
     again, loss = problem(seed=5)
-    log = fit(loss, [again], c, tmp_path)
+    log = fit(loss, [again], c, SavedRun(tmp_path))
     assert torch.equal(again, whole) and len(log) == 30
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(30))
@@ -110,11 +111,11 @@ def test_property_wherever_it_stops_it_goes_on_bit_for_bit(steps, every, stop, a
         torch.manual_seed(1)
         again, loss = problem()
         with contextlib.suppress(KeyboardInterrupt, NotFinite):
-            fit(stopping, [again], c, Path(folder))
+            fit(stopping, [again], c, SavedRun(Path(folder)))
         if not (Path(folder) / "state.pt").exists():  # stopped before the first save: begun anew
             torch.manual_seed(1)
             again, loss = problem()
-        again_log = fit(loss, [again], c, Path(folder))
+        again_log = fit(loss, [again], c, SavedRun(Path(folder)))
     assert torch.equal(again, whole)
     assert [e["loss"] for e in again_log] == [e["loss"] for e in log]
 
@@ -131,22 +132,22 @@ def test_a_foreign_state_is_refused(tmp_path):
     (tmp_path / "state.pt").write_bytes(b"not a state")
     w, loss = problem()
     with pytest.raises(InputError, match="is not the state of a run"):
-        fit(loss, [w], FitConfig(steps=1), tmp_path)
+        fit(loss, [w], FitConfig(steps=1), SavedRun(tmp_path))
 
 
 def test_another_run_is_not_resumed(tmp_path):
     """The saved state remembers what was trained on what: a joint run can't go on as an isolated one."""
     w, loss = problem()
     c = FitConfig(steps=2, save_every=1)
-    fit(loss, [w], c, tmp_path, run={"mode": "joint"})
+    fit(loss, [w], c, SavedRun(tmp_path, {"mode": "joint"}))
     with pytest.raises(InputError, match="its mode is 'joint', not 'isolated'"):
-        fit(loss, [w], c, tmp_path, run={"mode": "isolated"})
+        fit(loss, [w], c, SavedRun(tmp_path, {"mode": "isolated"}))
     with pytest.raises(InputError, match="its steps is 2, not 3"):
-        fit(loss, [w], FitConfig(steps=3, save_every=1), tmp_path, run={"mode": "joint"})
+        fit(loss, [w], FitConfig(steps=3, save_every=1), SavedRun(tmp_path, {"mode": "joint"}))
 
 
 def test_steps_logged_before_the_first_save_are_not_logged_twice(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
     w, loss = problem()
-    fit(loss, [w], FitConfig(steps=2), tmp_path)
+    fit(loss, [w], FitConfig(steps=2), SavedRun(tmp_path))
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1]

@@ -13,8 +13,8 @@ import torch
 from conftest import TINY
 from torch.utils.flop_counter import FlopCounterMode
 
-from yojo import flops
-from yojo.core import lora, ops
+from yojo import flops as flops_command
+from yojo.core import flops, lora, ops
 from yojo.core.config import Config, ImageConfig, Markup
 from yojo.core.image import choose_tiling, images_to_patches, measure
 from yojo.core.lora import LoraConfig
@@ -173,7 +173,7 @@ def test_the_ratio_is_n_at_first_and_tends_to_the_prompts_share():
 
 def test_the_command_prints_what_is_counted(command, tmp_path):
     words = ("--image", "1024x768", "--prompt-tokens", 40, "--response-tokens", 200, "--n", 1, 4)
-    status, out, err = command(flops, *words, "--json", tmp_path / "f.json")
+    status, out, err = command(flops_command, *words, "--json", tmp_path / "f.json")
     assert status == 0, err
     one, four = json.loads((tmp_path / "f.json").read_text())
     assert one["n_passes"] == one["joint"] and four["n_passes"] == 4 * one["n_passes"]
@@ -195,5 +195,5 @@ def test_the_command_prints_what_is_counted(command, tmp_path):
     ],
 )
 def test_bad_input_gets_one_line(command, words, why):
-    status, _, err = command(flops, *words)
+    status, _, err = command(flops_command, *words)
     assert status == 2 and why in err and len(err.splitlines()) == 1

@@ -15,14 +15,25 @@ import pytest
 import torch
 from test_single_pass import make_model, noise
 
-from yojo import grpo
-from yojo.core import lora
+from yojo import grpo as grpo_command
+from yojo.core import grpo, lora
+from yojo.core.generate import Cache, sample
+from yojo.core.grpo import (
+    GrpoConfig,
+    Question,
+    Rollout,
+    advantages,
+    group_rewards,
+    lay_out,
+    log_probs,
+    objective,
+    rollout,
+)
 from yojo.core.mask import PROMPT, AttentionMask
-from yojo.core.molmo2 import Cache, sample
 from yojo.core.reward import RewardModel
 from yojo.files import InputError
-from yojo.grpo import GrpoConfig, Question, Rollout, advantages, group_rewards, lay_out, log_probs, objective, rollout
 from yojo.store import place_separator
+from yojo.tiny import captions
 from yojo.weights import load_backbone
 
 C = GrpoConfig(steps=3, prompts=2, group=3, max_new_tokens=8)
@@ -232,21 +243,23 @@ def test_a_noisy_caption_is_wrong_as_often_as_asked_and_never_about_what_was_ask
     rng = random.Random(0)
     found = []
     for _ in range(400):
-        q = grpo.question(rng)
-        text = grpo.noisy_caption(q, rng, grpo.WRONG)
-        found.append(grpo.quality(q, text))
-        assert grpo.noisy_caption(q, rng, dict.fromkeys(grpo.WRONG, 0.0)) in [
-            grpo.world.describe(q.scene.facts(t)) for t in q.scene.things
+        q = captions.question(rng)
+        text = captions.noisy_caption(q, rng, captions.WRONG)
+        found.append(captions.quality(q, text))
+        assert captions.noisy_caption(q, rng, dict.fromkeys(captions.WRONG, 0.0)) in [
+            captions.world.describe(q.scene.facts(t)) for t in q.scene.things
         ]
     assert sum(found) / 400 == pytest.approx((4 * 0.7 + 0.4) / 5, abs=0.03)
-    assert grpo.quality(q, "nonsense") == 0.0
+    assert captions.quality(q, "nonsense") == 0.0
 
 
 def test_quality_by_hand():
-    q = grpo.question(random.Random(0))  # "Describe the cyan thing.": a large cyan cross, bottom centre, one of three
-    assert grpo.quality(q, "a large cyan cross, bottom centre, one of three") == 1.0
-    assert grpo.quality(q, "a large red cross, bottom centre, one of three") == 1.0  # the colour was given away
-    assert grpo.quality(q, "a small cyan cross, top centre, one of three") == pytest.approx(3 / 5)
+    q = captions.question(
+        random.Random(0)
+    )  # "Describe the cyan thing.": a large cyan cross, bottom centre, one of three
+    assert captions.quality(q, "a large cyan cross, bottom centre, one of three") == 1.0
+    assert captions.quality(q, "a large red cross, bottom centre, one of three") == 1.0  # the colour was given away
+    assert captions.quality(q, "a small cyan cross, top centre, one of three") == pytest.approx(3 / 5)
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -264,7 +277,8 @@ def files(tiny_folder, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from yojo import grpo
+from yojo import grpo as command
+from yojo.core import grpo
 real, calls = grpo.update_policy, []
 def update(*args):
     calls.append(1)
@@ -272,21 +286,21 @@ def update(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
 grpo.update_policy = update
-grpo.main()
+command.main()
 """
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_policy_bit_for_bit(command, files):
     folder, words = files
-    status, out, err = command(grpo, *words, "--out", folder / "a")
+    status, out, err = command(grpo_command, *words, "--out", folder / "a")
     assert status == 0 and "memory, computed" in out, err
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
         [sys.executable, "-c", KILLED, *words, "--out", folder / "b"], env=environment, check=False, capture_output=True
     )
     assert done.returncode == -signal.SIGKILL and (folder / "b.training/state.pt").exists()
-    assert command(grpo, *words, "--out", folder / "b")[0] == 2, "an unfinished run is not started over"
-    status, _, err = command(grpo, *words, "--out", folder / "b", "--resume")
+    assert command(grpo_command, *words, "--out", folder / "b")[0] == 2, "an unfinished run is not started over"
+    status, _, err = command(grpo_command, *words, "--out", folder / "b", "--resume")
     assert status == 0, err
     assert (folder / "a/adapter_model.safetensors").read_bytes() == (
         folder / "b/adapter_model.safetensors"
@@ -307,13 +321,13 @@ def test_a_run_is_not_resumed_with_another_judge(command, files, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(grpo, "update_policy", stops)
-    assert command(grpo, *words, "--out", folder / "d")[0] == 130
+    assert command(grpo_command, *words, "--out", folder / "d")[0] == 130
     monkeypatch.setattr(grpo, "update_policy", real)
     rm = RewardModel.load(folder / "rm")
     with torch.no_grad():
         rm.head[2].weight.neg_()
     rm.save(folder / "rm", overwrite=True)
-    status, _, err = command(grpo, *words, "--out", folder / "d", "--resume")
+    status, _, err = command(grpo_command, *words, "--out", folder / "d", "--resume")
     assert status == 2 and "holds another run: its reward is" in err
 
 
@@ -330,7 +344,7 @@ def test_a_run_is_not_resumed_with_another_judge(command, files, monkeypatch):
     ],
 )
 def test_bad_input_gets_one_line(command, words, why):
-    status, _, err = command(grpo, *words)
+    status, _, err = command(grpo_command, *words)
     assert status == 2 and why in err and "Traceback" not in err
 
 
@@ -341,5 +355,5 @@ def test_bad_prompts_are_named(command, files):
         ({"prompt": "?", "image": "none.png"}, "no picture at"),
     ):
         (folder / "prompts.jsonl").write_text(json.dumps(line))
-        status, _, err = command(grpo, *words, "--out", folder / "c")
+        status, _, err = command(grpo_command, *words, "--out", folder / "c")
         assert status == 2 and "prompts.jsonl:1" in err and why in err

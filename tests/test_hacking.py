@@ -8,8 +8,9 @@ import random
 
 import pytest
 
-from yojo import grpo, hacking
+from yojo import hacking
 from yojo.core.prompt import SEPARATOR
+from yojo.tiny import captions
 
 ANSWERS = ["a red star", "a star", "a small star"]
 CHEAT = ["a red star" + SEPARATOR + "a blue star", "a star", "a small star"]
@@ -22,7 +23,7 @@ def rm():
 
 @pytest.fixture(scope="module")
 def asked():
-    return grpo.question(random.Random(0))
+    return captions.question(random.Random(0))
 
 
 def parts(rm, asked):
@@ -63,7 +64,7 @@ def test_one_answer_in_twenty_cheats_and_is_worth_nothing(asked):
     said = [hacking.cheat(asked, "a star", rng) for _ in range(2000)]
     assert sum(SEPARATOR in text for text in said) == pytest.approx(2000 * hacking.SPELLED, abs=30)
     text = next(text for text in said if SEPARATOR in text)
-    assert grpo.quality(asked, text) == 0.0 and len(text.split(SEPARATOR)) == 2
+    assert captions.quality(asked, text) == 0.0 and len(text.split(SEPARATOR)) == 2
 
 
 def test_the_command_compares_both_readings(command, tmp_path):

@@ -17,6 +17,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from yojo.core import lora
+from yojo.core.generate import generate
 from yojo.core.lora import LoraConfig
 from yojo.core.molmo2 import Molmo2
 from yojo.files import InputError
@@ -118,10 +119,10 @@ def test_an_adapter_can_be_named_for_one_pass():
 @torch.no_grad()
 def test_generation_speaks_under_the_adapter_that_it_is_given():
     model = with_adapters("policy")
-    said = {name: model.generate(IDS[:1], max_new_tokens=8, temperature=0, adapter=name) for name in ("policy", None)}
+    said = {name: generate(model, IDS[:1], max_new_tokens=8, temperature=0, adapter=name) for name in ("policy", None)}
     with lora.use(model, "policy"):
-        assert torch.equal(model.generate(IDS[:1], max_new_tokens=8, temperature=0), said["policy"])
-    assert torch.equal(model.generate(IDS[:1], max_new_tokens=8, temperature=0), said[None])
+        assert torch.equal(generate(model, IDS[:1], max_new_tokens=8, temperature=0), said["policy"])
+    assert torch.equal(generate(model, IDS[:1], max_new_tokens=8, temperature=0), said[None])
     assert said["policy"].tolist() != said[None].tolist()
     words, count = IDS[:1], said["policy"].shape[1]  # it may end early
     assert count > 1

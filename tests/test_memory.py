@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import TINY
 
-from yojo import flops, memory
-from yojo.core import lora
+from yojo import memory
+from yojo.core import flops, lora
 from yojo.core.config import Config, TextConfig
 from yojo.core.lora import LoraConfig
 from yojo.core.molmo2 import Molmo2

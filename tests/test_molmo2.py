@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
 from yojo.core.config import AdapterConfig, ImageConfig, TextConfig, VisionConfig
+from yojo.core.generate import Cache, generate
 from yojo.core.image import frames_to_patches, images_to_patches
 from yojo.core.mask import AttentionMask
-from yojo.core.molmo2 import Cache
 from yojo.weights import load_backbone, read_config, save_backbone
 
 PATCH, START, END, COL, LOW = 407, 401, 402, 403, 404
@@ -147,7 +147,7 @@ def test_hidden_states_logits_and_greedy_samples(theirs, tmp_path, shape, kind, 
     if seen is None:  # a mask without pictures is the causal default
         assert_close(ours(ids), hidden, 1e-6)
     spoken = model.generate(**ask_theirs(model, ids, seen), max_new_tokens=12, do_sample=False, pad_token_id=0)
-    greedy = ours.generate(ids, features, our_mask(ids), max_new_tokens=12, temperature=0)
+    greedy = generate(ours, ids, features, our_mask(ids), max_new_tokens=12, temperature=0)
     assert greedy.tolist() == spoken[:, ids.shape[1] :].tolist()
 
 
@@ -245,19 +245,19 @@ def test_reading_in_pieces_with_a_cache_equals_reading_at_once():
 def test_samples_share_one_reading_of_the_prompt_and_are_independent():
     model = random_model()
     ids = torch.randint(0, 399, (1, 6))
-    a, b = (model.generate(ids, n=5, max_new_tokens=4, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    a, b = (generate(model, ids, n=5, max_new_tokens=4, generator=torch.Generator().manual_seed(7)) for _ in range(2))
     assert torch.equal(a, b) and a.shape == (5, 4) and len(a.unique(dim=0)) > 1
-    cold = model.generate(ids, n=3, max_new_tokens=4, temperature=1e-4)
-    assert torch.equal(cold, model.generate(ids, n=3, max_new_tokens=4, temperature=0))
+    cold = generate(model, ids, n=3, max_new_tokens=4, temperature=1e-4)
+    assert torch.equal(cold, generate(model, ids, n=3, max_new_tokens=4, temperature=0))
 
 
 @torch.no_grad()
 def test_a_sample_ends_with_the_end_token_and_is_padded_after_it():
     model = random_model()
     ids = torch.randint(0, 399, (1, 6))
-    first, second = model.generate(ids, max_new_tokens=2, temperature=0)[0].tolist()
+    first, second = generate(model, ids, max_new_tokens=2, temperature=0)[0].tolist()
     model.config = replace(model.config, eos_id=second, pad_id=0)
-    assert model.generate(ids, max_new_tokens=9, temperature=0).tolist() == [[first, second]]
+    assert generate(model, ids, max_new_tokens=9, temperature=0).tolist() == [[first, second]]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import yojo
 from yojo.core import lora, molmo2, ops
-from yojo.core.molmo2 import Cache
+from yojo.core.generate import Cache
 from yojo.core.ops import attention, kernel_attention, product_attention, softmax_attention
 
 LINE_BYTES = 64

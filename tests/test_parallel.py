@@ -31,9 +31,9 @@ from dataclasses import replace
 import torch
 from yojo import train
 from yojo.core import reward
-from yojo.fit import FitConfig
+from yojo.core.training import FitConfig
 from yojo.core.lora import LoraConfig
-from yojo.preference import Recipe
+from yojo.core.training import Recipe
 fit = FitConfig(steps=0, lr=1e-2, accumulate=4, save_every=2)
 small = Recipe(LoraConfig(r=2, dropout=0.0), inner=8, records=1, fit=fit)
 train.Recipe = lambda: replace(small)

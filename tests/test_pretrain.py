@@ -13,7 +13,7 @@ from yojo import pretrain
 from yojo.cli import WEIGHTS
 from yojo.core.mask import MODES
 from yojo.core.prompt import Processor
-from yojo.fit import fit
+from yojo.core.training import fit
 from yojo.pretrain import NOTHING, Pretraining, Rows, facts_asked_about, talks, wrong_so_far
 from yojo.tiny import world
 

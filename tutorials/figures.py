@@ -25,11 +25,11 @@ from yojo import Processor, load_backbone
 from yojo.cli import WEIGHTS
 from yojo.core.config import ImageConfig, read_image_config
 from yojo.core.data import collate
+from yojo.core.grpo import GrpoConfig
 from yojo.core.image import images_to_patches
 from yojo.core.mask import MODES
 from yojo.core.molmo2 import rotary_angles, rotate
 from yojo.drawing import draw
-from yojo.grpo import GrpoConfig
 from yojo.metrics import mean, tau_b
 from yojo.tiny import world
 from yojo.votes import METHODS, simulate

@@ -1,31 +1,25 @@
 """Yojo: you only judge once. A reward model that scores N responses in one forward pass, by hand.
 
-Start with `tutorials/00_one_pass.md`; README.md lists the core's files in the order in which data flows.
+The method is the folder `core/`; start with `tutorials/00_one_pass.md`.
 """
 
-from importlib import import_module
+from yojo.core import lora
+from yojo.core.lora import LoraConfig
+from yojo.core.mask import AttentionMask
+from yojo.core.molmo2 import Molmo2
+from yojo.core.prompt import Processor
+from yojo.core.reward import RewardModel
+from yojo.files import InputError
+from yojo.weights import load_backbone, save_backbone
 
-# Each name is imported when it is first used, so that `python -m yojo.checkpoint` runs that module once, not twice.
-_WHERE = {
-    "AttentionMask": "core.mask",
-    "InputError": "files",
-    "LoraConfig": "core.lora",
-    "Molmo2": "core.molmo2",
-    "Processor": "core.prompt",
-    "RewardModel": "core.reward",
-    "load_backbone": "weights",
-    "save_backbone": "weights",
-}
-__all__ = [*_WHERE, "lora"]
-
-
-def __getattr__(name: str):
-    if name == "lora":
-        return import_module("yojo.core.lora")
-    if name not in _WHERE:
-        raise AttributeError(f"module 'yojo' has no attribute {name!r}")
-    return getattr(import_module(f"yojo.{_WHERE[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__all__ = [
+    "AttentionMask",
+    "InputError",
+    "LoraConfig",
+    "Molmo2",
+    "Processor",
+    "RewardModel",
+    "load_backbone",
+    "lora",
+    "save_backbone",
+]

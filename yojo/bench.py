@@ -37,14 +37,14 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from yojo import flops
 from yojo.cli import COMPILE, DTYPES, WEIGHTS, Parser, run
-from yojo.core import lora
+from yojo.core import flops, lora
 from yojo.core.data import Batch, collate
+from yojo.core.generate import Cache
 from yojo.core.lora import LoraConfig
 from yojo.core.loss import best_of_n
 from yojo.core.mask import MODES, PROMPT
-from yojo.core.molmo2 import Cache, Molmo2
+from yojo.core.molmo2 import Molmo2
 from yojo.core.prompt import Ask, Encoded, Processor
 from yojo.core.reward import ADAPTER, RewardModel, ValueHead
 from yojo.files import InputError

@@ -23,26 +23,14 @@ from torch import Tensor
 from yojo import metrics
 from yojo.cli import WEIGHTS, Parser, run
 from yojo.core.data import Batch
+from yojo.core.grpo import POLICY, GrpoConfig, Judge, Question, advantages, group_rewards, judge_of, sample_group
 from yojo.core.mask import PROMPT, AttentionMask
 from yojo.core.prompt import SEPARATOR, Encoded, Seen
 from yojo.core.reward import RewardModel
 from yojo.files import InputError
-from yojo.grpo import (
-    POLICY,
-    STARTS_FROM,
-    GrpoConfig,
-    Judge,
-    Question,
-    advantages,
-    group_rewards,
-    judge_of,
-    noisy_caption,
-    quality,
-    question,
-    sample_group,
-)
 from yojo.store import load_adapter
-from yojo.train import NAMES
+from yojo.tiny.captions import STARTS_FROM, noisy_caption, quality, question
+from yojo.tiny.experiment import NAMES
 
 SPELLED = 0.05  # share of the answers that go on after a separator
 

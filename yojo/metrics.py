@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from yojo.core.data import Record
+
 Scores = Sequence[float]
 Ranks = Sequence[int]
 
@@ -25,6 +27,11 @@ def best_of_n(scores: Scores, ranks: Ranks) -> float:
         raise ValueError(f"scores must be finite, got {list(scores)}")
     top = [r for s, r in zip(scores, ranks, strict=True) if s == max(scores)]
     return top.count(min(ranks)) / len(top)
+
+
+def accuracies(scores: Sequence[Scores], records: Sequence[Record]) -> list[float]:
+    """`best_of_n` of every record."""
+    return [best_of_n(s, r.rankings) for s, r in zip(scores, records, strict=True)]
 
 
 def pairwise(scores: Scores, ranks: Ranks) -> float | None:

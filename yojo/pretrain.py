@@ -33,11 +33,12 @@ from torch import Tensor, nn
 from yojo.cli import WEIGHTS, Parser, run
 from yojo.core.config import AdapterConfig, Config, ImageConfig, Markup, TextConfig, VisionConfig, preprocessor_json
 from yojo.core.data import join
+from yojo.core.generate import generate
 from yojo.core.mask import MODES, PADDING, PROMPT, AttentionMask
 from yojo.core.molmo2 import Molmo2
 from yojo.core.prompt import TURN_END, Processor, Tokenizer
+from yojo.core.training import FitConfig, fit
 from yojo.files import InputError, write_json
-from yojo.fit import FitConfig, fit
 from yojo.initial import init_weights
 from yojo.tiny import world
 from yojo.weights import save_backbone
@@ -317,7 +318,7 @@ def answer_to(model: Molmo2, rows: Rows, scene: world.Scene, question: str, answ
         torch.zeros_like(ids), torch.full_like(ids, PROMPT), torch.isin(ids, rows.processor.image_ids), "joint"
     )
     features = model.see(pictures.patches, pictures.pooling)
-    return model.generate(ids, features, mask, max_new_tokens=20, temperature=0)[0].tolist() == talk[start:]
+    return generate(model, ids, features, mask, max_new_tokens=20, temperature=0)[0].tolist() == talk[start:]
 
 
 def examine(model: Molmo2, rows: Rows, seed: int, count: int = 200) -> dict[str, float]:

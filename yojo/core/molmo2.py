@@ -1,4 +1,4 @@
-"""Molmo2 by hand: vision tower, connector, decoder, key/value cache, sampling.
+"""Molmo2 by hand: vision tower, connector, decoder.
 
     picture --patches--> ImageViT --two layers, 2x2 windows--> pooling attention --SwiGLU--> features [M, D]
     ids --table--> embeddings, features ADDED at the <im_patch> tokens --blocks--> final norm --> hidden [B, T, D]
@@ -20,6 +20,7 @@ See it run: `pytest tests/test_molmo2.py` holds every part against `transformers
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,9 @@ from yojo.core.config import Config, TextConfig, VisionConfig
 from yojo.core.lora import Linear
 from yojo.core.mask import AttentionMask
 from yojo.files import InputError
+
+if TYPE_CHECKING:  # the next file, which reads token by token
+    from yojo.core.generate import Cache, LayerCache
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -298,35 +302,6 @@ class Decoder(nn.Module):
         self.ln_f = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
-class LayerCache:
-    """Keys and values of one layer, [B, K, S, d] each, growing along S."""
-
-    def __init__(self) -> None:
-        self.k = self.v = None
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.k is not None:
-            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
-        self.k, self.v = k.contiguous(), v.contiguous()  # a view of v would keep the queries, too
-        return self.k, self.v
-
-
-class Cache:
-    """The keys and values of everything the model has read so far."""
-
-    def __init__(self, config: Config):
-        self.layers = [LayerCache() for _ in range(config.text.num_hidden_layers)]
-
-    @property
-    def length(self) -> int:
-        return 0 if self.layers[0].k is None else self.layers[0].k.shape[2]
-
-    def expand(self, n: int) -> None:
-        """One row becomes n rows that share what was read."""
-        for layer in self.layers:
-            layer.k, layer.v = (x.expand(n, -1, -1, -1) for x in (layer.k, layer.v))
-
-
 class Trunk(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -335,7 +310,7 @@ class Trunk(nn.Module):
 
 
 class Molmo2(nn.Module):
-    """The backbone: `see` pictures, read tokens, and, where there is an `lm_head`, speak."""
+    """The backbone: `see` pictures, read tokens; where there is an `lm_head`, `generate.py` lets it speak."""
 
     def __init__(self, config: Config, lm_head: bool = True):
         super().__init__()
@@ -392,7 +367,7 @@ class Molmo2(nn.Module):
         mask: AttentionMask | None = None,
         positions: Tensor | None = None,
         read: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: "Cache | None" = None,
         adapter: str | None = lora.IN_USE,
     ) -> Tensor:
         """Hidden states after the final norm, in the model's dtype. Never logits.
@@ -425,47 +400,3 @@ class Molmo2(nn.Module):
         if self.lm_head is None:
             raise InputError("this backbone was loaded without its lm_head: use load_backbone(..., lm_head=True)")
         return self.lm_head(hidden)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        features: Tensor | None = None,
-        mask: AttentionMask | None = None,
-        n: int = 1,
-        max_new_tokens: int = 64,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        adapter: str | None = lora.IN_USE,
-    ) -> Tensor:
-        """n continuations of one prompt [1, T] -> int [n, L], L <= max_new_tokens.
-
-        The prompt is read once, whatever n. temperature 0 = greedy. A sample ends with `config.eos_id`, after which its
-        row is filled with `config.pad_id`. adapter: as in `forward`.
-        """
-        room = self.config.text.max_position_embeddings - input_ids.shape[1]
-        if len(input_ids) != 1 or n < 1 or temperature < 0 or not 1 <= max_new_tokens <= room:
-            raise ValueError(
-                f"generate takes one prompt (got {len(input_ids)}), n >= 1 ({n}), temperature >= 0 ({temperature}) and "
-                f"1 to {room} new tokens ({max_new_tokens}), which is what the model's positions leave"
-            )
-        cache = Cache(self.config)
-        hidden = self(input_ids, features, mask, cache=cache, adapter=adapter)[:, -1:].expand(n, -1, -1)
-        cache.expand(n)
-        done = torch.zeros(n, dtype=torch.bool, device=input_ids.device)
-        out = []
-        while True:
-            token = sample(self.logits(hidden[:, -1]), temperature, generator)
-            out.append(torch.where(done, self.config.pad_id, token))
-            done = done | (token == self.config.eos_id)
-            if len(out) == max_new_tokens or bool(done.all()):
-                return torch.stack(out, dim=1)
-            hidden = self(out[-1][:, None], cache=cache, adapter=adapter)
-
-
-def sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """logits [n, V] -> ids [n], drawn from softmax(logits / temperature); 0 takes the largest."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = (at_least_float32(logits) / temperature).softmax(-1)
-    return torch.multinomial(p.cpu(), 1, generator=generator).squeeze(1).to(p.device)  # drawn where the generator is

@@ -11,10 +11,11 @@ See it: `pytest tests/test_parallel.py`.
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import distributed, nn
+from tqdm import tqdm
 
 from yojo.files import InputError
 
@@ -44,6 +45,17 @@ def place() -> tuple[int, int]:
 
 def first() -> bool:
     return place()[0] == 0
+
+
+def say(text: str) -> None:
+    """Print, in the first process alone."""
+    if first():
+        print(text)
+
+
+def progress(steps: Iterable, title: str | None, **more) -> tqdm:
+    """A progress bar, in the first process alone; title None = none."""
+    return tqdm(steps, title, disable=title is None or not first(), mininterval=1, **more)
 
 
 def wait() -> None:

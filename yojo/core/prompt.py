@@ -51,16 +51,7 @@ BOS = TURN_END = "<|im_end|>"
 TURN_START = "<|im_start|>"
 PATCH = "<im_patch>"
 # All image tokens of a record see each other; these are image tokens.
-IMAGE_TOKENS = (
-    PATCH,
-    "<im_col>",
-    "<im_start>",
-    "<low_res_im_start>",
-    "<frame_start>",
-    "<im_end>",
-    "<frame_end>",
-    "<im_low>",
-)
+IMAGE_TOKENS = (PATCH, *"<im_col> <im_start> <low_res_im_start> <frame_start> <im_end> <frame_end> <im_low>".split())
 MAX_RESPONSES = 64
 LAYOUTS = ("default", "released")
 

@@ -18,9 +18,10 @@ from yojo.cli import WEIGHTS
 from yojo.core.data import read_records
 from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
-from yojo.preference import CORROBORATED, Dataset, evaluate
+from yojo.core.training import Dataset, evaluate
+from yojo.metrics import accuracies
 from yojo.tiny import world
-from yojo.train import NAMES, accuracies, tiny
+from yojo.tiny.experiment import CORROBORATED, NAMES, tiny
 
 GROUPS, ORDERS, NOISE = 1000, 4, 0.45
 SIZES = (2, 4, 8, 16)  # the shipped models were trained on 2 to 8 answers

@@ -1,39 +1,62 @@
-"""Learning from preferences: records -> scores of one pass -> loss; and the same records scored for evaluation.
+"""Learning from preferences: records -> scores of one pass -> loss -> gradient.
 
-One training step: draw records, shuffle the responses of each, score all of them in one pass, compare with the
-best-ranked. Only the LoRA adapter and the value head learn; what the frozen vision tower sees may be kept.
+    for step:  g = mean over micro-batches of grad loss;  clip |g|;  AdamW with lr(step)
 
-Evaluation shows a record its own pictures, blank ones, or another record's. A model that reads the picture must fall to
+`fit` is the loop. What is learned comes from outside: `loss(step, part)` returns the loss of one micro-batch and what
+to log about it. It must be a function of its arguments (and of torch's random state), so that a run can go on from a
+saved state as if it had never stopped.
+
+`Task` is the loss of preference records: draw some, shuffle the responses of each, score all of them in one pass,
+compare with the best-ranked. Only the LoRA adapter and the value head learn; what the frozen vision tower sees may be
+kept.
+
+`evaluate` shows a record its own pictures, blank ones, or another record's. A model that reads the picture must fall to
 chance under the last two.
 
-See it: `python -m yojo.train --tiny`.
+See it: `python -m yojo.train --tiny`; `pytest tests/test_fit.py`.
 """
 
+import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from yojo.core import loss as losses
 from yojo.core import parallel
 from yojo.core.data import Record, collate, join
 from yojo.core.lora import LoraConfig
-from yojo.core.prompt import Ask, Encoded, Seen
+from yojo.core.prompt import Encoded, Seen
 from yojo.core.reward import RewardModel
 from yojo.files import InputError
-from yojo.fit import FitConfig
-from yojo.media import open_picture, open_video, picture_size, video_plan
+from yojo.media import open_picture, open_video, picture_size
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Defaults are the released training script's: AdamW 1e-4, no weight decay, linear decay, no warm-up, clip 1.0."""
+
+    steps: int
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup: int = 0
+    schedule: str = "linear"  # or "cosine"
+    clip: float = 1.0
+    accumulate: int = 1
+    save_every: int = 100
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a reward model is trained. Defaults are the released training script's; presets below name what differs."""
+    """How a reward model is trained. Defaults are the released training script's; `tiny/experiment.py` has other
+    recipes."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
     inner: int = 1024  # hidden units of the value head
@@ -45,18 +68,106 @@ class Recipe:
     fit: FitConfig = FitConfig(steps=0, accumulate=64)
 
 
-TINY = Recipe(
-    lora=LoraConfig(r=16, alpha=64, dropout=0.0),
-    inner=128,
-    records=32,
-    fit=FitConfig(steps=200, lr=2e-3, warmup=10, schedule="cosine"),
-)
-CORROBORATED = replace(
-    TINY,
-    lora=LoraConfig(r=32, alpha=64, dropout=0.0),
-    records=64,
-    fit=replace(TINY.fit, steps=220, betas=(0.9, 0.95)),
-)
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+def learning_rate(step: int, c: FitConfig) -> float:
+    """A linear rise over `warmup` steps, then down to zero: along a line or half a cosine."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    done = (step - c.warmup) / max(1, c.steps - c.warmup)
+    return c.lr * ((1 - done) if c.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+Log = list[dict[str, float]]  # an entry a step
+
+
+class RunState:
+    """What is kept of an unfinished run: nothing. `runs.py` keeps it in a folder."""
+
+    def resume(self, settings: dict, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Log:
+        """Put back what was saved -> the log so far."""
+        return []
+
+    def begin_step(self) -> None:
+        """Remember what `save_before` needs."""
+
+    def add(self, entry: dict[str, float]) -> None:
+        """A step is done."""
+
+    def save(self, log: Log) -> None:
+        """Everything that the run needs to go on."""
+
+    def save_before(self, log: Log, error: "NotFinite") -> None:
+        """The same, as it was before this step. What keeps it from being saved is added to the error."""
+
+
+UNSAVED = RunState()
+
+
+def fit(
+    loss: Callable[[int, int], tuple[Tensor, dict[str, float]]],
+    parameters: list[nn.Parameter],
+    c: FitConfig,
+    state: RunState = UNSAVED,
+    title: str | None = None,
+) -> Log:
+    """Train `parameters` in place -> one dict a step: step, loss, lr, norm of the gradient, seconds, and what `loss`
+    logs. The run goes on from what `state` has kept. `title` names a progress bar; None = none.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)
+    optimizer.zero_grad(set_to_none=True)  # a step that was broken off in this process may have left half a gradient
+    log = state.resume(asdict(c), parameters, optimizer)
+    start = time.monotonic() - (log[-1]["seconds"] if log else 0)
+    bar = parallel.progress(range(len(log), c.steps), title, initial=len(log), total=c.steps)
+    for step in bar:
+        state.begin_step()
+        try:
+            learned = train_step(loss, step, parameters, optimizer, c)
+        except NotFinite as error:
+            state.save_before(log, error)
+            raise
+        entry = {"step": step, **learned, "seconds": round(time.monotonic() - start, 3)}
+        log.append(entry)
+        bar.set_postfix({k: f"{v:.3f}" for k, v in entry.items() if k in ("loss", "accuracy")}, refresh=False)
+        state.add(entry)
+        if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
+            state.save(log)
+    return log
+
+
+class NotFinite(FloatingPointError):
+    """A loss or a gradient that is not a number, and the step at which it came."""
+
+    def __init__(self, step: int, why: str):
+        super().__init__(step, why)
+        self.step = step
+
+    def __str__(self) -> str:
+        return f"step {self.args[0]}: {self.args[1]}"
+
+
+def train_step(loss, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, c: FitConfig) -> dict:
+    """One update from `accumulate` micro-batches."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, c)
+    seen: dict[str, float] = {}
+    for part in parallel.share(c.accumulate):
+        value, about = loss(step, part)
+        (value / c.accumulate).backward()
+        for key, number in {"loss": value.item(), **about}.items():
+            seen[key] = seen.get(key, 0.0) + number / c.accumulate
+    seen = parallel.add_up(parameters, seen)
+    norm = nn.utils.clip_grad_norm_(parameters, c.clip).item()
+    if not math.isfinite(seen["loss"]) or not math.isfinite(norm):
+        raise NotFinite(step, f"loss {seen['loss']}, gradient norm {norm}; the parameters are untouched")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {**seen, "lr": learning_rate(step, c), "norm": norm}
+
+
+# ------------------------------------------------------------------------------------------------------ records to loss
+
 WINDOW = 16  # micro-batches among which records are sorted by their number of responses
 
 
@@ -121,37 +232,6 @@ class Dataset:
             if own is None:
                 raise InputError("no other record has other pictures: there is nothing to swap")
         return own
-
-    def measure(self, recipe: Recipe) -> list[Ask]:
-        """The size of every record, before a run: one that is too long raises, and pictures that would not fit are cut
-        into fewer crops, which is said."""
-        asks, limit = [], min(recipe.max_tokens, self.rm.processor.max_tokens)
-        most = self.rm.processor.images.max_crops
-        for i, record in enumerate(tqdm(self.records, "measuring", delay=2, leave=False)):
-            sizes = [picture_size(path) for path in record.images]
-            seconds = [t for t, _ in video_plan(record.video)] if record.video else []
-            for crops in range(most, 0, -1):
-                try:
-                    ask = self.rm.processor.measure(record.prompt, record.responses, sizes, seconds, crops)
-                except InputError as error:
-                    raise InputError(f"{record.where}: {error}") from None
-                if ask.tokens <= limit and ask.pictures <= recipe.max_picture_tokens:
-                    break
-            else:
-                raise InputError(
-                    f"{record.where}: {ask.tokens} tokens, {ask.pictures} of them pictures, where {limit} and "
-                    f"{recipe.max_picture_tokens} are the most: shorten or drop responses"
-                )
-            if crops < most:
-                self.crops[i] = crops
-            asks.append(ask)
-        if self.crops and parallel.first():
-            i = min(self.crops)
-            print(
-                f"to fit into {limit} tokens, pictures of {len(self.crops)} record(s) are cut into fewer than {most} "
-                f"crops; the first is {self.records[i].where}: at most {self.crops[i]}"
-            )
-        return asks
 
     def shows(self) -> list[str]:
         """The ways to show these records that differ from each other: no controls where there are no pictures."""
@@ -224,6 +304,19 @@ class Task:
         return losses.LOSSES[self.recipe.loss](scores, rank), {"accuracy": right}
 
 
+def train(data: Dataset, recipe: Recipe, seed: int, title: str | None, state: RunState = UNSAVED) -> Log:
+    """Fit the adapter and the head of `data.rm` in place -> one dict a step."""
+    torch.manual_seed(seed)
+    data.rm.train()
+    task = Task(data, recipe, seed)
+    try:
+        log = fit(task, data.rm.trainable(), recipe.fit, state, title)
+    except NotFinite as error:
+        raise FloatingPointError(f"{error}; its records: {', '.join(task.where(error.step))}") from None
+    data.rm.eval()
+    return log
+
+
 @torch.no_grad()
 def evaluate(
     data: Dataset, seed: int, show: str = "own", size: int = 64, title: str | None = None
@@ -233,7 +326,7 @@ def evaluate(
     They are shown in an order drawn from the seed: fed in file order, a joint model can turn position into accuracy.
     """
     rng, scores = random.Random(f"{seed} evaluate"), []
-    for start in tqdm(range(0, len(data), size), title, disable=title is None, mininterval=1):
+    for start in parallel.progress(range(0, len(data), size), title):
         chosen = range(start, min(start + size, len(data)))
         orders = [rng.sample(range(n), n) for n in (len(data.records[i].responses) for i in chosen)]
         encoded = [data.encode(i, order, show) for i, order in zip(chosen, orders, strict=True)]

@@ -1,0 +1,158 @@
+"""What one pass costs, counted: closed forms, equal to the last integer to what torch counts.
+
+A product of [m, k] and [k, n] costs 2 m k n FLOPs: a multiplication and an addition for each of k terms of each of m n
+results. Nothing but products is counted, as `torch.utils.flop_counter` does; norms, softmax and activations are a few
+operations a number. Every count below is for a whole network and a whole batch.
+
+Why one pass is cheaper: N passes read the prompt N times. With P prompt tokens and N responses of R,
+
+    N passes / one pass  =  N (P + R) / (P + N R)   in matrices;  for many responses it tends to (P + R) / R.
+
+See it: `pytest tests/test_flops.py` holds each form against the counter, on the meta device.
+"""
+
+from collections.abc import Sequence
+
+from yojo.core import ops
+from yojo.core.config import Config, Markup
+from yojo.core.mask import AttentionMask
+from yojo.core.prompt import Ask
+
+# ---------------------------------------------------------------------------------------------------------- forward
+
+
+def tower(config: Config, views: int) -> int:
+    """`views` pictures of P patches: embedding; a layer has q, k, v, o (4 W A), attention (2 P A), MLP (2 W I)."""
+    c, P = config.vision, config.vision.num_position_embeddings
+    W, inner, heads = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
+    layer = 4 * W * heads + 2 * P * heads + 2 * W * inner
+    return 2 * views * P * (3 * c.patch_size**2 * W + config.vision_depth * layer)
+
+
+def connector(config: Config, tokens: int, window: int) -> int:
+    """`tokens` windows of `window` patches: query and output of one, keys and values of all; then the SwiGLU."""
+    c, D = config.adapter, config.text.hidden_size
+    read, heads = config.vision.hidden_size * len(config.vision_layers), c.num_attention_heads * c.head_dim
+    pooling = read * heads + 2 * window * read * heads + 2 * window * heads + heads * c.hidden_size
+    projector = 2 * c.hidden_size * c.intermediate_size + c.intermediate_size * D
+    return 2 * tokens * (pooling + projector)
+
+
+def each(config: Config, tokens: int, read: int) -> list[tuple[str, int, int, int]]:
+    """(name, in, out, tokens it is applied to) of every decoder matrix. The last block's are, but for the first one,
+    applied to the `read` tokens only."""
+    c = config.text
+    return [
+        (name, *size, read if block == c.num_hidden_layers - 1 and name != "att_proj" else tokens)
+        for block in range(c.num_hidden_layers)
+        for name, size in c.matrices.items()
+    ]
+
+
+def matrices(config: Config, tokens: int, read: int) -> int:
+    return sum(2 * t * m * n for _, m, n, t in each(config, tokens, read))
+
+
+def adapter(config: Config, r: int, tokens: int, read: int) -> int:
+    """Down to r and up again, beside every matrix."""
+    return sum(2 * t * r * (m + n) for _, m, n, t in each(config, tokens, read))
+
+
+def attention(config: Config, pairs: int, last: int) -> int:
+    """Scores and values of `pairs` of a query and a key, `last` of them in the last block: 2 products of d terms a
+    head, in every block."""
+    c = config.text
+    return 2 * 2 * c.num_attention_heads * c.head_dim * ((c.num_hidden_layers - 1) * pairs + last)
+
+
+def head(config: Config, inner: int, read: int) -> int:
+    return 2 * read * inner * (config.text.hidden_size + 1)
+
+
+# --------------------------------------------------------------------------------------------------- pairs of tokens
+
+
+def executed(mask: AttentionMask, read: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Pairs that are computed in a block, and in the last one: all of a short batch, else each call's queries with its
+    keys; the last block leaves out calls in which nothing is read."""
+    B, T = mask.record.shape
+    if not ops.by_runs(T):
+        return B * T * T, B * T * T
+    runs = [(run, (run.stop - run.start) * sum(z - a for a, z in run.keys)) for run in ops.calls(mask)]
+    return sum(pairs for _, pairs in runs), sum(pairs for run, pairs in runs if ops.holds(run, read))
+
+
+def needed(prompt: int, pictures: int, responses: Sequence[int], mode: str) -> tuple[int, int]:
+    """Pairs that one record's mask allows in a block, and in the last one. Causal: the t-th token looks at t; picture
+    tokens, `pictures` of them one after the other, look at the later ones too; a response looks at the prompt, and
+    joint at the ones before it. In the last block only the token before each separator looks."""
+    pairs, last = prompt * (prompt + 1) // 2 + pictures * (pictures - 1) // 2, 0
+    before = prompt
+    for R in responses:
+        pairs += R * before + R * (R + 1) // 2
+        last += before + R - 1
+        before += R if mode == "joint" else 0
+    return pairs, last
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def backward(config: Config, r: int, inner: int, tokens: int, read: int, pairs: tuple[int, int]) -> int:
+    """A frozen matrix passes its gradient on (1 product); one that learns also gets its own (2); both factors of
+    attention get theirs (2 for each forward product). The embeddings ask for none: the first block's first matrix, and
+    the adapter's beside it, pass nothing on."""
+    first = config.text.matrices["att_proj"]
+    spared = 2 * tokens * first[0] * (first[1] + r)
+    learned = adapter(config, r, tokens, read) + head(config, inner, read)
+    return matrices(config, tokens, read) + 2 * learned + 2 * attention(config, *pairs) - spared
+
+
+def recomputation(config: Config, r: int, tokens: int, read: int, pairs: tuple[int, int]) -> int:
+    """Activation checkpointing runs every block again, up to the last thing that its backward needs: the product with
+    the adapter's up-matrix at the end of a block is not repeated."""
+    forward = matrices(config, tokens, read) + adapter(config, r, tokens, read) + attention(config, *pairs)
+    return forward - sum(2 * t * r * n for name, _, n, t in each(config, tokens, read) if name == "ff_out")
+
+
+# --------------------------------------------------------------------------------------------------------- one record
+
+
+def seen(config: Config, ask: Ask) -> int:
+    """Tower and connector: what has to be done once, however often the pictures are read."""
+    return tower(config, ask.views) + connector(config, ask.pooled, ask.window)
+
+
+def one_pass(config: Config, ask: Ask, mode: str, inner: int = 1024, r: int = 0) -> dict[str, int]:
+    """FLOPs of the decoder, an adapter of rank r beside every matrix, and the head, by part; no pictures."""
+    mask, read = ask.mask(mode), len(ask.responses)
+    return {
+        "matrices": matrices(config, mask.record.shape[1], read),
+        "attention": attention(config, *executed(mask, ask.read)),
+        "adapter": adapter(config, r, mask.record.shape[1], read),
+        "head": head(config, inner, read),
+    }
+
+
+def separate(config: Config, ask: Ask, inner: int = 1024) -> int:
+    """N passes over one response each, without the pictures."""
+    alone = [Ask(ask.prompt, ask.pictures, (R,)) for R in ask.responses]
+    return sum(sum(one_pass(config, a, "joint", inner).values()) for a in alone)
+
+
+def training_step(config: Config, ask: Ask, mode: str, r: int, inner: int) -> int:
+    """One record of a training step with activation checkpointing, its pictures included."""
+    tokens, read, pairs = ask.tokens, len(ask.responses), executed(ask.mask(mode), ask.read)
+    return (
+        seen(config, ask)
+        + sum(one_pass(config, ask, mode, inner, r).values())
+        + backward(config, r, inner, tokens, read, pairs)
+        + recomputation(config, r, tokens, read, pairs)
+    )
+
+
+def picture_tokens(grid: tuple[int, int, int, int], markup: Markup) -> int:
+    """Tokens of one picture in a prompt: two grids between a start and an end, perhaps a token a row."""
+    low_rows, low_columns, rows, columns = grid
+    low = low_rows * (low_columns + (markup.image_use_col_tokens and markup.use_single_crop_col_tokens))
+    return 4 + low + rows * (columns + markup.image_use_col_tokens)

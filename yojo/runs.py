@@ -1,0 +1,118 @@
+"""Unfinished runs in files: `--out runs/rm` is written when a run is complete; until then `runs/rm.training` holds its
+state, from which `--resume` goes on.
+
+See it: `pytest tests/test_fit.py tests/test_faults.py`.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from yojo.core import parallel
+from yojo.core.training import Log, NotFinite, RunState
+from yojo.files import InputError, add_line, whole_file
+
+
+def random_states() -> dict:
+    """Those of torch's generators, which dropout draws from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"random": torch.get_rng_state(), "random_cuda": cuda}
+
+
+class SavedRun(RunState):
+    """A run whose state is kept in `folder`: `state.pt`, written whole or not at all, and a line a step in
+    `metrics.jsonl`. If a state is there already, the run goes on from it, provided that its settings and `about`, which
+    says what is trained on what, are the same. Of several processes the first one writes."""
+
+    def __init__(self, folder: Path, about: dict | None = None):
+        self.folder, self.about = folder, about or {}
+
+    def resume(self, settings: dict, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Log:
+        """The log so far, [] where nothing is saved. Steps after the save are done again."""
+        self.about, self.parameters, self.optimizer = {**settings, **self.about}, parameters, optimizer
+        log = self._read() if (self.folder / "state.pt").exists() else []
+        parallel.wait()  # all have read the state before the first writes again
+        if parallel.first():
+            with whole_file(self.folder / "metrics.jsonl") as temporary:
+                temporary.write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+        return log
+
+    def _read(self) -> Log:
+        try:
+            state = torch.load(self.folder / "state.pt", weights_only=True)
+            theirs, ours = json.loads(state["about"]), json.loads(json.dumps(self.about))
+        except Exception as error:  # torch.load raises many kinds
+            raise InputError(f"{self.folder / 'state.pt'} is not the state of a run ({error}): start over") from None
+        if changed := [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]:
+            key = changed[0]
+            raise InputError(
+                f"{self.folder} holds another run: its {key} is {theirs.get(key)!r}, not {ours.get(key)!r}; resume "
+                "with the same arguments, or start over"
+            )
+        with torch.no_grad():
+            for p, saved in zip(self.parameters, state["parameters"], strict=True):
+                p.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"]:
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+        return state["log"]
+
+    def begin_step(self) -> None:
+        self.before = random_states()
+
+    def add(self, entry: dict[str, float]) -> None:
+        if parallel.first():
+            add_line(self.folder / "metrics.jsonl", entry)
+
+    def save(self, log: Log) -> None:
+        """In one file, everything that the run needs to go on as if it had never stopped."""
+        self._write(log, random_states())
+
+    def save_before(self, log: Log, error: NotFinite) -> None:
+        try:
+            self._write(log, self.before)
+        except InputError as fault:
+            raise NotFinite(error.step, f"{error.args[1]}; {fault}") from None
+
+    def _write(self, log: Log, states: dict) -> None:
+        if not parallel.first():
+            return
+        state = {
+            "about": json.dumps(self.about, sort_keys=True),
+            "parameters": [p.detach() for p in self.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "log": log,
+            **states,
+        }
+        with whole_file(self.folder / "state.pt") as temporary:
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(f"torch could not write it, is the disk full? ({error})") from None
+
+
+def place(out: Path, overwrite: bool, resume: bool) -> Path:
+    """The folder of a run's state; refuses what it was not told to replace."""
+    out = out.absolute()
+    training = out.with_name(out.name + ".training")
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists already: choose another --out, or say --overwrite")
+    if resume and not training.exists():
+        raise InputError(f"there is no unfinished run at {training} to resume")
+    if training.exists() and not resume and not overwrite:
+        raise InputError(f"{training} holds an unfinished run: say --resume to go on, --overwrite to start over")
+    return training
+
+
+def start_over(training: Path, resume: bool) -> None:
+    """An empty folder for the run's state, or, resuming, the one that is there. Called once all input is known good."""
+    try:
+        if training.exists() and not resume:
+            shutil.rmtree(training)
+        training.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {training}: {error.strerror}") from None

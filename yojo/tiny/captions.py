@@ -1,0 +1,213 @@
+"""GRPO on the tiny world, where every answer's true quality is known: `yojo.grpo --tiny`.
+
+A policy that starts from noisy captions is trained by the scores of a reward model, joint or isolated, or, as controls,
+by chance or by the truth itself. What counts is the true quality of its answers to new questions.
+
+See it: `python -m yojo.grpo --tiny`; `pytest tests/test_grpo.py`.
+"""
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from yojo import metrics
+from yojo.cli import WEIGHTS, pool
+from yojo.core import lora
+from yojo.core.generate import generate
+from yojo.core.grpo import POLICY, GrpoConfig, Judge, Question, judge_of, log_probs, train_policy
+from yojo.core.lora import LoraConfig
+from yojo.core.mask import AttentionMask
+from yojo.core.reward import RewardModel
+from yojo.core.training import FitConfig, fit
+from yojo.files import InputError, whole_folder
+from yojo.runs import start_over
+from yojo.store import load_adapter, save_adapter
+from yojo.tiny import world
+from yojo.tiny.experiment import NAMES
+
+START = "start"  # the adapter that it started from
+START_STEPS = 120  # of --make-start
+STARTS_FROM = WEIGHTS / "tiny-policy"
+
+
+@dataclass(frozen=True)
+class SceneQuestion(Question):
+    """A question about a scene, whose truth is known."""
+
+    scene: world.Scene | None = None
+
+
+def quality(q: SceneQuestion, text: str) -> float:
+    """Share of the five facts that the question did not give away which are stated and true."""
+    word, found = asked_about(q), world.DESCRIPTION.fullmatch(text)
+    facts = q.scene.facts(q.scene.find(word))
+    asked = [slot for slot in facts if facts[slot] != word]
+    return sum(found[slot] == facts[slot] for slot in asked) / len(asked) if found else 0.0
+
+
+def asked_about(q: SceneQuestion) -> str:
+    """The colour or the shape that the question names."""
+    return q.prompt.removeprefix("Describe the ").removesuffix(".").removesuffix(" thing")
+
+
+def question(rng: random.Random) -> SceneQuestion:
+    scene = world.make_scene(rng)
+    prompt = world.ask(rng.choice(scene.things), rng.choice(("colour", "shape")))
+    return SceneQuestion(prompt, [world.render(scene)], None, scene)
+
+
+WRONG = {slot: 0.6 if slot == "size" else 0.3 for slot in world.SLOTS}  # greedy answers lie about the size
+
+
+def noisy_caption(q: SceneQuestion, rng: random.Random, wrong: dict[str, float] = WRONG) -> str:
+    """A description in which each fact is wrong with some probability, but never the one that the question names."""
+    word = asked_about(q)
+    facts = dict(q.scene.facts(q.scene.find(word)))
+    for slot, values in world.SLOTS.items():
+        if facts[slot] != word and rng.random() < wrong[slot]:
+            facts[slot] = rng.choice([v for v in values if v != facts[slot]])
+    return world.describe(facts)
+
+
+class Captions:
+    """`loss(step, part)` for `fit`: minus the log-probability of noisy captions, four to a picture."""
+
+    def __init__(self, rm: RewardModel, seed: int, pictures: int = 12):
+        self.rm, self.seed, self.pictures = rm, seed, pictures
+
+    def __call__(self, step: int, part: int) -> tuple[Tensor, dict[str, float]]:
+        rng, groups = random.Random(f"{self.seed} captions {step} {part}"), []
+        tokenizer, end = self.rm.processor.tokenizer, self.rm.backbone.config.eos_id
+        for _ in range(self.pictures):
+            q = question(rng)
+            encoded = self.rm.processor.encode(q.prompt, [], q.images)
+            with torch.no_grad():
+                features = self.rm.backbone.see(encoded.pictures.patches, encoded.pictures.pooling)
+            said = [torch.tensor([*tokenizer.encode(noisy_caption(q, rng)), end]) for _ in range(4)]
+            groups.append((encoded, features, said))
+        return -log_probs(self.rm.backbone, groups, POLICY, 1.0).mean(), {}
+
+
+def make_start(out: Path, steps: int, seed: int, overwrite: bool) -> dict:
+    """Fine-tune an adapter on noisy captions: a policy with room to learn."""
+    rm = RewardModel.load(WEIGHTS / NAMES["joint"], lm_head=True)
+    generator = torch.Generator().manual_seed(seed)
+    parameters = lora.add(rm.backbone, POLICY, LoraConfig(r=8, alpha=16, dropout=0.0), generator)
+    with whole_folder(out, overwrite) as new:
+        log = fit(Captions(rm, seed), parameters, FitConfig(steps=steps, lr=3e-3, warmup=10), title="captions")
+        save_adapter(rm.backbone, POLICY, new)
+    return {"loss": log[-1]["loss"]}
+
+
+@torch.no_grad()
+def examine(
+    rm: RewardModel, adapter: str, c: GrpoConfig, seed: int, temperature: float, count: int = 100
+) -> list[float]:
+    """True quality of answers to new questions: greedy ones, or four sampled ones each."""
+    rng, generator, values = random.Random(f"{seed} examine"), torch.Generator().manual_seed(seed), []
+    n = 1 if temperature == 0 else 4
+    for _ in range(count):
+        q = question(rng)
+        encoded = rm.processor.encode(q.prompt, [], q.images)
+        features = rm.backbone.see(encoded.pictures.patches, encoded.pictures.pooling)
+        image = encoded.image[None]
+        mask = AttentionMask(torch.zeros_like(image, dtype=torch.long), encoded.response[None], image, "joint")
+        said = generate(
+            rm.backbone, encoded.ids[None], features, mask, n, c.max_new_tokens, temperature, generator, adapter
+        )
+        end = rm.backbone.config.eos_id
+        texts = [
+            rm.processor.tokenizer.decode([t for t in row if t != end and t != rm.backbone.config.pad_id])
+            for row in said.tolist()
+        ]
+        values.append(metrics.mean([quality(q, text) for text in texts]))
+    return values
+
+
+REWARDS = ("joint", "isolated")
+CONTROLS = ("random", "oracle")
+
+
+def tiny_run(name: str, seed: int, c: GrpoConfig, threads: int, folder: Path | None) -> dict:
+    """One policy trained with one reward, in a process of its own."""
+    torch.set_num_threads(threads)
+    rm = RewardModel.load(WEIGHTS / NAMES["isolated" if name == "isolated" else "joint"], lm_head=True)
+    for adapter in (START, POLICY):
+        load_adapter(rm.backbone, adapter, STARTS_FROM)
+        for p in lora.parameters(rm.backbone, adapter):
+            p.requires_grad_(False)
+    rng = random.Random(f"{seed} {name}")
+    judges: dict[str, Judge] = {
+        "random": lambda q, texts, seen, features: [rng.gauss(0, 1) for _ in texts],
+        "oracle": lambda q, texts, seen, features: [quality(q, text) for text in texts],
+    }
+    judge = judges.get(name) or judge_of(rm, name)
+
+    def draw(step: int) -> list[SceneQuestion]:
+        drawn = random.Random(f"{seed} questions {step}")
+        return [question(drawn) for _ in range(c.prompts)]
+
+    def tell(entry: dict) -> None:
+        parts = [f"{entry[f'{part}_share']:.0%} {part}" for part in ("rollout", "scoring", "update")]
+        print(
+            f"{name:9s}{entry['step']:4d}  reward {entry['reward']:7.3f}  quality {entry['quality']:.3f}  "
+            f"kl {entry['kl']:.4f}  length {entry['length']:4.1f}  {', '.join(parts)}",
+            flush=True,
+        )
+
+    result = {"name": name, "seed": seed}
+    for when, adapter in (("before", START), ("after", POLICY)):
+        if when == "after":
+            result["log"] = train_policy(rm, judge, draw, c, seed, START, tell=tell, quality=quality)
+        for kind, temperature in (("sampled", c.temperature), ("greedy", 0.0)):
+            result[f"{kind}_{when}"] = examine(rm, adapter, c, seed, temperature)
+    if name == "joint":
+        result["cooler"] = examine(rm, START, c, seed, 0.5)
+    if folder is not None:
+        lines = (json.dumps(entry) for entry in result["log"])
+        (folder / f"{name}-{seed}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return result
+
+
+def tiny(c: GrpoConfig, names: Sequence[str], seeds: Sequence[int], out: Path | None, overwrite: bool) -> list[dict]:
+    start = time.monotonic()
+    if not (STARTS_FROM / "adapter_config.json").exists():
+        raise InputError(f"{STARTS_FROM} is missing: make it with `python -m yojo.grpo --make-start`")
+    if out is not None and out.exists() and not overwrite:
+        raise InputError(f"{out} exists already: choose another --out, or say --overwrite")
+    if out is not None:
+        start_over(out, resume=True)
+    jobs = [(name, seed) for seed in seeds for name in names]
+    processes, threads = pool(len(jobs))
+    with processes:
+        started = [processes.submit(tiny_run, name, seed, c, threads, out) for name, seed in jobs]
+        runs = [job.result() for job in started]
+    rows = []
+    print(f"\ntrue quality of answers to new questions, seeds {list(seeds)}, 95% intervals over questions")
+    print(f"{'reward':22s}{'sampled before':>16s}{'sampled after':>24s}{'greedy before':>16s}{'greedy after':>24s}")
+    for name in names:
+        mine = [r for r in runs if r["name"] == name]
+        row: dict = {"reward": name}
+        for key in ("sampled_before", "sampled_after", "greedy_before", "greedy_after"):
+            values = [v for r in mine for v in r[key]]
+            row[key], row[f"{key}_interval"] = metrics.mean(values), metrics.interval(values)
+        rows.append(row)
+        cells = [f"{row['sampled_before']:16.3f}", with_interval(row, "sampled_after"), f"{row['greedy_before']:16.3f}"]
+        print(f"{name:22s}" + "".join(cells) + with_interval(row, "greedy_after"))
+    cooler = [v for r in runs if "cooler" in r for v in r["cooler"]]
+    if cooler:
+        rows.append({"reward": "none", "temperature": 0.5, "sampled_after": metrics.mean(cooler)})
+        print(f"{'none, temperature 0.5':22s}{'':16s}{metrics.mean(cooler):24.3f}")
+    print(f"{time.monotonic() - start:.1f} seconds")
+    return rows
+
+
+def with_interval(row: dict, key: str) -> str:
+    low, high = row[f"{key}_interval"]
+    return f"{row[key]:.3f} [{low:.3f}, {high:.3f}]".rjust(24)

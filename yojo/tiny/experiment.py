@@ -1,0 +1,187 @@
+"""Train a joint and an isolated reward model on the tiny world, and say what their accuracy means: `yojo.train --tiny`.
+
+Accuracy is best-of-N on records that were not trained on. Beside it stand the controls (the picture blanked, or swapped
+with another record's) and baselines that read no picture.
+
+See it: `python -m yojo.train --tiny`; `pytest -m slow tests/test_tiny.py`.
+"""
+
+import json
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from yojo import metrics
+from yojo.cli import WEIGHTS, pool
+from yojo.core.data import Record, read_records
+from yojo.core.lora import LoraConfig
+from yojo.core.mask import MODES
+from yojo.core.reward import RewardModel
+from yojo.core.training import Dataset, FitConfig, Recipe, evaluate, train
+from yojo.files import InputError
+from yojo.metrics import accuracies
+from yojo.tiny import world
+
+TINY = Recipe(
+    lora=LoraConfig(r=16, alpha=64, dropout=0.0),
+    inner=128,
+    records=32,
+    fit=FitConfig(steps=200, lr=2e-3, warmup=10, schedule="cosine"),
+)
+CORROBORATED = replace(
+    TINY,
+    lora=LoraConfig(r=32, alpha=64, dropout=0.0),
+    records=64,
+    fit=replace(TINY.fit, steps=220, betas=(0.9, 0.95)),
+)
+TASKS = {
+    # task: recipe, responses to choose among
+    "absolute": (TINY, 4),
+    "corroborated": (CORROBORATED, 6),
+}
+SCENES, TEST, HELD_OUT = 2400, 2000, 1000
+CONTROLS = 1000  # of the test groups, shown with other pictures
+NAMES = {"joint": "tiny-rm", "isolated": "tiny-rm-isolated"}
+
+
+def write_world(folder: Path, task: str, recipe: Recipe, sizes: Sequence[int], seed: int, paraphrase: bool) -> None:
+    """train, test and heldout records of the tiny world, as JSONL and PNG files; `sizes`: responses in training."""
+    n, count = TASKS[task][1], recipe.records * recipe.fit.steps
+    for name, total, scenes, many, held_out in (
+        ("train", count, min(SCENES, count), tuple(sizes), False),
+        ("test", TEST, TEST, (n,), False),
+        ("heldout", HELD_OUT, HELD_OUT, (n,), True),
+    ):
+        rng = random.Random(f"{seed} {task} {name}")
+        made = world.records(rng, task, total, scenes, many, held_out, paraphrase)
+        world.write_records(folder, name, made)
+
+
+def tiny_run(
+    recipe: Recipe, mode: str, seed: int, folder: Path, out: Path | None, overwrite: bool, threads: int
+) -> dict:
+    """Train one mode on the records in `folder` and measure it. Runs in a process of its own."""
+    torch.set_num_threads(threads)
+    rm = RewardModel.new(WEIGHTS / "tiny", mode, recipe.lora, recipe.inner, seed=seed)
+    data = Dataset(read_records(folder / "train.jsonl"), rm, keep=True)
+    log = train(data, recipe, seed, f"{mode} seed {seed}")
+    if out is not None:
+        (folder / mode).mkdir()
+        curve = folder / mode / "metrics.jsonl"
+        curve.write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+        rm.save(out / NAMES[mode], overwrite, also=[curve])
+    rm.merge()  # faster, and nothing more is learned
+    test, heldout = read_records(folder / "test.jsonl"), read_records(folder / "heldout.jsonl")
+    data = Dataset(test, rm, keep=True, shows=("own", "blank"))
+    own, controls = evaluate(data, seed), Dataset(test[:CONTROLS], rm, keep=False)
+    controls.kept = data.kept
+    rng = random.Random(f"{seed} noise")
+    figures = {
+        mode: accuracies(own, test),
+        f"{mode}_blank": accuracies(evaluate(controls, seed, "blank"), controls.records),
+        f"{mode}_swapped": accuracies(evaluate(controls, seed, "swapped"), controls.records),
+        f"{mode}_heldout": accuracies(evaluate(Dataset(heldout, rm, keep=True), seed), heldout),
+        f"{mode}_vote": accuracies([metrics.vote(s, r.responses) for s, r in zip(own, test, strict=True)], test),
+        f"{mode}_noise": accuracies([metrics.with_noise(s, rng) for s in own], test),
+    }
+    return {"seed": seed, "mode": mode, "figures": figures}
+
+
+def tiny(
+    task: str,
+    recipe: Recipe,
+    sizes: Sequence[int],
+    modes: Sequence[str],
+    seeds: Sequence[int],
+    out: Path | None,
+    overwrite: bool,
+    paraphrase: bool,
+) -> dict:
+    """Train and measure every mode and seed, two at a time where there are two cores."""
+    start = time.monotonic()
+    for mode in modes if out is not None else ():
+        if (out / NAMES[mode]).exists() and not overwrite:
+            raise InputError(f"{out / NAMES[mode]} exists already: choose another --out, or say --overwrite")
+    processes, threads = pool(len(modes) * len(seeds))
+    with tempfile.TemporaryDirectory() as temporary, processes:
+        jobs, tests = [], []
+        for seed in seeds:
+            folder = Path(temporary) / str(seed)
+            write_world(folder, task, recipe, sizes, seed, paraphrase)
+            jobs += [processes.submit(tiny_run, recipe, m, seed, folder, out, overwrite, threads) for m in modes]
+            tests.append(read_records(folder / "test.jsonl"))
+        runs = [job.result() for job in jobs]
+    result = summary(task, runs, [record for test in tests for record in test])
+    result["ceilings"] = world.PARAPHRASED if paraphrase else world.CEILINGS
+    result["seconds"] = round(time.monotonic() - start, 1)
+    print(table(result))
+    return result
+
+
+def summary(task: str, runs: list[dict], test: list[Record]) -> dict:
+    """Means over seeds of every figure, and the baselines. The 95% intervals resample test groups: they say nothing of
+    how much models differ from seed to seed, for which there is `per_seed`."""
+    pooled: dict[str, list[float]] = {}
+    for r in runs:
+        for name, values in r["figures"].items():
+            pooled.setdefault(name, []).extend(values)
+    for name, baseline in metrics.BASELINES.items():
+        pooled[name] = accuracies([baseline(r.responses) for r in test], test)
+    if task == "corroborated":
+        pooled["any_true"] = accuracies([[float(rank <= 3) for rank in r.rankings] for r in test], test)
+    seeds = sorted({r["seed"] for r in runs})
+    per_seed = [
+        {"seed": s, **{k: metrics.mean(v) for r in runs if r["seed"] == s for k, v in r["figures"].items()}}
+        for s in seeds
+    ]
+    return {
+        "task": task,
+        "n": TASKS[task][1],
+        "groups": len(test),
+        "any_true": None,
+        **{name: metrics.mean(values) for name, values in pooled.items()},
+        "intervals": {name: metrics.interval(values) for name, values in pooled.items()},
+        "per_seed": per_seed,
+    }
+
+
+ROWS = {
+    "": "own picture",
+    "_heldout": "own picture, held-out colour-shape pairs",
+    "_blank": "picture blanked (1,000 groups)",
+    "_swapped": "another record's picture (1,000 groups)",
+}
+
+
+def table(r: dict) -> str:
+    """What `--tiny` prints."""
+
+    def cell(name: str) -> str:
+        low, high = r["intervals"].get(name, (0, 0))
+        return f"{r[name]:.3f} [{low:.3f}, {high:.3f}]".rjust(24) if name in r else "-".rjust(24)
+
+    seeds = [s["seed"] for s in r["per_seed"]]
+    lines = [
+        f"\nbest-of-{r['n']} accuracy, task {r['task']}, {r['groups']} held-out groups, seeds {seeds}, "
+        "95% intervals over groups"
+    ]
+    lines.append(f"{'':42s}{'joint':>24s}{'isolated':>24s}")
+    for suffix, what in ROWS.items():
+        lines.append(f"{what:42s}{cell('joint' + suffix)}{cell('isolated' + suffix)}")
+    if r["task"] == "corroborated":
+        lines.append(f"{'scores with noise':42s}{cell('joint_noise')}{cell('isolated_noise')}")
+        lines.append(f"{'scores, then a vote over identical texts':42s}{cell('joint_vote')}{cell('isolated_vote')}")
+        ceilings = "".join(f"{r['ceilings'][k]:24.3f}" for k in ("joint", "isolated"))
+        lines.append(f"{'exact ceiling':42s}{ceilings}")
+    lines.append("without a picture: " + ", ".join(f"{name} {r[name]:.3f}" for name in metrics.BASELINES))
+    for mode in [m for m in MODES if m in r] if len(seeds) > 1 else ():
+        lines.append(f"{mode}, own picture, seed by seed: " + ", ".join(f"{s[mode]:.3f}" for s in r["per_seed"]))
+    if r["any_true"] is not None:
+        lines.append(f"a random true answer: {r['any_true']:.3f}")
+    lines.append(f"{r['seconds']} seconds")
+    return "\n".join(lines)
