@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from yojo import bench, checkpoint, evaluate, flops, grpo, hacking, pretrain, score, train, votes
+from yojo import bench, checkpoint, cli, evaluate, flops, grpo, hacking, pretrain, score, train, votes
 from yojo.cli import WEIGHTS
 from yojo.core import training
 from yojo.core.molmo2 import Molmo2
@@ -100,6 +100,27 @@ def test_help_explains_every_option(command, module, monkeypatch):
     for parser in parsers:
         for action in parser._actions:
             assert action.help or not action.option_strings, f"{parser.prog} {action.option_strings}"
+
+
+@pytest.mark.parametrize(
+    "module, words",
+    [
+        (score, ["--tiny"]),
+        (train, ["--tiny"]),
+        (grpo, ["--tiny"]),
+        (grpo, ["--make-start"]),
+        (evaluate, ["--tiny"]),
+        (hacking, []),
+        (pretrain, ["--out", "{folder}/a"]),
+        (flops, ["--shape", "tiny"]),
+        (bench, ["score", "--shape", "tiny"]),
+        (checkpoint, ["random", "--shape", "tiny", "--out", "{folder}/b"]),
+    ],
+)
+def test_an_installed_package_says_where_the_weights_are(refused, monkeypatch, tmp_path, module, words):
+    monkeypatch.setattr(cli, "WEIGHTS", tmp_path / "site-packages/weights")
+    refused("the tiny weights", module, *(word.format(folder=tmp_path) for word in words))
+    assert not list(tmp_path.iterdir())
 
 
 def test_score_tiny_prints_a_ranked_table(command, tmp_path):

@@ -9,6 +9,7 @@ import ast
 import io
 import re
 import tokenize
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,12 @@ def test_the_commands_are_known():
     """Or the rule above would hold of nothing."""
     names = "bench checkpoint evaluate flops grpo hacking pretrain score train votes".split()
     assert {f"yojo.{name}" for name in names} == COMMANDS
+
+
+def test_an_installed_package_has_every_folder():
+    project = tomllib.loads((YOJO.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {".".join(path.parent.relative_to(YOJO.parent).parts) for path in YOJO.rglob("*.py")}
+    assert set(project["tool"]["setuptools"]["packages"]) == folders
 
 
 def test_core_files_do_not_ask_which_process_they_are():

@@ -37,7 +37,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from yojo.cli import COMPILE, DTYPES, WEIGHTS, Parser, run
+from yojo.cli import COMPILE, DTYPES, Parser, run, shipped
 from yojo.core import flops, lora
 from yojo.core.data import Batch, collate
 from yojo.core.generate import Cache
@@ -610,7 +610,7 @@ def tiny_records(rm: RewardModel, count: int, seed: int) -> list[Encoded]:
 @torch.no_grad()
 def batch(args: argparse.Namespace) -> list[dict]:
     """Many records of unequal length, scored by the shipped model in two ways."""
-    rm = RewardModel.load(WEIGHTS / "tiny-rm", device=args.device)
+    rm = RewardModel.load(shipped("weights/tiny-rm"), device=args.device)
     records = tiny_records(rm, args.n, args.seed)
     scores = {}
 
@@ -643,7 +643,7 @@ def drift(args: argparse.Namespace) -> list[dict]:
     for name in ("tiny-rm", "tiny-rm-isolated"):
         scores = []
         for dtype in (torch.float32, torch.bfloat16):
-            rm = RewardModel.load(WEIGHTS / name, dtype=dtype, device=args.device)
+            rm = RewardModel.load(shipped(f"weights/{name}"), dtype=dtype, device=args.device)
             scores.append(list(rm.score_all(tiny_records(rm, args.n, args.seed))))
             if not all(math.isfinite(score) for group in scores[-1] for score in group):
                 raise FloatingPointError(f"{name} in {dtype}: scores are not finite")

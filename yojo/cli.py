@@ -21,6 +21,17 @@ DTYPE = {"choices": DTYPES, "help": "what to compute in; if not given, float32 o
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # relative to the package, not to the current folder
 
 
+def shipped(name: str) -> Path:
+    """What stands beside the package in the repository, and is missing where it was installed without it."""
+    path = WEIGHTS.parent / name
+    if not path.exists():
+        raise InputError(
+            f"no {path}: the tiny weights and what else is not code live in the repository: clone it, and run "
+            "`pip install -e .` there"
+        )
+    return path
+
+
 class Parser(argparse.ArgumentParser):
     """A parser with the options every command has."""
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from yojo import metrics
-from yojo.cli import WEIGHTS, Parser, run
+from yojo.cli import Parser, run, shipped
 from yojo.core.data import Batch
 from yojo.core.grpo import POLICY, GrpoConfig, Judge, Question, advantages, group_rewards, judge_of, sample_group
 from yojo.core.mask import PROMPT, AttentionMask
@@ -78,7 +78,7 @@ READINGS = {"searched": searched, "constructed": lambda rm: judge_of(rm, "joint"
 
 def load() -> RewardModel:
     """The joint reward model, with the policy of `grpo --tiny`."""
-    rm = RewardModel.load(WEIGHTS / NAMES["joint"], lm_head=True)
+    rm = RewardModel.load(shipped(f"weights/{NAMES['joint']}"), lm_head=True)
     load_adapter(rm.backbone, POLICY, STARTS_FROM)
     return rm
 

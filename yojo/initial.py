@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from yojo.cli import WEIGHTS
+from yojo.cli import shipped
 from yojo.core.config import Config, ImageConfig, preprocessor_json
 from yojo.core.molmo2 import Molmo2
 from yojo.files import InputError, read_json, whole_folder, write_json
@@ -28,7 +28,7 @@ def shape_config(shape: str, layers: int | None = None, vision_layers: int | Non
     last layer and, as in the release, the one six below, or its first."""
     if shape not in SHAPES:
         raise InputError(f"shape {shape!r} is none of {SHAPES}")
-    c = Config() if shape == RELEASED else read_config(WEIGHTS / "tiny")
+    c = Config() if shape == RELEASED else read_config(shipped("weights/tiny"))
     for option, asked, most in (
         ("--layers", layers, c.text.num_hidden_layers),
         ("--vision-layers", vision_layers, c.vision_depth),
@@ -90,7 +90,7 @@ def write_random(
             write_json(new / "tokenizer.json", stand_in_tokenizer(config))
         else:
             for name in COMPANIONS:
-                shutil.copyfile(WEIGHTS / "tiny" / name, new / name)
+                shutil.copyfile(shipped("weights/tiny") / name, new / name)
         files = [f"model-{i:05d}-of-{parts:05d}.safetensors" for i in range(1, parts + 1)]
         with tqdm(total=total * dtype.itemsize, desc="writing", unit="B", unit_scale=True, mininterval=1) as bar:
             for file, some in zip(files, names, strict=True):
@@ -125,7 +125,7 @@ def _write_shard(path: Path, sizes: dict[str, torch.Size], config: Config, dtype
 def stand_in_tokenizer(config: Config) -> dict:
     """`tokenizer.json` of `weights/tiny`, filled up so that every added token has the id it has in the release. It
     makes a random checkpoint usable; its token counts are not the release's."""
-    raw = read_json(WEIGHTS / "tiny/tokenizer.json")
+    raw = read_json(shipped("weights/tiny") / "tokenizer.json")
     vocabulary, added = raw["model"]["vocab"], {token["content"]: token for token in raw["added_tokens"]}
     vocabulary |= {f"|<FILLER_{i}>|": i for i in range(len(vocabulary), config.pad_id)}  # no text produces them
     below = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -30,7 +30,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as BPE
 from torch import Tensor, nn
 
-from yojo.cli import WEIGHTS, Parser, run
+from yojo.cli import WEIGHTS, Parser, run, shipped
 from yojo.core.config import AdapterConfig, Config, ImageConfig, Markup, TextConfig, VisionConfig, preprocessor_json
 from yojo.core.data import join
 from yojo.core.generate import generate
@@ -86,7 +86,7 @@ def corpus() -> list[str]:
     """What the tokenizer is trained on: the world's own sentences, and some English of a fixed wording (`LICENSE`)."""
     rng = random.Random(0)
     sentences = [text for _ in range(4000) for talk in talks(world.make_scene(rng), rng, 4) for text in talk]
-    english = (WEIGHTS.parent / "LICENSE").read_text(encoding="utf-8").splitlines()
+    english = shipped("LICENSE").read_text(encoding="utf-8").splitlines()
     return ["user\n" + text for text in sentences] + ["assistant\n"] * 4000 + english
 
 

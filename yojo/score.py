@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from yojo.cli import COMPILE, DTYPE, WEIGHTS, Parser, run
+from yojo.cli import COMPILE, DTYPE, Parser, run, shipped
 from yojo.core.data import collate, read_records
 from yojo.core.mask import MODES
 from yojo.core.prompt import Encoded
@@ -26,6 +26,7 @@ from yojo.drawing import DRAWN_UP_TO, draw
 from yojo.files import InputError, whole_file
 from yojo.media import FRAMES, INTERVAL, open_video
 from yojo.tiny import world
+from yojo.tiny.experiment import NAMES
 
 MEANS = {
     "joint": "each answer attends to the question, itself and the answers before it",
@@ -88,7 +89,7 @@ def encode_all(rm: RewardModel, records: Sequence[tuple]) -> Iterator[Encoded]:
 def load(args: argparse.Namespace) -> RewardModel:
     if args.tiny == (args.model is not None):
         raise InputError("give either --tiny or --model DIR")
-    folder = WEIGHTS / ("tiny-rm-isolated" if args.mode == "isolated" else "tiny-rm") if args.tiny else args.model
+    folder = shipped(f"weights/{NAMES[args.mode or 'joint']}") if args.tiny else args.model
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", args.dtype and getattr(torch, args.dtype)
     return RewardModel.load(folder, args.base, dtype, device)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from yojo import metrics
-from yojo.cli import WEIGHTS, pool
+from yojo.cli import WEIGHTS, pool, shipped
 from yojo.core import lora
 from yojo.core.generate import generate
 from yojo.core.grpo import POLICY, GrpoConfig, Judge, Question, judge_of, log_probs, train_policy
@@ -96,7 +96,7 @@ class Captions:
 
 def make_start(out: Path, steps: int, seed: int, overwrite: bool) -> dict:
     """Fine-tune an adapter on noisy captions: a policy with room to learn."""
-    rm = RewardModel.load(WEIGHTS / NAMES["joint"], lm_head=True)
+    rm = RewardModel.load(shipped(f"weights/{NAMES['joint']}"), lm_head=True)
     generator = torch.Generator().manual_seed(seed)
     parameters = lora.add(rm.backbone, POLICY, LoraConfig(r=8, alpha=16, dropout=0.0), generator)
     with whole_folder(out, overwrite) as new:
@@ -137,7 +137,7 @@ CONTROLS = ("random", "oracle")
 def tiny_run(name: str, seed: int, c: GrpoConfig, threads: int, folder: Path | None) -> dict:
     """One policy trained with one reward, in a process of its own."""
     torch.set_num_threads(threads)
-    rm = RewardModel.load(WEIGHTS / NAMES["isolated" if name == "isolated" else "joint"], lm_head=True)
+    rm = RewardModel.load(shipped(f"weights/{NAMES['isolated' if name == 'isolated' else 'joint']}"), lm_head=True)
     for adapter in (START, POLICY):
         load_adapter(rm.backbone, adapter, STARTS_FROM)
         for p in lora.parameters(rm.backbone, adapter):
@@ -177,6 +177,7 @@ def tiny_run(name: str, seed: int, c: GrpoConfig, threads: int, folder: Path | N
 
 def tiny(c: GrpoConfig, names: Sequence[str], seeds: Sequence[int], out: Path | None, overwrite: bool) -> list[dict]:
     start = time.monotonic()
+    shipped(f"weights/{NAMES['joint']}")
     if not (STARTS_FROM / "adapter_config.json").exists():
         raise InputError(f"{STARTS_FROM} is missing: make it with `python -m yojo.grpo --make-start`")
     if out is not None and out.exists() and not overwrite:

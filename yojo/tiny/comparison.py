@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from yojo import metrics
-from yojo.cli import WEIGHTS
+from yojo.cli import shipped
 from yojo.core.data import read_records
 from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
@@ -84,7 +84,7 @@ def sizes(models: dict[str, Path], folder: Path, seed: int) -> list[dict]:
 
 
 def tables(seed: int) -> list[dict]:
-    shipped = {mode: WEIGHTS / NAMES[mode] for mode in MODES}
+    models = {mode: shipped(f"weights/{NAMES[mode]}") for mode in MODES}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         print("training two models on corroborated, which are not shipped:")
@@ -92,10 +92,10 @@ def tables(seed: int) -> list[dict]:
         compared = {mode: folder / NAMES[mode] for mode in MODES}
         print(f"\none set of weights under three masks, accuracy over {GROUPS} groups")
         print(f"{'task':22s}{'trained':10s}" + "".join(f"{name:>24s}" for name in MASKS))
-        rows = masks(shipped, World("absolute"), folder, seed)
-        rows += masks(shipped, World("absolute", noisy=NOISE), folder, seed)
+        rows = masks(models, World("absolute"), folder, seed)
+        rows += masks(models, World("absolute", noisy=NOISE), folder, seed)
         rows += masks(compared, World("corroborated", 6), folder, seed)
         print(f"\nbest-of-N accuracy on absolute, {GROUPS} groups, trained on 2 to 8 answers")
-        print("   N" + "".join(f"{name:>10s}" for name in (*shipped, "random")))
-        rows += sizes(shipped, folder / "sizes", seed)
+        print("   N" + "".join(f"{name:>10s}" for name in (*models, "random")))
+        rows += sizes(models, folder / "sizes", seed)
     return rows

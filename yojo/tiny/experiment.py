@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from yojo import metrics
-from yojo.cli import WEIGHTS, pool
+from yojo.cli import pool, shipped
 from yojo.core.data import Record, read_records
 from yojo.core.lora import LoraConfig
 from yojo.core.mask import MODES
@@ -67,7 +67,7 @@ def tiny_run(
 ) -> dict:
     """Train one mode on the records in `folder` and measure it. Runs in a process of its own."""
     torch.set_num_threads(threads)
-    rm = RewardModel.new(WEIGHTS / "tiny", mode, recipe.lora, recipe.inner, seed=seed)
+    rm = RewardModel.new(shipped("weights/tiny"), mode, recipe.lora, recipe.inner, seed=seed)
     data = Dataset(read_records(folder / "train.jsonl"), rm, keep=True)
     log = train(data, recipe, seed, f"{mode} seed {seed}")
     if out is not None:
@@ -104,6 +104,7 @@ def tiny(
 ) -> dict:
     """Train and measure every mode and seed, two at a time where there are two cores."""
     start = time.monotonic()
+    shipped("weights/tiny")
     for mode in modes if out is not None else ():
         if (out / NAMES[mode]).exists() and not overwrite:
             raise InputError(f"{out / NAMES[mode]} exists already: choose another --out, or say --overwrite")
