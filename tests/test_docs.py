@@ -67,7 +67,7 @@ def test_the_first_page_is_one_page():
 
 def test_every_file_is_named_in_readme_or_usage():
     text = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "USAGE.md"))
-    names = {path.stem for path in (ROOT / "yojo").glob("*.py")} - {"__init__"}
+    names = {path.stem for path in (ROOT / "yojo").rglob("*.py")} - {"__init__"}
     assert names <= set(re.findall(r"[`\[](\w+)(?:\.py)?[`\]]", text))
 
 
