@@ -139,11 +139,12 @@ def test_another_run_is_not_resumed(tmp_path):
     """The saved state remembers what was trained on what: a joint run can't go on as an isolated one."""
     w, loss = problem()
     c = FitConfig(steps=2, save_every=1)
-    fit(loss, [w], c, SavedRun(tmp_path, {"mode": "joint"}))
+    joint = SavedRun(tmp_path, {"mode": "joint"})
+    fit(loss, [w], c, joint)
     with pytest.raises(InputError, match="its mode is 'joint', not 'isolated'"):
         fit(loss, [w], c, SavedRun(tmp_path, {"mode": "isolated"}))
     with pytest.raises(InputError, match="its steps is 2, not 3"):
-        fit(loss, [w], FitConfig(steps=3, save_every=1), SavedRun(tmp_path, {"mode": "joint"}))
+        fit(loss, [w], FitConfig(steps=3, save_every=1), joint)
 
 
 def test_steps_logged_before_the_first_save_are_not_logged_twice(tmp_path):

@@ -16,7 +16,7 @@ from yojo.cli import DTYPES, Parser, run
 from yojo.core.lora import LoraConfig
 from yojo.core.prompt import Processor
 from yojo.initial import SHAPES, shape_config, write_random
-from yojo.weights import WTE, open_weights, read_config, shards
+from yojo.weights import open_weights, part_of, read_config, shards
 
 
 def show(folder: Path) -> dict:
@@ -51,23 +51,6 @@ def show(folder: Path) -> dict:
         "dtypes": sorted(dtypes),
         "memory": needs,
     }
-
-
-def part_of(name: str) -> str:
-    """The part of the network that a tensor belongs to."""
-    for start, part in PARTS.items():
-        if name.startswith(start):
-            return part
-    raise ValueError(name)
-
-
-PARTS = {
-    "model.vision_backbone.image_vit.": "vision tower",
-    "model.vision_backbone.": "connector",
-    WTE: "embedding table",
-    "model.transformer.": "decoder",
-    "lm_head.": "lm_head",
-}
 
 
 def main() -> None:

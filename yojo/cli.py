@@ -26,8 +26,8 @@ def shipped(name: str) -> Path:
     path = WEIGHTS.parent / name
     if not path.exists():
         raise InputError(
-            f"no {path}: the tiny weights and what else is not code live in the repository: clone it, and run "
-            "`pip install -e .` there"
+            f"no {path}: the tiny weights live in the repository, not in an installed package: clone it and run "
+            "`pip install -e .` there, or check them out again"
         )
     return path
 

@@ -32,7 +32,7 @@ class SavedRun(RunState):
 
     def resume(self, settings: dict, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Log:
         """The log so far, [] where nothing is saved. Steps after the save are done again."""
-        self.about, self.parameters, self.optimizer = {**settings, **self.about}, parameters, optimizer
+        self.identity, self.parameters, self.optimizer = {**settings, **self.about}, parameters, optimizer
         log = self._read() if (self.folder / "state.pt").exists() else []
         parallel.wait()  # all have read the state before the first writes again
         if parallel.first():
@@ -43,7 +43,7 @@ class SavedRun(RunState):
     def _read(self) -> Log:
         try:
             state = torch.load(self.folder / "state.pt", weights_only=True)
-            theirs, ours = json.loads(state["about"]), json.loads(json.dumps(self.about))
+            theirs, ours = json.loads(state["about"]), json.loads(json.dumps(self.identity))
         except Exception as error:  # torch.load raises many kinds
             raise InputError(f"{self.folder / 'state.pt'} is not the state of a run ({error}): start over") from None
         if changed := [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]:
@@ -82,7 +82,7 @@ class SavedRun(RunState):
         if not parallel.first():
             return
         state = {
-            "about": json.dumps(self.about, sort_keys=True),
+            "about": json.dumps(self.identity, sort_keys=True),
             "parameters": [p.detach() for p in self.parameters],
             "optimizer": self.optimizer.state_dict(),
             "log": log,

@@ -71,7 +71,7 @@ def save_adapter(model: nn.Module, name: str, folder: str | Path) -> None:
     (Path(folder) / "adapter_config.json").write_text(json.dumps(peft, indent=2) + "\n")
 
 
-# What PEFT can write and this file does not compute, with the value under which both mean the same.
+# What PEFT can write and `lora.py` does not compute, with the value under which both mean the same.
 PLAIN = {
     "peft_type": "LORA",
     "bias": "none",

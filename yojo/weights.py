@@ -317,3 +317,20 @@ def fingerprint(model: Molmo2, tokenizer_file: str | Path) -> dict[str, str]:
             first = p.flatten()[:64].to(torch.bfloat16).cpu().view(torch.int16).numpy()
             digest.update(f"{name} {list(p.shape)} ".encode() + first.tobytes())
     return {"weights": digest.hexdigest(), "tokenizer": hashlib.sha256(Path(tokenizer_file).read_bytes()).hexdigest()}
+
+
+PARTS = {
+    "model.vision_backbone.image_vit.": "vision tower",
+    "model.vision_backbone.": "connector",
+    WTE: "embedding table",
+    "model.transformer.": "decoder",
+    "lm_head.": "lm_head",
+}
+
+
+def part_of(name: str) -> str:
+    """The part of the network that a tensor belongs to."""
+    for start, part in PARTS.items():
+        if name.startswith(start):
+            return part
+    raise ValueError(name)

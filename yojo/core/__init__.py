@@ -1,18 +1,19 @@
-"""The method, in an order in which every file needs only those above it (* = read these; the rest when you need it):
+"""The method: read what has a star, the rest when you need it. Each file needs only those above it, but for the types
+of the cache in `molmo2.py`.
 
-  config.py     the numbers of a checkpoint
-* image.py      a picture becomes patches
-* mask.py       which token attends to which
-* prompt.py     text, pictures and responses become one row of token ids
-  ops.py        how the arithmetic is made fast; leave it closed at a first reading
-* lora.py       the matrices that are trained
-* molmo2.py     the network
-  generate.py   cache and sampling, for a policy only
-  data.py       records, and rows collated into a batch
-* reward.py     the vectors where responses end become scores
-* loss.py       scores and a known ranking become a loss
-  parallel.py   a step shared by several devices
-* training.py   records, scores, loss, gradient, step
-  grpo.py       a policy learns from such scores
-  flops.py      what a pass costs, counted
+      config.py     the numbers of a checkpoint
+    * image.py      a picture becomes patches
+    * mask.py       which token attends to which
+    * prompt.py     text, pictures and responses become one row of token ids
+      ops.py        how the arithmetic is made fast; leave it closed at a first reading
+    * lora.py       the matrices that are trained
+    * molmo2.py     the network
+      generate.py   cache and sampling, for a policy only
+      data.py       records, and rows collated into a batch
+    * reward.py     the vectors where responses end become scores
+    * loss.py       scores and a known ranking become a loss
+      parallel.py   a step shared by several devices
+    * training.py   records, scores, loss, gradient, step
+      grpo.py       a policy learns from such scores
+      flops.py      what a pass costs, counted
 """

@@ -1,8 +1,8 @@
 """The numbers of a checkpoint: of its network, of how pictures are cut, of how they are marked up in a prompt. Every
 default is Molmo2-4B's.
 
-`config.json` is read into `Config` by `weights.py`; the two files that a prompt needs are read here. `pytest
-tests/test_molmo2.py tests/test_image.py` hold the defaults against the released files.
+`config.json` is read into `Config` by `weights.py`; the two files that a prompt needs are read here. Against the
+released files the defaults are held by `pytest tests/test_molmo2.py tests/test_image.py`.
 """
 
 from dataclasses import dataclass, field

@@ -6,7 +6,7 @@ A record is one line of JSONL, in the schema of the released training code:
      "image": path | "images": [path, ...] | "video": path}
 
 rankings: 1 = best, ties allowed, one per response; only training and evaluation need them. Paths are relative to the
-JSONL file; a video is a folder of frames or an animation (`image.open_video`). A bad line raises `InputError` with
+JSONL file; a video is a folder of frames or an animation (`media.open_video`). A bad line raises `InputError` with
 the file and the line number; nothing is skipped.
 
 A batch lays records into rows. By default a row is a record; several records in one row see nothing of each other.

@@ -4,8 +4,8 @@
     h_i    = hidden at the last token of response i   gather: positions known from the prompt, never searched
     s_i    = (w2 silu(W1 h_i + b1) + b2) / sqrt(D)    score: in at least float32
 
-No logits are ever computed. `new`, `load` and `save` ask `store.py`, which knows the files: the only three places where
-the method knows of anything that serves it.
+No logits are ever computed. `collate` in `data.py` makes the batch and says which tokens are read. `new`, `load` and
+`save` ask `store.py`, which knows the files; nowhere else does `core/` use more than `files.py` and `media.py`.
 
     rm = RewardModel.load("weights/tiny-rm")
     rm.score("Describe the star.", ["a small red star, ...", "..."], image="picture.png")

@@ -55,8 +55,8 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a reward model is trained. Defaults are the released training script's; `tiny/experiment.py` has other
-    recipes."""
+    """How a reward model is made and trained. `records`, `loss` and `fit` are read here, the rest by those who make the
+    model and check the records. Defaults are the released training script's; `tiny/experiment.py` has others."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
     inner: int = 1024  # hidden units of the value head
@@ -68,18 +68,18 @@ class Recipe:
     fit: FitConfig = FitConfig(steps=0, accumulate=64)
 
 
-# ------------------------------------------------------------------------------------------------------------- the loop
-
-
-def learning_rate(step: int, c: FitConfig) -> float:
-    """A linear rise over `warmup` steps, then down to zero: along a line or half a cosine."""
-    if step < c.warmup:
-        return c.lr * (step + 1) / c.warmup
-    done = (step - c.warmup) / max(1, c.steps - c.warmup)
-    return c.lr * ((1 - done) if c.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
-
-
 Log = list[dict[str, float]]  # an entry a step
+
+
+class NotFinite(FloatingPointError):
+    """A loss or a gradient that is not a number, and the step at which it came."""
+
+    def __init__(self, step: int, why: str):
+        super().__init__(step, why)
+        self.step = step
+
+    def __str__(self) -> str:
+        return f"step {self.args[0]}: {self.args[1]}"
 
 
 class RunState:
@@ -98,11 +98,21 @@ class RunState:
     def save(self, log: Log) -> None:
         """Everything that the run needs to go on."""
 
-    def save_before(self, log: Log, error: "NotFinite") -> None:
+    def save_before(self, log: Log, error: NotFinite) -> None:
         """The same, as it was before this step. What keeps it from being saved is added to the error."""
 
 
 UNSAVED = RunState()
+
+# ------------------------------------------------------------------------------------------------------------- the loop
+
+
+def learning_rate(step: int, c: FitConfig) -> float:
+    """A linear rise over `warmup` steps, then down to zero: along a line or half a cosine."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    done = (step - c.warmup) / max(1, c.steps - c.warmup)
+    return c.lr * ((1 - done) if c.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
 
 def fit(
@@ -134,17 +144,6 @@ def fit(
         if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
             state.save(log)
     return log
-
-
-class NotFinite(FloatingPointError):
-    """A loss or a gradient that is not a number, and the step at which it came."""
-
-    def __init__(self, step: int, why: str):
-        super().__init__(step, why)
-        self.step = step
-
-    def __str__(self) -> str:
-        return f"step {self.args[0]}: {self.args[1]}"
 
 
 def train_step(loss, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, c: FitConfig) -> dict:
@@ -189,7 +188,7 @@ class Dataset:
 
     def __init__(self, records: Sequence[Record], rm: RewardModel, keep: bool, shows: Sequence[str] = ("own",)):
         self.records, self.rm = records, rm
-        self.crops: dict[int, int] = {}  # records whose pictures are cut into fewer crops
+        self.crops: dict[int, int] = {}  # of records that must be cut into fewer; set from outside, where at all
         self.kept: dict[Shown, tuple[Seen, Tensor | None]] = {}
         if keep:
             sources = list(dict.fromkeys(self.shown(i, show) for i in range(len(records)) for show in shows))

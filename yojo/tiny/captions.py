@@ -177,7 +177,7 @@ def tiny_run(name: str, seed: int, c: GrpoConfig, threads: int, folder: Path | N
 
 def tiny(c: GrpoConfig, names: Sequence[str], seeds: Sequence[int], out: Path | None, overwrite: bool) -> list[dict]:
     start = time.monotonic()
-    shipped(f"weights/{NAMES['joint']}")
+    shipped(f"weights/{NAMES['joint']}")  # or no work is begun
     if not (STARTS_FROM / "adapter_config.json").exists():
         raise InputError(f"{STARTS_FROM} is missing: make it with `python -m yojo.grpo --make-start`")
     if out is not None and out.exists() and not overwrite:

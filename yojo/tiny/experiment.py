@@ -104,7 +104,7 @@ def tiny(
 ) -> dict:
     """Train and measure every mode and seed, two at a time where there are two cores."""
     start = time.monotonic()
-    shipped("weights/tiny")
+    shipped("weights/tiny")  # or no work is begun
     for mode in modes if out is not None else ():
         if (out / NAMES[mode]).exists() and not overwrite:
             raise InputError(f"{out / NAMES[mode]} exists already: choose another --out, or say --overwrite")
