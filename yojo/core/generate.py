@@ -12,7 +12,7 @@ from torch import Tensor
 from yojo.core import lora
 from yojo.core.config import Config
 from yojo.core.mask import AttentionMask
-from yojo.core.molmo2 import Molmo2, at_least_float32
+from yojo.core.molmo2 import Molmo2
 
 
 class LayerCache:
@@ -79,6 +79,10 @@ def generate(
         if len(out) == max_new_tokens or bool(done.all()):
             return torch.stack(out, dim=1)
         hidden = model(out[-1][:, None], cache=cache, adapter=adapter)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from yojo.core import lora
-from yojo.core.generate import generate
+from yojo.core.generate import at_least_float32, generate
 from yojo.core.mask import PADDING, PROMPT, AttentionMask
-from yojo.core.molmo2 import Molmo2, at_least_float32
+from yojo.core.molmo2 import Molmo2
 from yojo.core.prompt import Encoded, Seen, Tokenizer
 from yojo.core.reward import RewardModel
 from yojo.core.training import UNSAVED, RunState

@@ -50,7 +50,7 @@ def plackett_luce(scores: Tensor, rank: Tensor) -> Tensor:
 def bradley_terry(scores: Tensor, rank: Tensor) -> Tensor:
     """- log sigmoid of the margin, mean over a record's ordered pairs; 0 for a record in which all are tied. -> scalar
 
-    The loss of single-response reward models; with two responses it equals `best_of_n`.
+    The loss of single-response reward models; with two responses that are not tied it equals `best_of_n`.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     before = (rank[:, :, None] < rank[:, None, :]) & (rank[:, :, None] > 0)

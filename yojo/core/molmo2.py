@@ -37,10 +37,6 @@ if TYPE_CHECKING:  # the next file, which reads token by token
     from yojo.core.generate import Cache, LayerCache
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def heads(x: Tensor, d: int) -> Tensor:
     """Vectors in pieces of width d, one a head: [B, T, H d] -> [B, H, T, d]."""
     return x.unflatten(-1, (-1, d)).transpose(1, 2)
@@ -250,7 +246,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * up, of both side by side. x [..., 2 * inner] -> [..., inner]. A module, so that `fuse` finds it."""
+    """silu(gate) * up; x [..., 2 * inner], up first -> [..., inner]. A module, so that `fuse` finds it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.swiglu(x)

@@ -89,7 +89,7 @@ class RewardModel(nn.Module):
         return cls(backbone, processor, head, mode, Path(base), digest)
 
     def trainable(self) -> list[nn.Parameter]:
-        """The adapter's parameters and the head's; everything else is frozen."""
+        """The adapter's parameters and the head's; everything else was frozen when it was loaded."""
         return [*lora.parameters(self.backbone, ADAPTER), *self.head.parameters()]
 
     def merge(self) -> None:

@@ -156,7 +156,7 @@ def train_step(loss, step: int, parameters: list[nn.Parameter], optimizer: torch
         (value / c.accumulate).backward()
         for key, number in {"loss": value.item(), **about}.items():
             seen[key] = seen.get(key, 0.0) + number / c.accumulate
-    seen = parallel.add_up(parameters, seen)
+    seen = parallel.add_up(parameters, seen)  # and the gradients, in place
     norm = nn.utils.clip_grad_norm_(parameters, c.clip).item()
     if not math.isfinite(seen["loss"]) or not math.isfinite(norm):
         raise NotFinite(step, f"loss {seen['loss']}, gradient norm {norm}; the parameters are untouched")
