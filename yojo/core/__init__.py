@@ -1,5 +1,5 @@
-"""The method: read what has a star, the rest when you need it. In order of imports: a file imports only those above it
-(`molmo2.py` names two types of `generate.py`); from outside `files.py` and `media.py`, and `reward.py` asks `store.py`.
+"""The method: read what has a star, the rest when you need it. A file imports only those above it, but for two types of
+`generate.py` that `molmo2.py` names. From outside they use `files.py`, `media.py` and, in `reward.py`, `store.py`.
 
       config.py     the numbers of a checkpoint
     * image.py      a picture becomes patches
