@@ -32,7 +32,6 @@ from yojo.core.reward import RewardModel
 from yojo.core.training import Dataset, Recipe, evaluate, train
 from yojo.files import InputError
 from yojo.media import picture_size, video_plan
-from yojo.metrics import accuracies
 from yojo.runs import SavedRun, place, start_over
 from yojo.tiny.experiment import TASKS, tiny
 
@@ -68,8 +67,8 @@ def full(args: argparse.Namespace) -> dict:
     rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
     shutil.rmtree(training)
     shows = {show: evaluate(testing, args.seed, show, size=1, title=show) for show in testing.shows()}
-    figures = {show: accuracies(scores, test) for show, scores in shows.items()}
-    figures |= {name: accuracies([b(r.responses) for r in test], test) for name, b in metrics.BASELINES.items()}
+    figures = {show: metrics.accuracies(scores, test) for show, scores in shows.items()}
+    figures |= {name: metrics.accuracies([b(r.responses) for r in test], test) for name, b in metrics.BASELINES.items()}
     print(f"\nbest-of-N accuracy of the {args.mode} model on {len(test)} records it was not trained on, 95% intervals")
     for name, values in figures.items():
         print("{:10s} {:.3f} [{:.3f}, {:.3f}]".format(name, metrics.mean(values), *metrics.interval(values)))

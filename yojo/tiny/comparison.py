@@ -19,7 +19,6 @@ from yojo.core.data import read_records
 from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
 from yojo.core.training import Dataset, evaluate
-from yojo.metrics import accuracies
 from yojo.tiny import world
 from yojo.tiny.experiment import CORROBORATED, NAMES, tiny
 
@@ -48,7 +47,7 @@ def under(rm: RewardModel, data: Dataset, mode: str, orders: int, seed: int) -> 
     rows = [evaluate(data, seed + k) for k in range(orders)]
     rm.mode = before
     scores = [np.mean(many, axis=0).tolist() for many in zip(*rows, strict=True)]
-    return metrics.mean(accuracies(scores, data.records))
+    return metrics.mean(metrics.accuracies(scores, data.records))
 
 
 MASKS = {"joint": ("joint", 1), f"joint, mean of {ORDERS} orders": ("joint", ORDERS), "isolated": ("isolated", 1)}
@@ -73,7 +72,7 @@ def sizes(models: dict[str, Path], folder: Path, seed: int) -> list[dict]:
         records = World("absolute", n).write(folder, seed)
         row: dict = {
             "n": n,
-            "random": metrics.mean(accuracies([metrics.chance(r.responses) for r in records], records)),
+            "random": metrics.mean(metrics.accuracies([metrics.chance(r.responses) for r in records], records)),
         }
         for trained, path in models.items():
             rm = RewardModel.load(path)

@@ -24,7 +24,6 @@ from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
 from yojo.core.training import Dataset, FitConfig, Recipe, evaluate, train
 from yojo.files import InputError
-from yojo.metrics import accuracies
 from yojo.tiny import world
 
 TINY = Recipe(
@@ -82,12 +81,14 @@ def tiny_run(
     controls.kept = data.kept
     rng = random.Random(f"{seed} noise")
     figures = {
-        mode: accuracies(own, test),
-        f"{mode}_blank": accuracies(evaluate(controls, seed, "blank"), controls.records),
-        f"{mode}_swapped": accuracies(evaluate(controls, seed, "swapped"), controls.records),
-        f"{mode}_heldout": accuracies(evaluate(Dataset(heldout, rm, keep=True), seed), heldout),
-        f"{mode}_vote": accuracies([metrics.vote(s, r.responses) for s, r in zip(own, test, strict=True)], test),
-        f"{mode}_noise": accuracies([metrics.with_noise(s, rng) for s in own], test),
+        mode: metrics.accuracies(own, test),
+        f"{mode}_blank": metrics.accuracies(evaluate(controls, seed, "blank"), controls.records),
+        f"{mode}_swapped": metrics.accuracies(evaluate(controls, seed, "swapped"), controls.records),
+        f"{mode}_heldout": metrics.accuracies(evaluate(Dataset(heldout, rm, keep=True), seed), heldout),
+        f"{mode}_vote": metrics.accuracies(
+            [metrics.vote(s, r.responses) for s, r in zip(own, test, strict=True)], test
+        ),
+        f"{mode}_noise": metrics.accuracies([metrics.with_noise(s, rng) for s in own], test),
     }
     return {"seed": seed, "mode": mode, "figures": figures}
 
@@ -132,9 +133,9 @@ def summary(task: str, runs: list[dict], test: list[Record]) -> dict:
         for name, values in r["figures"].items():
             pooled.setdefault(name, []).extend(values)
     for name, baseline in metrics.BASELINES.items():
-        pooled[name] = accuracies([baseline(r.responses) for r in test], test)
+        pooled[name] = metrics.accuracies([baseline(r.responses) for r in test], test)
     if task == "corroborated":
-        pooled["any_true"] = accuracies([[float(rank <= 3) for rank in r.rankings] for r in test], test)
+        pooled["any_true"] = metrics.accuracies([[float(rank <= 3) for rank in r.rankings] for r in test], test)
     seeds = sorted({r["seed"] for r in runs})
     per_seed = [
         {"seed": s, **{k: metrics.mean(v) for r in runs if r["seed"] == s for k, v in r["figures"].items()}}
