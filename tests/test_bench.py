@@ -34,11 +34,11 @@ def test_every_alternative_gives_the_same_scores(setting, n, R):
     torch.testing.assert_close(torch.cat(arms["N separate passes"]()), isolated, **close)
     torch.testing.assert_close(arms["one padded batch of N"](), isolated, **close)
     torch.testing.assert_close(arms["prompt once, batch of N after it"](), isolated, **close)
-    ends = [len(s.prompt) + i * (R + 1) + R - 1 for i in range(n)]
+    ends = [len(s.prompt.ids) + i * (R + 1) + R - 1 for i in range(n)]
     theirs = arms["transformers, bare trunk"]()[0, ends]
     torch.testing.assert_close(s.head(theirs), joint, **close)
     released = arms["transformers, released way"]()
-    assert released.logits.shape[1] == len(s.prompt) + n * (R + 1)
+    assert released.logits.shape[1] == len(s.prompt.ids) + n * (R + 1)
     torch.testing.assert_close(s.head(released.hidden_states[-1][0, ends]), joint, **close)
 
 
@@ -54,11 +54,11 @@ def test_score_prints_a_row_for_every_alternative(command, tmp_path):
     assert all(row["arm"] in out for row in rows)
     assert rows[4]["times_joint"] == rows[2]["times_cached"] == 1
     assert [row["arm"] for row in rows if "of_peak" in row] == arms[3:]
-    ask = flops.Ask(60, 24, (11, 11))
-    joint = sum(flops.one_pass(shape_config("tiny"), ask, "joint").values())
-    assert rows[0]["counted"] == pytest.approx(flops.separate(shape_config("tiny"), ask) / joint, rel=0.01)
-    picture = flops.seen(shape_config("tiny"), flops.Ask(60, 24, (11, 11), 2, 18))
-    both = (flops.separate(shape_config("tiny"), ask) + picture) / (joint + picture)
+    row = flops.row_of_lengths(60, (11, 11), 24, views=2, pooled=18)
+    joint = sum(flops.one_pass(shape_config("tiny"), row, "joint").values())
+    assert rows[0]["counted"] == pytest.approx(flops.separate(shape_config("tiny"), row) / joint, rel=0.01)
+    picture = flops.images(shape_config("tiny"), row.pictures)
+    both = (flops.separate(shape_config("tiny"), row) + picture) / (joint + picture)
     assert rows[5]["counted"] == pytest.approx(both, rel=0.01)
 
 

@@ -271,17 +271,17 @@ def test_a_run_is_not_overwritten_and_an_unfinished_one_goes_on(command, refused
     refused("no unfinished run", train, *words, "--overwrite", "--resume")
     (folder / "rm").rename(folder / "old")
 
-    real, calls = training.Task.__call__, []
+    real, calls = training.PreferenceLoss.__call__, []
 
-    def stops(task, step, part):  # after the save that follows step 5
+    def stops(loss, step, micro_batch):  # after the save that follows step 5
         calls.append(step)
         if step == 6:
             raise KeyboardInterrupt
-        return real(task, step, part)
+        return real(loss, step, micro_batch)
 
-    monkeypatch.setattr(training.Task, "__call__", stops)
+    monkeypatch.setattr(training.PreferenceLoss, "__call__", stops)
     assert command(train, *words)[0] == 130
-    monkeypatch.setattr(training.Task, "__call__", real)
+    monkeypatch.setattr(training.PreferenceLoss, "__call__", real)
     refused("holds an unfinished run", train, *words)
     refused("no file nowhere", train, *words, "--overwrite", "--data", "nowhere")
     assert (folder / "rm.training/state.pt").exists(), "a typing error cost the run"

@@ -8,9 +8,9 @@ import pytest
 from yojo import metrics
 from yojo.cli import WEIGHTS
 from yojo.core.reward import RewardModel
-from yojo.core.training import Dataset
 from yojo.tiny import comparison
 from yojo.tiny.comparison import World, masks, sizes, under
+from yojo.tiny.experiment import with_features
 
 MODELS = {"joint": WEIGHTS / "tiny-rm", "isolated": WEIGHTS / "tiny-rm-isolated"}
 
@@ -24,10 +24,10 @@ def test_a_figure_is_the_accuracy_of_the_models_own_scores(tmp_path):
     """Isolated scores know no order, so they can be recomputed with `RewardModel.score`."""
     rm = RewardModel.load(MODELS["isolated"])
     records = World("absolute").write(tmp_path, 0)
-    figure = under(rm, Dataset(records, rm, keep=True), "isolated", 1, 0)
+    figure = under(rm, with_features(records, rm), "isolated", 1, 0)
     scores = [rm.score(r.prompt, r.responses, image=r.images) for r in records]
     assert figure == metrics.mean([metrics.best_of_n(s, r.rankings) for s, r in zip(scores, records, strict=True)])
-    assert under(rm, Dataset(records, rm, keep=True), "joint", 2, 0) <= 1 and rm.mode == "isolated"
+    assert under(rm, records, "joint", 2, 0) <= 1 and rm.mode == "isolated"
 
 
 def test_one_row_a_model_and_one_figure_a_mask(tmp_path, capsys):

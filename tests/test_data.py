@@ -113,8 +113,8 @@ def test_a_padded_batch_written_out(processor):
     assert batch.mask.record.tolist() == [[0] * T, [0] * short + [-1] * (T - short)]
     assert batch.mask.response.tolist()[0] == [-1] * P + [0, 0, 1, 1]
     assert batch.positions.tolist()[0] == [*range(P), P, P + 1, P, P + 1]
-    assert batch.read.tolist() == [[0, P], [0, P + 2], [1, P]]
-    assert batch.counts == [2, 1] and batch.pictures is None
+    assert batch.score_positions.tolist() == [[0, P], [0, P + 2], [1, P]]
+    assert batch.counts == [2, 1] and len(batch.pictures.pooling) == len(batch.pictures.patches) == 0
 
 
 def test_records_that_share_a_row_start_again(processor):
@@ -125,5 +125,5 @@ def test_records_that_share_a_row_start_again(processor):
     assert batch.input_ids.shape == (1, n + len(b.ids))
     assert batch.mask.record[0].tolist() == [0] * n + [1] * len(b.ids)
     assert batch.positions[0, n:].tolist() == list(range(len(b.ids)))
-    assert batch.read.tolist() == [[0, t] for t in a.read] + [[0, n + t] for t in b.read]
+    assert batch.score_positions.tolist() == [[0, t] for t in [*a.score_positions, *(n + t for t in b.score_positions)]]
     assert len(batch.pictures.patches) == 4

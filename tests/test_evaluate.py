@@ -8,6 +8,7 @@ the reading of files and the arithmetic, not a model. One test runs the real one
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -322,7 +323,9 @@ def test_scores_do_not_depend_on_how_they_are_asked_for(benchmark):
 
 
 def test_a_score_that_is_not_finite_raises(command, benchmark, monkeypatch):
-    monkeypatch.setattr(RewardModel, "score_encoded", lambda *_: [[float("nan"), 1.0]])
+    monkeypatch.setattr(
+        RewardModel, "score_encoded", lambda rm, rows, *_: [[math.nan for _ in row.spans] for row in rows]
+    )
     status, _, err = command(evaluate, *words(benchmark))
     assert status == 2 and "bench.jsonl:1: scores are not finite" in err
 

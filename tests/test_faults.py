@@ -52,14 +52,14 @@ def run(tiny_folder, tmp_path, monkeypatch):
 
 def spoil(monkeypatch, prompt: str, wrong: float):
     """Scores of the record with this prompt come out as no numbers."""
-    real = loop.Task.__call__
+    real = loop.PreferenceLoss.__call__
 
-    def call(self, step, part):
-        value, about = real(self, step, part)
-        mine = any(self.data.records[i].prompt == prompt for i in self.indices(step, part))
+    def call(self, step, micro_batch):
+        value, about = real(self, step, micro_batch)
+        mine = any(record.prompt == prompt for record in self.draw(step, micro_batch))
         return value * (wrong if mine else 1.0), about
 
-    monkeypatch.setattr(loop.Task, "__call__", call)
+    monkeypatch.setattr(loop.PreferenceLoss, "__call__", call)
 
 
 def test_a_loss_that_is_not_finite_names_its_records_and_saves_the_weights_before_it(command, run, monkeypatch):
@@ -76,16 +76,13 @@ def test_a_loss_that_is_not_finite_names_its_records_and_saves_the_weights_befor
 
 def test_a_record_whose_scores_are_not_finite_is_named_alone(command, run, monkeypatch):
     words, _ = run
-    real = loop.Dataset.scores
+    real = RewardModel.forward
 
-    def scores(self, encoded):
-        mine = "3?"
-        return tuple(
-            s * float("inf") if mine in self.rm.processor.tokenizer.decode(e.ids.tolist()) else s
-            for s, (e, _) in zip(real(self, encoded), encoded, strict=True)
-        )
+    def scores(self, batch):  # of one record
+        mine = "3?" in self.processor.tokenizer.decode(batch.input_ids[0].tolist())
+        return real(self, batch) * (float("inf") if mine else 1)
 
-    monkeypatch.setattr(loop.Dataset, "scores", scores)
+    monkeypatch.setattr(RewardModel, "forward", scores)
     status, _, err = command(train, *words)
     assert status == 1 and err.rstrip().endswith("prefs.jsonl:4") and err.count("prefs.jsonl:") == 1
 
@@ -93,7 +90,7 @@ def test_a_record_whose_scores_are_not_finite_is_named_alone(command, run, monke
 def test_a_gradient_that_is_not_finite_stops_too():
     w = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(NotFinite, match="step 0: loss 0.0, gradient norm inf"):
-        loop.fit(lambda step, part: ((w * 3e38 * 10).sum(), {}), [w], FitConfig(steps=2))
+        loop.fit(lambda step, micro_batch: ((w * 3e38 * 10).sum(), {}), [w], FitConfig(steps=2))
     assert w.item() == 0
 
 

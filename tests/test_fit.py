@@ -29,8 +29,8 @@ def problem(seed=0):
     """Linear regression with dropout: uses torch's random state, as training does."""
     w = torch.nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(seed)))
 
-    def loss(step, part):
-        g = torch.Generator().manual_seed(100 * step + part)
+    def loss(step, micro_batch):
+        g = torch.Generator().manual_seed(100 * step + micro_batch)
         x = torch.nn.functional.dropout(torch.randn(8, 5, generator=g), 0.2)
         value = (x @ w - x.sum(1)).square().mean()
         return value, {"accuracy": 1.0}
@@ -47,14 +47,14 @@ def test_it_learns_and_logs():
 
 def test_accumulation_is_the_mean_of_the_parts():
     w = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    seen = []
+    asked = []
 
-    def loss(step, part):
-        seen.append((step, part))
-        return (w - 10.0**part).square().sum(), {}
+    def loss(step, micro_batch):
+        asked.append((step, micro_batch))
+        return (w - 10.0**micro_batch).square().sum(), {}
 
     log = fit(loss, [w], FitConfig(steps=1, lr=0.0, accumulate=3, clip=1e9))
-    assert seen == [(0, 0), (0, 1), (0, 2)]
+    assert asked == [(0, 0), (0, 1), (0, 2)]
     assert log[0]["norm"] == pytest.approx(2 * (1 + 10 + 100) / 3)
     assert log[0]["loss"] == pytest.approx((1 + 100 + 10_000) / 3)
 
@@ -71,10 +71,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
     torch.manual_seed(1)
     first, loss = problem()
 
-    def stopping(step, part):
+    def stopping(step, micro_batch):
         if step == 17:  # seven steps after the last save: they are done again
             raise Stop
-        return loss(step, part)
+        return loss(step, micro_batch)
 
     with pytest.raises(Stop):
         fit(stopping, [first], c, SavedRun(tmp_path))
@@ -99,13 +99,13 @@ def test_property_wherever_it_stops_it_goes_on_bit_for_bit(steps, every, stop, a
     whole, loss = problem()
     log = fit(loss, [whole], c)
 
-    def stopping(step, part):
-        if step == stop and part == accumulate - 1:
+    def stopping(step, micro_batch):
+        if step == stop and micro_batch == accumulate - 1:
             if broken:
-                value, about = loss(step, part)
+                value, about = loss(step, micro_batch)
                 return value * float("nan"), about
             raise KeyboardInterrupt
-        return loss(step, part)
+        return loss(step, micro_batch)
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(1)
@@ -124,7 +124,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights():
     w, _ = problem()
     before = w.detach().clone()
     with pytest.raises(FloatingPointError, match="step 0: loss nan"):
-        fit(lambda step, part: (w.sum() * float("nan"), {}), [w], FitConfig(steps=3))
+        fit(lambda step, micro_batch: (w.sum() * float("nan"), {}), [w], FitConfig(steps=3))
     assert torch.equal(w, before)
 
 

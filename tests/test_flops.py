@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from yojo import flops as flops_command
 from yojo.core import flops, lora, ops
-from yojo.core.config import Config, ImageConfig, Markup
-from yojo.core.image import choose_tiling, images_to_patches, measure
+from yojo.core.config import Config
+from yojo.core.data import collate
 from yojo.core.lora import LoraConfig
 from yojo.core.mask import MODES
 from yojo.core.molmo2 import Molmo2
@@ -24,14 +24,15 @@ from yojo.core.ops import DENSE_UP_TO
 from yojo.core.reward import ValueHead
 
 LORA, INNER = LoraConfig(r=8, alpha=8, dropout=0.0), 16
-ASKS = {
-    "text": flops.Ask(20, 0, (5, 9, 3)),
-    "image": flops.Ask(60, 35, (8, 8, 20, 4), views=3, pooled=27),
-    "video": flops.Ask(40, 30, (7, 30), views=4, pooled=16),
-    "long": flops.Ask(700, 500, (90, 300, 40), views=2, pooled=500),
-    **{f"N = {n}": flops.Ask(30, 0, (6,) * n) for n in (1, 2, 8, 16)},
+LENGTHS = {  # of the prompt, the responses, the pictures; views, picture tokens
+    "text": (20, (5, 9, 3)),
+    "image": (60, (8, 8, 20, 4), 35, 3, 27),
+    "video": (40, (7, 30), 30, 4, 16),
+    "long": (700, (90, 300, 40), 500, 2, 500),
+    **{f"N = {n}": (30, (6,) * n) for n in (1, 2, 8, 16)},
 }
-assert sum((ASKS["long"].prompt, *ASKS["long"].responses)) > DENSE_UP_TO
+ROWS = {name: flops.row_of_lengths(*lengths) for name, lengths in LENGTHS.items()}
+assert len(ROWS["long"].ids) > DENSE_UP_TO
 
 
 def counted(run):
@@ -49,27 +50,27 @@ def network(config, with_adapter=False):
     return model, head
 
 
-def run_pass(model, head, ask, mode):
-    mask = ask.mask(mode)
-    ids = torch.zeros_like(mask.record, device="meta")
+def run_pass(model, head, row, mode):
+    batch = collate([row], mode)
+    ids = torch.zeros_like(batch.input_ids, device="meta")
     adapter = next(iter(lora.adapters(model)), None)
-    return head(model(ids, None, mask, torch.zeros_like(ids), torch.tensor(ask.read), adapter=adapter))
+    return head(model(ids, None, batch.mask, torch.zeros_like(ids), batch.score_positions, adapter=adapter))
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ASKS)
+@pytest.mark.parametrize("name", ROWS)
 def test_the_decoder_and_the_head(name, mode):
     model, head = network(TINY)
-    expected = sum(flops.one_pass(TINY, ASKS[name], mode, INNER).values())
-    assert counted(lambda: run_pass(model, head, ASKS[name], mode)) == expected
+    expected = sum(flops.one_pass(TINY, ROWS[name], mode, INNER).values())
+    assert counted(lambda: run_pass(model, head, ROWS[name], mode)) == expected
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["text", "image", "long", "N = 16"])
 def test_the_decoder_at_4b(name, mode):
     model, head = network(Config())
-    expected = sum(flops.one_pass(Config(), ASKS[name], mode, INNER).values())
-    assert counted(lambda: run_pass(model, head, ASKS[name], mode)) == expected
+    expected = sum(flops.one_pass(Config(), ROWS[name], mode, INNER).values())
+    assert counted(lambda: run_pass(model, head, ROWS[name], mode)) == expected
 
 
 @torch.no_grad()
@@ -83,8 +84,8 @@ def test_the_ways_of_scoring_cost_the_same(name, mode, monkeypatch):
     for constant, value in (("SCORES", range(10**9)), ("PIECE", 7), ("NUMBERS", 500)):
         monkeypatch.setattr(ops, constant, value)
     model, head = network(TINY)
-    expected = sum(flops.one_pass(TINY, ASKS[name], mode, INNER).values())
-    assert counted(lambda: run_pass(model, head, ASKS[name], mode)) == expected
+    expected = sum(flops.one_pass(TINY, ROWS[name], mode, INNER).values())
+    assert counted(lambda: run_pass(model, head, ROWS[name], mode)) == expected
     assert bool(by_products) == (name == "long")  # a short row has one mask of all pairs
 
 
@@ -113,60 +114,41 @@ def pool(vision, seen, whole):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("config, name", [(TINY, "image"), (TINY, "long"), (TINY, "N = 1"), (Config(), "image")])
 def test_a_training_step(config, name, mode, checkpointing):
-    ask = ASKS[name]
+    row, (_, responses, *pictures) = ROWS[name], LENGTHS[name]
     model, head = network(config, with_adapter=True)
     model.train().checkpointing = checkpointing
-    mask, read = ask.mask(mode), len(ask.responses)
-    tokens, pairs = mask.record.shape[1], flops.executed(mask, ask.read)
-    expected = sum(flops.one_pass(config, ask, mode, INNER, LORA.r).values())
-    expected += flops.backward(config, LORA.r, INNER, tokens, read, pairs)
+    tokens, kept, pairs = len(row.ids), len(responses), flops.executed(row, mode)
+    expected = sum(flops.one_pass(config, row, mode, INNER, LORA.r).values())
+    expected += flops.backward(config, LORA.r, INNER, tokens, kept, pairs)
     if checkpointing:
-        expected += flops.recomputation(config, LORA.r, tokens, read, pairs)
-        whole = flops.training_step(config, ask, mode, LORA.r, INNER)
-        assert whole == expected + flops.tower(config, ask.views) + flops.connector(config, ask.pooled, 4)
-    assert counted(lambda: run_pass(model, head, ask, mode).sum().backward()) == expected
+        expected += flops.recomputation(config, LORA.r, tokens, kept, pairs)
+        whole, (views, pooled) = flops.training_step(config, row, mode, LORA.r, INNER), pictures[1:] or (0, 0)
+        assert whole == expected + flops.tower(config, views) + flops.connector(config, pooled, 4)
+    assert counted(lambda: run_pass(model, head, row, mode).sum().backward()) == expected
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ASKS)
+@pytest.mark.parametrize("name", ROWS)
 def test_needed_pairs_are_the_ones_of_the_mask(name, mode):
-    ask = ASKS[name]
-    mask = ask.mask(mode)
-    pairs, last = flops.needed(ask.prompt, ask.pictures, ask.responses, mode)
-    done, done_last = flops.executed(mask, ask.read)
+    row, (prompt, responses, *pictures) = ROWS[name], LENGTHS[name]
+    mask = collate([row], mode).mask
+    pairs, last = flops.needed(prompt, pictures[0] if pictures else 0, responses, mode)
+    done, done_last = flops.executed(row, mode)
     assert pairs == int(mask.dense.sum()) <= done
-    assert last == int(mask.dense[0, [t for _, t in ask.read]].sum()) <= done_last
+    assert last == int(mask.dense[0, row.score_positions].sum()) <= done_last
 
 
-@pytest.mark.parametrize("size", [(84, 84), (300, 70), (1000, 1300), (2000, 112), (100, 2000)])
-def test_a_picture_is_measured_without_being_opened(size):
-    from PIL import Image
-
-    for c in (ImageConfig(), ImageConfig(size=56, margins=(1, 1), max_crops=4)):
-        pictures = images_to_patches([Image.new("RGB", (size[1], size[0]))], c)
-        views, grid = measure(*size, c)
-        assert (views, grid) == (len(pictures.patches), pictures.grids[0])
-        assert views == 1 + choose_tiling(*size, c)[0] * choose_tiling(*size, c)[1]
-
-
-def test_tokens_of_a_picture(tiny_folder):
-    from PIL import Image
-
-    from yojo.core.prompt import Processor
-
-    processor = Processor.from_folder(tiny_folder, 4096)
-    for markup in (Markup(), Markup(use_single_crop_col_tokens=True), Markup(image_use_col_tokens=False)):
-        processor.markup = markup
-        ids, pictures = processor.look(Image.new("RGB", (84, 130)))
-        assert len(ids) == flops.picture_tokens(pictures.grids[0], markup)
+def test_pictures_whose_features_were_kept_cost_nothing():
+    pictures = ROWS["image"].pictures
+    assert flops.images(TINY, pictures) > 0 == flops.images(TINY, pictures.encoded(torch.zeros(27, 32)))
 
 
 def test_the_ratio_is_n_at_first_and_tends_to_the_prompts_share():
     """N passes over one pass, P = 600 and R = 10: 2 for two answers; for many (P + R) / R = 61."""
     ratio, config = {}, Config()
     for n in (1, 2, 64, 2000):
-        ask = flops.Ask(600, 0, (10,) * n)
-        ratio[n] = flops.separate(config, ask, INNER) / sum(flops.one_pass(config, ask, "isolated", INNER).values())
+        row = flops.row_of_lengths(600, (10,) * n)
+        ratio[n] = flops.separate(config, row, INNER) / sum(flops.one_pass(config, row, "isolated", INNER).values())
     assert ratio[1] == pytest.approx(1, rel=0.01) and ratio[2] == pytest.approx(2, rel=0.03)
     assert ratio[2] < ratio[64] < ratio[2000] and ratio[2000] == pytest.approx(61, rel=0.1)
 
@@ -177,8 +159,8 @@ def test_the_command_prints_what_is_counted(command, tmp_path):
     assert status == 0, err
     one, four = json.loads((tmp_path / "f.json").read_text())
     assert one["n_passes"] == one["joint"] and four["n_passes"] == 4 * one["n_passes"]
-    ask = flops.Ask(1022, 982, (201,) * 4)
-    assert four["joint"] == sum(flops.one_pass(Config(), ask, "joint").values())
+    row = flops.row_of_lengths(1022, (201,) * 4, 982)
+    assert four["joint"] == sum(flops.one_pass(Config(), row, "joint").values())
     assert four["needed"] < four["isolated"] < four["joint"] and four["ratio"] == four["n_passes"] / four["isolated"]
     assert f"{four['needed'] / 1e12:.3f}" in out and "4.459 TFLOPs, once" in out
 

@@ -42,7 +42,7 @@ def released(tmp_path_factory):
 def test_the_released_codes_ids_positions_and_scores(released, number):
     record = json.loads((DATA / "released/records.json").read_text(encoding="utf-8"))[number]
     row = released.processor.encode(record["prompt"], record["responses"])
-    assert row.ids.tolist() == record["ids"] and row.read == record["read"]
+    assert row.ids.tolist() == record["ids"] and row.score_positions == record["read"]
     assert released.score(record["prompt"], record["responses"]) == pytest.approx(record["released_scores"], abs=2e-5)
 
 

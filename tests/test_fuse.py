@@ -37,7 +37,7 @@ def step(model, ids, mask):
     with lora.use(model, "a"):
         with torch.no_grad():
             whole = model(ids, mask=mask)
-        hidden = model(ids, mask=mask, read=read)
+        hidden = model(ids, mask=mask, keep=read)
         slope = torch.arange(hidden.numel(), dtype=hidden.dtype).view_as(hidden).sin()
         gradients = torch.autograd.grad((slope * hidden).sum(), lora.parameters(model, "a"))
     return [whole, hidden.detach(), *gradients]

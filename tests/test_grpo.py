@@ -17,14 +17,14 @@ from test_single_pass import make_model, noise
 
 from yojo import grpo as grpo_command
 from yojo.core import grpo, lora
+from yojo.core.data import Record
 from yojo.core.generate import Cache, sample
 from yojo.core.grpo import (
     GrpoConfig,
-    Question,
     Rollout,
     advantages,
     group_rewards,
-    lay_out,
+    group_row,
     log_probs,
     objective,
     rollout,
@@ -51,7 +51,6 @@ def test_advantages_by_hand():
 def made_up(old, reference, advantage, lengths):
     answers = [torch.zeros(n, dtype=torch.long) for n in lengths]
     return Rollout(
-        None,
         None,
         answers,
         [""] * len(lengths),
@@ -85,29 +84,29 @@ def policy(tiny_folder):
     return RewardModel(backbone, rm.processor, rm.head, "joint", rm.base, rm.fingerprint).eval()
 
 
-ASKED = [Question("Describe the star.", [noise(1)]), Question("What is in the picture?")]
+PROMPTS = [Record("Describe the star.", images=[noise(1)]), Record("What is in the picture?")]
 
 
-def rolled(rm, c=C, judge=None):
-    judge = judge or grpo.judge_of(rm, "joint")
-    return rollout(rm, judge, ASKED, c, None, torch.Generator().manual_seed(0))
+def rolled(rm, c=C, reward=None):
+    reward = reward or grpo.reward_fn(rm, "joint")
+    return rollout(rm, reward, PROMPTS, c, None, torch.Generator().manual_seed(0))
 
 
 def alone(model, r, i, adapter):
     """log p of one answer's tokens: prompt and answer in a row of their own, read position by position."""
-    ids = torch.cat([r.encoded.ids, r.answers[i]])[None]
-    image = torch.cat([r.encoded.image, torch.zeros(len(r.answers[i]), dtype=torch.bool)])[None]
+    ids = torch.cat([r.prompt.ids, r.answers[i]])[None]
+    image = torch.cat([r.prompt.image, torch.zeros(len(r.answers[i]), dtype=torch.bool)])[None]
     mask = AttentionMask(torch.zeros_like(ids), torch.full_like(ids, PROMPT), image, "joint")
     with lora.use(model, adapter):
-        logits = model.logits(model(ids, r.features, mask))[0]
-    start = len(r.encoded.ids)
+        logits = model.logits(model(ids, r.prompt.pictures.features, mask))[0]
+    start = len(r.prompt.ids)
     return torch.stack([logits[t - 1].log_softmax(-1)[ids[0, t]] for t in range(start, ids.shape[1])])
 
 
 def test_log_probabilities_of_a_group_are_those_of_every_answer_alone(policy):
     """One isolated row for the whole group, against one causal row an answer: with and without a picture."""
     for r in rolled(policy):
-        together = log_probs(policy.backbone, [(r.encoded, r.features, r.answers)], grpo.POLICY, 1.0)
+        together = log_probs(policy.backbone, [(r.prompt, r.answers)], grpo.POLICY, 1.0)
         each = torch.cat([alone(policy.backbone, r, i, grpo.POLICY) for i in range(3)])
         assert (together - each).abs().max() < 1e-10 and (r.old - each).abs().max() < 1e-10
         assert (r.reference - torch.cat([alone(policy.backbone, r, i, None) for i in range(3)])).abs().max() < 1e-10
@@ -116,13 +115,13 @@ def test_log_probabilities_of_a_group_are_those_of_every_answer_alone(policy):
 def test_sampled_tokens_have_the_probabilities_that_are_recomputed(policy):
     """Read token by token with the cache, as they were sampled."""
     (r, _), model = rolled(policy), policy.backbone
-    ids, image = r.encoded.ids[None], r.encoded.image[None]
+    ids, image = r.prompt.ids[None], r.prompt.image[None]
     mask = AttentionMask(torch.zeros_like(ids), torch.full_like(ids, PROMPT), image, "joint")
     said = []
     with lora.use(model, grpo.POLICY), torch.no_grad():
         for answer in r.answers:
             cache = Cache(model.config)
-            hidden = model(ids, r.features, mask, cache=cache)[:, -1]
+            hidden = model(ids, r.prompt.pictures.features, mask, cache=cache)[:, -1]
             for token in answer:
                 said.append(model.logits(hidden).log_softmax(-1)[0, token])
                 hidden = model(token[None, None], cache=cache)[:, -1]
@@ -131,17 +130,17 @@ def test_sampled_tokens_have_the_probabilities_that_are_recomputed(policy):
 
 def test_the_row_of_a_group_written_out(policy):
     r = rolled(policy)[0]
-    P = len(r.encoded.ids)
-    ids, response, positions, predicts = lay_out(r.encoded, [torch.tensor([5, 6]), torch.tensor([7, 8, 9])])
-    assert ids[P:].tolist() == [5, 6, 7, 8, 9] and response[P - 1 :].tolist() == [-1, 0, 0, 1, 1, 1]
-    assert positions[P:].tolist() == [P, P + 1, P, P + 1, P + 2]
-    assert predicts.tolist() == [P - 1, P, P - 1, P + 2, P + 3]
+    P = len(r.prompt.ids)
+    row, predicts = group_row(r.prompt, [torch.tensor([5, 6]), torch.tensor([7, 8, 9])])
+    assert row.ids[P:].tolist() == [5, 6, 7, 8, 9] and row.response[P - 1 :].tolist() == [-1, 0, 0, 1, 1, 1]
+    assert row.positions("isolated")[P:].tolist() == [P, P + 1, P, P + 1, P + 2]
+    assert predicts == [P - 1, P, P - 1, P + 2, P + 3]
 
 
 def test_the_policy_is_asked_in_its_own_layout_however_its_judge_reads(policy):
-    expected = policy.processor.lay_out(ASKED[1].prompt, [], ([], None)).ids
+    expected = policy.processor.encode(PROMPTS[1].prompt, []).ids
     policy.processor.layout = "released"
-    assert torch.equal(rolled(policy)[1].encoded.ids, expected)
+    assert torch.equal(rolled(policy)[1].prompt.ids, expected)
 
 
 def test_activation_checkpointing_is_used_and_changes_no_gradient(policy, monkeypatch):
@@ -153,7 +152,7 @@ def test_activation_checkpointing_is_used_and_changes_no_gradient(policy, monkey
     for policy.backbone.checkpointing in (False, True):
         for p in parameters:
             p.requires_grad_(True).grad = None
-        groups = [(r.encoded, r.features, r.answers) for r in rollouts]
+        groups = [(r.prompt, r.answers) for r in rollouts]
         log_probs(policy.backbone, groups, grpo.POLICY, 1.0).sum().backward()
         grads.append([p.grad.clone() for p in parameters])
     assert calls and all((a - b).abs().max() < 1e-10 for a, b in zip(*grads, strict=True))
@@ -181,15 +180,15 @@ def test_the_gradient_of_an_update_is_that_of_the_formula(policy):
             loss = loss - (gain - 0.3 * (torch.exp(ref - now) - (ref - now) - 1)).sum()
             start += len(answer)
     expected = torch.autograd.grad(loss / sum(len(r.old) for r in rollouts), parameters)
-    seen = []
+    kept = []
 
     class Keep(torch.optim.SGD):
         def step(self):
-            seen.extend(p.grad.clone() for p in parameters)
+            kept.extend(p.grad.clone() for p in parameters)
 
     grpo.update_policy(model, rollouts, Keep(parameters, lr=0.0), c)
     assert clipped > 0
-    assert all((a - b).abs().max() < 1e-9 for a, b in zip(seen, expected, strict=True))
+    assert all((a - b).abs().max() < 1e-9 for a, b in zip(kept, expected, strict=True))
 
 
 def test_the_sampler_draws_from_the_softmax():
@@ -203,7 +202,7 @@ def test_the_sampler_draws_from_the_softmax():
 
 
 def test_a_group_of_equals_changes_nothing(policy):
-    rollouts = rolled(policy, judge=lambda q, texts, seen, features: [0.5] * len(texts))
+    rollouts = rolled(policy, reward=lambda prompt, texts: [0.5] * len(texts))
     assert not any(bool(r.advantages.any()) for r in rollouts)
     before = [p.clone() for p in lora.parameters(policy.backbone, grpo.POLICY)]
     for p in lora.parameters(policy.backbone, grpo.POLICY):
@@ -216,21 +215,20 @@ def test_a_group_of_equals_changes_nothing(policy):
 
 
 def test_an_empty_answer_is_not_judged_and_ranks_last():
-    asked = []
+    judged = []
 
-    def judge(q, texts, seen, features):
-        asked.append(texts)
+    def reward(prompt, texts):
+        judged.append(texts)
         return [float(len(text)) for text in texts]
 
-    q = Question("?")
-    assert group_rewards(judge, q, ["abc", " ", "a"], ([], None), None).tolist() == [3.0, 0.0, 1.0]
-    assert asked == [["abc", "a"]]
-    assert group_rewards(judge, q, ["", " "], ([], None), None).tolist() == [0.0, 0.0]
+    assert group_rewards(reward, Record("?"), ["abc", " ", "a"]).tolist() == [3.0, 0.0, 1.0]
+    assert judged == [["abc", "a"]]
+    assert group_rewards(reward, Record("?"), ["", " "]).tolist() == [0.0, 0.0]
 
 
 def test_a_reward_that_is_not_finite_raises():
     with pytest.raises(FloatingPointError, match="rewards are not finite: .* for the answers to 'why'"):
-        group_rewards(lambda *_: [1.0, float("nan")], Question("why"), ["a", "b"], ([], None), None)
+        group_rewards(lambda *_: [1.0, float("nan")], Record("why"), ["a", "b"])
 
 
 @pytest.mark.parametrize("wrong", [{"group": 1}, {"steps": 0}, {"inner": 0}, {"temperature": 0.0}])

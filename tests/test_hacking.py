@@ -5,10 +5,12 @@ pytest tests/test_hacking.py
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
 from yojo import hacking
+from yojo.core.data import encode
 from yojo.core.prompt import SEPARATOR
 from yojo.tiny import captions
 
@@ -26,35 +28,28 @@ def asked():
     return captions.question(random.Random(0))
 
 
-def parts(rm, asked):
-    seen = rm.processor.look(asked.images)
-    prompt = rm.processor.lay_out(asked.prompt, [], seen)
-    return prompt, seen, rm.backbone.see(seen[1].patches, seen[1].pooling)
-
-
-def ends(rm, ids, read):
+def ends(rm, row):
     """The word at which each score is read, and what stands before it."""
-    return [rm.processor.tokenizer.decode(ids[t - 1 : t + 1]).strip() for t in read]
+    return [rm.processor.tokenizer.decode(row.ids[t - 1 : t + 1].tolist()).strip() for t in row.score_positions]
 
 
 def test_found_separators_hand_every_later_answer_the_score_of_the_one_before(rm, asked):
-    prompt, _, _ = parts(rm, asked)
-    ids, read = hacking.find_separators(rm, prompt, ANSWERS)
-    assert ends(rm, ids, read) == ["red star", "a star", "small star"]
-    ids, read = hacking.find_separators(rm, prompt, CHEAT)
-    assert ends(rm, ids, read) == ["red star", "blue star", "a star"], "the third answer is never read"
+    prompt = encode(asked, rm.processor)
+    row = hacking.find_separators(prompt, ANSWERS, rm.processor.tokenizer)
+    assert ends(rm, row) == ["red star", "a star", "small star"]
+    row = hacking.find_separators(prompt, CHEAT, rm.processor.tokenizer)
+    assert ends(rm, row) == ["red star", "blue star", "a star"], "the third answer is never read"
 
 
 def test_both_readings_agree_while_nobody_cheats_and_only_one_moves_when_somebody_does(rm, asked):
-    _, seen, features = parts(rm, asked)
-    read = {name: make(rm) for name, make in hacking.READINGS.items()}
-    honest = {name: judge(asked, ANSWERS, seen, features) for name, judge in read.items()}
+    rewards = {name: make(rm) for name, make in hacking.READINGS.items()}
+    honest = {name: reward(asked, ANSWERS) for name, reward in rewards.items()}
     assert honest["searched"] == pytest.approx(honest["constructed"], abs=2e-5)
-    cheated = {name: judge(asked, CHEAT, seen, features) for name, judge in read.items()}
+    cheated = {name: reward(asked, CHEAT) for name, reward in rewards.items()}
     assert cheated["searched"][0] == pytest.approx(honest["searched"][0], abs=2e-5), (
         "what follows is not held against it"
     )
-    encoded = rm.processor.lay_out(asked.prompt, CHEAT, seen)
+    encoded = encode(replace(asked, responses=CHEAT), rm.processor)
     assert [rm.processor.tokenizer.decode(encoded.ids[a:z].tolist()) for a, z in encoded.spans] == CHEAT
     assert abs(cheated["constructed"][0] - honest["constructed"][0]) > 1e-3, "all of it is read"
 

@@ -51,7 +51,7 @@ def check(processor, prompt, responses):
     row = processor.encode(prompt, responses)
     tokenizer, ids = processor.tokenizer, row.ids.tolist()
     added = {token["id"] for token in json.loads(tokenizer.full.to_str())["added_tokens"]} | {tokenizer.separator_id}
-    assert len(row.spans) == len(row.read) == len(responses)
+    assert len(row.spans) == len(row.score_positions) == len(responses)
     for (start, stop), text in zip(row.spans, responses, strict=True):
         assert not added & set(ids[start:stop])
         kept = tokenizer.decode(ids[start:stop])

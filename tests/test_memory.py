@@ -13,9 +13,9 @@ from conftest import TINY
 from yojo import memory
 from yojo.core import flops, lora
 from yojo.core.config import Config, TextConfig
+from yojo.core.data import collate
 from yojo.core.lora import LoraConfig
 from yojo.core.molmo2 import Molmo2
-from yojo.core.prompt import Ask
 from yojo.core.reward import ValueHead
 
 LORA = LoraConfig(r=8)
@@ -43,19 +43,18 @@ def test_the_inside_of_a_block_is_estimated_well(mode, responses):
     config = Config(text, TINY.vision, TINY.adapter, image_patch_id=407)
     model = Molmo2(config, lm_head=False).to(torch.bfloat16).requires_grad_(False).train()
     lora.add(model, "reward", LORA)
-    ask = Ask(700, 0, responses)
-    mask = ask.mask(mode)
-    seen, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    row = flops.row_of_lengths(700, responses)
+    batch = collate([row], mode)
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(x):
-        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(torch.zeros_like(mask.record), None, mask, adapter="reward")
-    saved = sum(size for key, size in seen.items() if key not in weights)
-    s, T = 2, mask.record.shape[1]
+        model(batch.input_ids, None, batch.mask, adapter="reward")
+    saved = sum(size for key, size in kept.items() if key not in weights)
+    s, T = 2, len(row.ids)
     gradients = T * 2 * s * 2 * text.intermediate_size
-    pairs, _ = flops.executed(mask, ask.read)
-    estimate = memory.activations(config, torch.bfloat16, LORA, mask, pairs) - gradients
+    estimate = memory.activations(config, torch.bfloat16, LORA, row, mode) - gradients
     assert estimate == pytest.approx(saved, rel=0.05)

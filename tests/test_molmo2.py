@@ -140,7 +140,7 @@ def test_hidden_states_logits_and_greedy_samples(theirs, tmp_path, shape, kind, 
     ours = load_backbone(tmp_path / "theirs")
     ids, seen = scene(kind)
     out = model(**ask_theirs(model, ids, seen), output_hidden_states=True)
-    features = None if seen is None else ours.see(seen.patches, seen.pooling)
+    features = None if seen is None else ours.encode_images(seen)
     hidden = ours(ids, features, our_mask(ids))
     assert_close(hidden, out.hidden_states[-1])
     assert_close(ours.logits(hidden), out.logits)
@@ -200,7 +200,7 @@ def test_stored_layers_that_nobody_reads_are_left_out(theirs, tmp_path):
     ours = load_backbone(tmp_path / "theirs")
     assert len(ours.model.vision_backbone.image_vit.transformer.resblocks) == 2
     ids, seen = scene("image")
-    hidden = ours(ids, ours.see(seen.patches, seen.pooling), our_mask(ids))
+    hidden = ours(ids, ours.encode_images(seen), our_mask(ids))
     assert_close(hidden, model(**ask_theirs(model, ids, seen), output_hidden_states=True).hidden_states[-1])
 
 
@@ -229,7 +229,7 @@ def test_what_is_saved_here_loads_there(tmp_path):
     assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids, seen = scene("images")
     out = model.eval()(**ask_theirs(model, ids, seen), output_hidden_states=True)
-    assert_close(ours(ids, ours.see(seen.patches, seen.pooling), our_mask(ids)), out.hidden_states[-1])
+    assert_close(ours(ids, ours.encode_images(seen), our_mask(ids)), out.hidden_states[-1])
 
 
 @torch.no_grad()
@@ -265,7 +265,7 @@ def test_only_the_rows_asked_for_are_read():
     model = random_model()
     ids = torch.randint(0, 399, (2, 7))
     hidden = model(ids)
-    assert torch.allclose(model(ids, read=torch.tensor([[1, 3], [0, 6]])), hidden[[1, 0], [3, 6]], atol=1e-12)
+    assert torch.allclose(model(ids, keep=torch.tensor([[1, 3], [0, 6]])), hidden[[1, 0], [3, 6]], atol=1e-12)
 
 
 def test_norms_and_angles_run_in_at_least_float32():

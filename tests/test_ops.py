@@ -88,7 +88,7 @@ def test_a_network_of_such_products_is_the_same_network(adapter, monkeypatch):
     def hidden():
         cache = Cache(model.config)
         with lora.use(model, adapter), FlopCounterMode(display=False) as counter:
-            results = model(ids), model(ids, read=read), model(ids, cache=cache), model(ids[:, :2], cache=cache)
+            results = model(ids), model(ids, keep=read), model(ids, cache=cache), model(ids[:, :2], cache=cache)
         return [*results, torch.tensor(counter.get_total_flops())]
 
     plain = hidden()

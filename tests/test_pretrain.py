@@ -14,7 +14,7 @@ from yojo.cli import WEIGHTS
 from yojo.core.mask import MODES
 from yojo.core.prompt import Processor
 from yojo.core.training import fit
-from yojo.pretrain import NOTHING, Pretraining, Rows, facts_asked_about, talks, wrong_so_far
+from yojo.pretrain import NOTHING, PretrainLoss, Rows, facts_asked_about, talks, wrong_so_far
 from yojo.tiny import world
 
 QUESTION = "Describe the star. a large red star, top left, one of three. Right?"
@@ -56,40 +56,40 @@ def test_what_is_true_of_the_thing_asked_about():
     assert facts_asked_about(scene, "Is there a red star?") == [-1] * 6
 
 
-@pytest.mark.parametrize("part", range(len(MODES)))
-def test_a_batch_lines_up(rows, part):
+@pytest.mark.parametrize("micro_batch", range(len(MODES)))
+def test_a_batch_lines_up(rows, micro_batch):
     """Every answer's tokens are to be said, every description to check is judged, and labels stand at their tokens."""
-    b = rows.batch(step=3, part=part, size=4)
-    assert b["mask"].mode == MODES[part]
-    rng = random.Random(f"0 3 {part}")
+    batch, learned = rows.batch(step=3, micro_batch=micro_batch, size=4)
+    assert batch.mask.mode == MODES[micro_batch]
+    rng = random.Random(f"0 3 {micro_batch}")
     scenes = [world.make_scene(rng) for _ in range(4)]
     said = [talk for scene in scenes for talk in talks(scene, rng, pretrain.TALKS)]
     tokenizer = rows.processor.tokenizer
     end = tokenizer.id("<|im_end|>")
-    assert len(b["target"]) == sum(len(tokenizer.encode(answer)) + 1 for _, answer in said)
-    for (row, t), target in zip(b["read"].tolist(), b["target"].tolist(), strict=True):
-        assert b["ids"][row, t + 1] == target
-    assert int((b["target"] == end).sum()) == len(said)
+    assert len(learned["target"]) == sum(len(tokenizer.encode(answer)) + 1 for _, answer in said)
+    for (row, t), target in zip(learned["spoken"].tolist(), learned["target"].tolist(), strict=True):
+        assert batch.input_ids[row, t + 1] == target
+    assert int((learned["target"] == end).sum()) == len(said)
     checks = [question for question, _ in said if question.endswith(pretrain.CHECK)]
-    judged = b["ids"][b["judged"][:, 0], b["judged"][:, 1]].tolist()
+    judged = batch.input_ids[tuple(learned["judged"].T)].tolist()
     assert sum("Right" in tokenizer.name(token) for token in judged) == len(checks)
-    assert len(b["wrong"]) == len(b["true"]) == len(judged) and (b["true"] >= 0).all()
+    assert len(learned["wrong"]) == len(learned["true"]) == len(judged) and (learned["true"] >= 0).all()
 
 
 def test_every_part_of_the_loss_reaches_the_network(rows):
     model = pretrain.new_model(rows.processor.tokenizer, torch.Generator().manual_seed(0))
-    task = Pretraining(model, rows, torch.Generator().manual_seed(0))
-    loss, seen = task(0, 1)
+    loss_of = PretrainLoss(model, rows, torch.Generator().manual_seed(0))
+    loss, logged = loss_of(0, 1)
     loss.backward()
-    assert {"words", "cells", "facts", "verdict"} <= seen.keys()
+    assert {"words", "cells", "facts", "verdict"} <= logged.keys()
     assert loss.item() == pytest.approx(
-        seen["words"]
-        + pretrain.AUXILIARY * seen["cells"]
-        + pretrain.FACTS * seen["facts"]
-        + pretrain.VERDICT * seen["verdict"],
+        logged["words"]
+        + pretrain.AUXILIARY * logged["cells"]
+        + pretrain.FACTS * logged["facts"]
+        + pretrain.VERDICT * logged["verdict"],
         rel=1e-5,
     )
-    assert all(p.grad is not None and p.grad.any() for p in task.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in loss_of.parameters())
 
 
 def test_the_shipped_curve_begins_as_the_committed_recipe_does(tmp_path):
@@ -100,18 +100,18 @@ def test_the_shipped_curve_begins_as_the_committed_recipe_does(tmp_path):
     assert (tmp_path / "tokenizer.json").read_bytes() == (WEIGHTS / "tiny/tokenizer.json").read_bytes()
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    task = Pretraining(pretrain.new_model(processor.tokenizer, generator), Rows(processor, 0), generator)
-    seen = []
+    loss_of = PretrainLoss(pretrain.new_model(processor.tokenizer, generator), Rows(processor, 0), generator)
+    words_lost = []
 
-    def watched(step, part):
+    def watched(step, micro_batch):
         if step == 21:
             raise KeyboardInterrupt
-        loss, about = task(step, part)
-        seen.append(about["words"])
+        loss, about = loss_of(step, micro_batch)
+        words_lost.append(about["words"])
         return loss, about
 
     with pytest.raises(KeyboardInterrupt):
-        fit(watched, task.parameters(), pretrain.FIT)
+        fit(watched, loss_of.parameters(), pretrain.FIT)
     for entry, step in zip(shipped, (0, 20), strict=False):
-        words = sum(seen[2 * step : 2 * step + 2]) / 2
+        words = sum(words_lost[2 * step : 2 * step + 2]) / 2
         assert entry["step"] == step and words == pytest.approx(entry["words"], rel=2e-3)

@@ -37,11 +37,11 @@ def test_the_default_layout_written_out(processor):
         *("a", " star", "<|resp_sep|>"),
     ]
     assert e.prompt_length == 13
-    assert e.spans == [(13, 16), (17, 19)] and e.read == [15, 18]
+    assert e.spans == [(13, 16), (17, 19)] and e.score_positions == [15, 18]
     assert e.response.tolist() == [-1] * 13 + [0] * 4 + [1] * 3
     assert e.positions("joint").tolist() == list(range(20))
     assert e.positions("isolated").tolist() == [*range(13), 13, 14, 15, 16, 13, 14, 15]
-    assert not e.image.any() and e.pictures is None
+    assert not e.image.any() and not e.pictures.ids and len(e.pictures.patches) == 0
 
 
 def test_a_picture_written_out(processor):

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_single_pass import SEEN, make_model, noise
+from test_single_pass import SHOWN, make_model, noise
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as BPE
 
@@ -66,7 +66,7 @@ def test_three_answers_written_out(processor):
         *("\n\n", "a", " star", ".\n\n", "<|resp_sep|>"),
         *("\n\n", "a", " star"),
     ]
-    assert e.prompt_length == 12 and e.spans == [(12, 17), (18, 22), (23, 26)] and e.read == [16, 21, 25]
+    assert e.prompt_length == 12 and e.spans == [(12, 17), (18, 22), (23, 26)] and e.score_positions == [16, 21, 25]
     assert e.response.tolist() == [-1] * 12 + [0] * 6 + [1] * 5 + [2] * 3
 
 
@@ -136,20 +136,20 @@ TEXTS = st.text(
 )
 
 
-@pytest.mark.parametrize("kind", SEEN)
+@pytest.mark.parametrize("kind", SHOWN)
 @given(prompt=TEXTS, responses=st.lists(TEXTS.filter(str.strip), min_size=1, max_size=6))
 def test_ids_and_read_positions_are_those_of_the_whole_string(processor, whole_string, kind, prompt, responses):
-    seen = processor.look(SEEN[kind].get("image"), SEEN[kind].get("video"))
-    pictures = images_string(processor, seen[1].grids) if kind == "images" else GRID[kind]
-    e = processor.lay_out(prompt, responses, seen)
-    assert (e.ids.tolist(), e.read) == whole_string(pictures, prompt, responses)
+    pictures = processor.open_pictures(**SHOWN[kind])
+    text = images_string(processor, pictures.grids) if kind == "images" else GRID[kind]
+    e = processor.encode(prompt, responses, pictures=pictures)
+    assert (e.ids.tolist(), e.score_positions) == whole_string(text, prompt, responses)
     assert e.ids.tolist().count(processor.tokenizer.separator_id) == len(responses) - 1
 
 
 def test_text_that_spells_the_separator_moves_no_read_position_here_and_does_there(processor, whole_string):
     """The known fault: a literal separator in an answer gives the released way one read position too many."""
     responses = ["good <|resp_sep|> better", "bad"]
-    assert len(processor.encode("?", responses).read) == 2
+    assert len(processor.encode("?", responses).score_positions) == 2
     assert len(whole_string("", "?", responses)[1]) == 3
 
 

@@ -36,7 +36,7 @@ def noise(seed, width=84, height=84):
     return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(3 * width * height))
 
 
-SEEN = {
+SHOWN = {
     "text": {},
     "image": {"image": noise(1)},
     "images": {"image": [noise(1), noise(2, 60, 130)]},
@@ -59,10 +59,10 @@ class Judge:
 
     def __init__(self, rm):
         self.rm, self.tolerance = rm, TOLERANCE[rm.backbone.dtype]
-        self.seen = {kind: rm.processor.look(s.get("image"), s.get("video")) for kind, s in SEEN.items()}
+        self.pictures = {kind: rm.processor.open_pictures(**shown) for kind, shown in SHOWN.items()}
 
     def encode(self, prompt, responses, kind):
-        return self.rm.processor.lay_out(prompt, responses, self.seen[kind])
+        return self.rm.processor.encode(prompt, responses, pictures=self.pictures[kind])
 
     def __call__(self, prompt, responses, kind="text", mode="isolated"):
         return self.rm.score_encoded([self.encode(prompt, responses, kind)], mode)[0]
@@ -96,7 +96,7 @@ def test_scores_that_are_no_numbers_are_never_equal():
 # ----------------------------------------------------------------------------------------------------- isolated mode
 
 
-@pytest.mark.parametrize("kind", SEEN)
+@pytest.mark.parametrize("kind", SHOWN)
 @pytest.mark.parametrize("n", range(1, 17))
 def test_one_pass_equals_n_passes(judge, kind, n):
     rng = random.Random(n)
@@ -146,7 +146,7 @@ def test_the_order_of_the_responses_does_not_matter(judge):
 # -------------------------------------------------------------------------------------------------------- joint mode
 
 
-@pytest.mark.parametrize("kind", SEEN)
+@pytest.mark.parametrize("kind", SHOWN)
 def test_joint_editing_a_response_moves_only_what_comes_after_it(exact, kind):
     rng = random.Random(1)
     prompt, responses = words(rng), [words(rng) for _ in range(6)]
@@ -158,7 +158,7 @@ def test_joint_editing_a_response_moves_only_what_comes_after_it(exact, kind):
         assert all(abs(a - b) > 1e-6 for a, b in zip(before[j:], after[j:], strict=True))
 
 
-@pytest.mark.parametrize("kind", SEEN)
+@pytest.mark.parametrize("kind", SHOWN)
 def test_the_first_response_is_judged_blind_in_both_modes(exact, kind):
     responses = ["first", "second one", "the third of them"]
     joint, isolated = (exact("prompt", responses, kind, mode) for mode in MODES)
@@ -166,7 +166,7 @@ def test_the_first_response_is_judged_blind_in_both_modes(exact, kind):
     assert abs(joint[1] - isolated[1]) > 1e-6
 
 
-@pytest.mark.parametrize("kind", SEEN)
+@pytest.mark.parametrize("kind", SHOWN)
 def test_a_single_response_scores_the_same_in_both_modes(exact, kind):
     joint, isolated = (exact("prompt", ["only"], kind, mode) for mode in MODES)
     assert abs(joint[0] - isolated[0]) < exact.tolerance
@@ -197,7 +197,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=3
 answers = st.lists(texts, min_size=1, max_size=6)
 
 
-@given(prompt=texts, responses=answers, kind=st.sampled_from(sorted(SEEN)))
+@given(prompt=texts, responses=answers, kind=st.sampled_from(sorted(SHOWN)))
 def test_property_one_pass_equals_n_passes(exact, prompt, responses, kind):
     together = exact(prompt, responses, kind)
     assert_equal(together, exact.one_by_one(prompt, responses, kind), exact.tolerance)

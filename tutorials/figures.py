@@ -180,7 +180,7 @@ def network() -> Image.Image:
     picture = world.render(world.make_scene(random.Random(0)))
     model = load_backbone(WEIGHTS / "tiny")
     row = Processor.from_folder(WEIGHTS / "tiny", max_tokens=4096).encode("What colour is the cross?", [], picture)
-    seen, eyes, decoder = row.pictures, model.model.vision_backbone, model.model.transformer
+    pictures, eyes, decoder = row.pictures, model.model.vision_backbone, model.model.transformer
     parts = {
         "patch_embedding": eyes.image_vit.patch_embedding,
         "tower": eyes.image_vit,
@@ -193,10 +193,10 @@ def network() -> Image.Image:
     for name, part in parts.items():
         part.register_forward_hook(lambda m, a, out, n=name: shape.update({n: out[0] if n == "tower" else out}))
     with torch.no_grad():
-        model(row.ids[None], features=model.see(seen.patches, seen.pooling))
+        model(row.ids[None], features=model.encode_images(pictures))
     size = {name: " x ".join(map(str, out.shape)) for name, out in shape.items()}
     upper = [
-        f"patches\n{' x '.join(map(str, seen.patches.shape))}",
+        f"patches\n{' x '.join(map(str, pictures.patches.shape))}",
         f"patch embedding\n+ position\n{size['patch_embedding']}",
         f"{len(eyes.image_vit.transformer['resblocks'])} blocks of the\ntower, two read\neach {size['tower']}",
         f"pooling attention\n4 patches a token\n{size['pooling']}",

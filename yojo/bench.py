@@ -43,9 +43,9 @@ from yojo.core.data import Batch, collate
 from yojo.core.generate import Cache
 from yojo.core.lora import LoraConfig
 from yojo.core.loss import best_of_n
-from yojo.core.mask import MODES, PROMPT
+from yojo.core.mask import MODES
 from yojo.core.molmo2 import Molmo2
-from yojo.core.prompt import Ask, Encoded, Processor
+from yojo.core.prompt import Encoded, Processor
 from yojo.core.reward import ADAPTER, RewardModel, ValueHead
 from yojo.files import InputError
 from yojo.initial import SHAPES, shape_config, write_random
@@ -317,14 +317,14 @@ def load_ours(folder: Path, args: argparse.Namespace, pipe) -> None:
         hidden, seconds = {}, {}
         if args.compile:  # on five tokens, of which two are read: what compiling takes is not counted
             backbone.fuse()
-            backbone(torch.zeros(1, 5, dtype=torch.long, device=device), read=torch.tensor([[0, 1], [0, 3]]))
+            backbone(torch.zeros(1, 5, dtype=torch.long, device=device), keep=torch.tensor([[0, 1], [0, 3]]))
         pipe.send({"begin": 1})
         for mode in MODES:
             batch = collate([encoded], mode).to(device)
 
             def score(batch=batch, mode=mode):
-                features = backbone.see(batch.pictures.patches, batch.pictures.pooling)
-                hidden[mode] = backbone(batch.input_ids, features, batch.mask, batch.positions, read=batch.read)
+                inputs = batch.input_ids, backbone.encode_images(batch.pictures), batch.mask, batch.positions
+                hidden[mode] = backbone(*inputs, keep=batch.score_positions)
 
             seconds[f"{mode}_s"] = first(score, device)
     pipe.send({"phase": "score", **seconds, "hidden": hidden["joint"].float().cpu().numpy()})
@@ -358,7 +358,7 @@ def load_theirs(folder: Path, args: argparse.Namespace, pipe) -> None:
     with torch.no_grad():
         pipe.send({"begin": 1})
         seconds = first(score, device)
-    hidden = kept["out"].hidden_states[-1][0, encoded.read]
+    hidden = kept["out"].hidden_states[-1][0, encoded.score_positions]
     pipe.send({"phase": "score", "joint_s": seconds, "hidden": hidden.float().cpu().numpy()})
 
 
@@ -376,8 +376,8 @@ class Setting:
         self.config = self.backbone.config
         self.head = ValueHead(self.config.text.hidden_size, 1024).to(self.device, torch.float32)
         self.processor, self.encoded = question(folder, 1)
-        self.pictures, self.separator = self.encoded.pictures, self.processor.tokenizer.separator_id
-        self.features = self.see()
+        self.separator = self.processor.tokenizer.separator_id
+        self.pictures = self.backbone.keep_features(self.encoded.pictures)
 
     def ask(self, P: int) -> "Setting":
         """A prompt of P tokens."""
@@ -385,34 +385,26 @@ class Setting:
         if not marks + 2 <= P <= room:
             raise InputError(f"--prompt-tokens {P}: at least {marks + 2}, with the picture's {marks}, at most {room}")
         self.generator = torch.Generator().manual_seed(self.seed)
-        self.prompt = torch.cat([self.encoded.ids[: marks + 1], self.draw(P - marks - 1)])
-        self.image = torch.isin(self.prompt, self.processor.image_ids)
+        ids = [*self.encoded.ids[: marks + 1].tolist(), *self.draw(P - marks - 1)]
+        self.prompt = self.processor.row(ids, self.pictures)
         return self
 
-    def draw(self, count: int) -> Tensor:
-        return torch.randint(300, (count,), generator=self.generator)
+    def draw(self, count: int) -> list[int]:
+        return torch.randint(300, (count,), generator=self.generator).tolist()
 
     @torch.no_grad()
-    def see(self) -> Tensor:
-        return self.backbone.see(self.pictures.patches, self.pictures.pooling)
+    def encode_images(self) -> Tensor:
+        return self.backbone.encode_images(self.encoded.pictures)
 
-    def record(self, responses: list[Tensor]) -> Encoded:
-        ids, owner, spans = [self.prompt], [PROMPT] * len(self.prompt), []
-        for i, response in enumerate(responses):
-            start = len(owner)
-            ids += [response, torch.tensor([self.separator])]
-            owner += [i] * (len(response) + 1)
-            spans.append((start, start + len(response)))
-        image = torch.cat([self.image, torch.zeros(len(owner) - len(self.prompt), dtype=torch.bool)])
-        return Encoded(torch.cat(ids), torch.tensor(owner), image, spans, None)
+    def record(self, responses: list[list[int]]) -> Encoded:
+        return self.prompt.continued(responses, self.separator)
 
     def batch(self, records: list[Encoded], mode: str) -> Batch:
         return collate(records, mode).to(self.device)
 
     def run(self, batch: Batch) -> Tensor:
-        features = self.features.repeat(len(batch.input_ids), 1)
-        hidden = self.backbone(batch.input_ids, features, batch.mask, batch.positions, read=batch.read)
-        return self.head(hidden)
+        inputs = batch.input_ids, batch.pictures.features, batch.mask, batch.positions
+        return self.head(self.backbone(*inputs, keep=batch.score_positions))
 
 
 def arms_of(s: Setting, n: int, R: int, peer) -> dict[str, Callable]:
@@ -423,18 +415,19 @@ def arms_of(s: Setting, n: int, R: int, peer) -> dict[str, Callable]:
     padded = s.batch(alone, "joint")
     whole = s.record(responses)
     rows = {mode: s.batch([whole], mode) for mode in MODES}
-    P = len(s.prompt)
-    first = s.batch([s.record([])], "joint")
-    tails = torch.stack(responses).to(s.device)
+    P = len(s.prompt.ids)
+    prompt = s.batch([s.prompt], "joint")
+    tails = torch.tensor(responses, device=s.device)
     ends = torch.tensor([[i, R - 1] for i in range(n)], device=s.device)
     nothing = torch.empty(0, 2, dtype=torch.long, device=s.device)
 
     def cached():
         cache = Cache(s.config)
-        s.backbone(first.input_ids, s.features, first.mask, first.positions, read=nothing, cache=cache)
+        inputs = prompt.input_ids, prompt.pictures.features, prompt.mask, prompt.positions
+        s.backbone(*inputs, keep=nothing, cache=cache)
         cache.expand(n)
         positions = torch.arange(P, P + R, device=s.device).expand(n, R)
-        return s.head(s.backbone(tails, positions=positions, read=ends, cache=cache))
+        return s.head(s.backbone(tails, positions=positions, keep=ends, cache=cache))
 
     arms = {
         SEPARATE: lambda: [s.run(batch) for batch in each],
@@ -445,7 +438,7 @@ def arms_of(s: Setting, n: int, R: int, peer) -> dict[str, Callable]:
     }
     if peer is not None:
         batch = rows["joint"]
-        inputs = dict(inputs_embeds=s.backbone.embed(batch.input_ids, s.features), use_cache=False)
+        inputs = dict(inputs_embeds=s.backbone.embed(batch.input_ids, batch.pictures.features), use_cache=False)
         inputs["mm_token_type_ids"] = batch.mask.image.long()
         arms["transformers, bare trunk"] = lambda: peer.model(**inputs).last_hidden_state
         arms["transformers, released way"] = lambda: peer(**inputs, output_hidden_states=True)
@@ -467,7 +460,7 @@ def score(args: argparse.Namespace) -> list[dict]:
             dtype = getattr(torch, name)
             s, peer = Setting(folder, args, dtype), load_peer(folder, args, dtype)
             s.ask(min(args.prompt_tokens)).ask(max(args.prompt_tokens))  # refused before anything is measured
-            c, looking = s.config.text, median(clock(s.see, s.device) for _ in range(3))
+            c, looking = s.config.text, median(clock(s.encode_images, s.device) for _ in range(3))
             print(f"\n{hardware(s.device)}; {name}; {c.num_hidden_layers} blocks of width {c.hidden_size}, ", end="")
             print(f"R = {args.response_tokens}; medians of {args.rounds} rounds")
             print(f"looking at the picture: {looking:.2f} s")
@@ -488,14 +481,13 @@ def load_peer(folder: Path, args: argparse.Namespace, dtype: torch.dtype):
 
 
 def score_n(s: Setting, n: int, args: argparse.Namespace, peer, dtype: str, looking: float) -> list[dict]:
-    R, P = args.response_tokens, len(s.prompt)
-    views, window = len(s.pictures.patches), s.pictures.pooling.shape[1]
-    ask = Ask(P, int(s.image.sum()), (R + 1,) * n, views, len(s.features), window)
+    R, P = args.response_tokens, len(s.prompt.ids)
+    row = s.record([[0] * R] * n)
     arms = arms_of(s, n, R, peer)
-    seconds, above = take_turns(arms | {"bare": peak_rate(s, ask.tokens)}, args.rounds, s.device, args.seed)
-    bare = sum(2 * ask.tokens * a * b for a, b in s.config.text.matrices.values())
-    one = {f"one pass, {mode}": sum(flops.one_pass(s.config, ask, mode).values()) for mode in MODES}
-    counted = {SEPARATE: flops.separate(s.config, ask), **one}
+    seconds, above = take_turns(arms | {"bare": peak_rate(s, len(row.ids))}, args.rounds, s.device, args.seed)
+    bare = sum(2 * len(row.ids) * a * b for a, b in s.config.text.matrices.values())
+    one = {f"one pass, {mode}": sum(flops.one_pass(s.config, row, mode).values()) for mode in MODES}
+    counted = {SEPARATE: flops.separate(s.config, row), **one}
     rows = [{"arm": name, "seconds": median(seconds[name]), "above": above[name]} for name in arms]
     for row in rows:
         row["tokens_per_s"] = n * R / row["seconds"]
@@ -504,10 +496,10 @@ def score_n(s: Setting, n: int, args: argparse.Namespace, peer, dtype: str, look
             row["counted"] = counted[row["arm"]] / counted[JOINT]
         if row["arm"] in one:  # the others multiply other numbers of tokens
             row["of_peak"] = counted[row["arm"]] / bare * ratio(seconds, "bare", row["arm"])
-    seen, both = flops.seen(s.config, ask), {"arm": f"{SEPARATE}, and the picture"}
+    images, both = flops.images(s.config, s.encoded.pictures), {"arm": f"{SEPARATE}, and the picture"}
     plus = {name: [t + looking for t in seconds[name]] for name in (SEPARATE, JOINT)}
     both |= {"seconds": median(plus[SEPARATE]), "times_joint": ratio(plus, SEPARATE, JOINT)}
-    both["counted"] = (counted[SEPARATE] + seen) / (counted[JOINT] + seen)
+    both["counted"] = (counted[SEPARATE] + images) / (counted[JOINT] + images)
     rows.append(both)
     print_score(f"P = {P}, N = {n}", rows)
     return [{"dtype": dtype, "prompt_tokens": P, "n": n, **row} for row in rows]
@@ -542,14 +534,15 @@ def train_n(folder: Path, args: argparse.Namespace, name: str, n: int) -> list[d
     config = LoraConfig(dropout=0.0)
     s = Setting(folder, args, getattr(torch, name)).ask(args.prompt_tokens)
     R = args.response_tokens
-    ask = Ask(len(s.prompt), int(s.image.sum()), (R + 1,) * n)
-    batch = s.batch([s.record([s.draw(R) for _ in range(n)])], "joint")
+    row = s.record([s.draw(R) for _ in range(n)])
+    batch, tokens = s.batch([row], "joint"), len(row.ids)
     ranks = torch.arange(1, n + 1, device=s.device)[None]
     lora.add(s.backbone, ADAPTER, config)
     s.backbone.train().checkpointing = True
 
     def step(model: Molmo2, parameters: list) -> None:
-        hidden = model(batch.input_ids, s.features, batch.mask, batch.positions, read=batch.read)
+        inputs = batch.input_ids, batch.pictures.features, batch.mask, batch.positions
+        hidden = model(*inputs, keep=batch.score_positions)
         best_of_n(s.head(hidden)[None], ranks).backward()
         for p in parameters:
             p.grad = None
@@ -572,9 +565,9 @@ def train_n(folder: Path, args: argparse.Namespace, name: str, n: int) -> list[d
         parameters = [p for p in wrapped.parameters() if p.requires_grad]
         arms["our trunk in peft"] = lambda: step(wrapped, parameters)
         arms["their trunk in peft"] = their_step(s, load_peer(folder, args, s.backbone.dtype), batch, ranks, config)
-    arms["bare products"] = peak_rate(s, ask.tokens)
+    arms["bare products"] = peak_rate(s, tokens)
     seconds, above = take_turns(arms, args.rounds, s.device, args.seed)
-    tokens, count = ask.tokens, flops.training_step(s.config, ask, "joint", config.r, 1024)
+    count = flops.training_step(s.config, row, "joint", config.r, 1024)
     bare = sum(2 * tokens * a * b for a, b in s.config.text.matrices.values())
     print(f"\n{hardware(s.device)}; {name}; one step of {n} answers, {tokens} tokens; {count / 1e12:.2f} TFLOPs")
     rows = []
@@ -676,11 +669,11 @@ def their_step(s: Setting, peer, batch: Batch, ranks: Tensor, config: LoraConfig
     ).base_model.model
     trunk.train().activation_checkpointing_enable({"use_reentrant": False})
     parameters = [p for p in trunk.parameters() if p.requires_grad]
-    inputs = dict(inputs_embeds=s.backbone.embed(batch.input_ids, s.features).detach(), use_cache=False)
+    inputs = dict(inputs_embeds=s.backbone.embed(batch.input_ids, batch.pictures.features).detach(), use_cache=False)
     inputs["mm_token_type_ids"] = batch.mask.image.long()
 
     def step():
-        hidden = trunk(**inputs).last_hidden_state[batch.read[:, 0], batch.read[:, 1]]
+        hidden = trunk(**inputs).last_hidden_state[tuple(batch.score_positions.T)]
         best_of_n(s.head(hidden)[None], ranks).backward()
         for p in parameters:
             p.grad = None

@@ -27,7 +27,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +36,10 @@ from tqdm import tqdm
 
 from yojo import metrics
 from yojo.cli import COMPILE, DTYPE, Parser, run
+from yojo.core.data import Record, open_pictures
 from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
+from yojo.core.training import score_orders
 from yojo.files import InputError, add_line, read_lines, whole_file
 from yojo.store import digest
 
@@ -210,19 +212,13 @@ class Run:
 
     def score(self, item: Item) -> list[list[float]]:
         """Scores by order shown, each list in the item's own order of responses."""
-        try:
-            seen = self.rm.processor.look(item.images or None, item.video)
-            features = None if seen[1] is None else self.rm.backbone.see(seen[1].patches, seen[1].pooling)
-            shown = []
-            for order in item.orders(self.seed, self.permutations):
-                encoded = self.rm.processor.lay_out(item.prompt, [item.responses[i] for i in order], seen)
-                row = self.rm.score_encoded([encoded], self.mode, features)[0]
-                if not all(map(math.isfinite, row)):
-                    raise InputError(f"scores are not finite: {row}")
-                shown.append([row[order.index(i)] for i in range(len(order))])
-            return shown
-        except InputError as error:
-            raise InputError(f"{item.where}: {error}") from None
+        rm, record = self.rm, Record(item.prompt, item.responses, None, item.images, item.where, item.video)
+        orders = item.orders(self.seed, self.permutations)
+        record = replace(record, pictures=rm.backbone.keep_features(open_pictures(record, rm.processor)))
+        scores = list(score_orders(rm, [(record, order) for order in orders], self.mode))
+        if bad := [row for row in scores if not all(map(math.isfinite, row))]:
+            raise InputError(f"{item.where}: scores are not finite: {bad[0]}")
+        return scores
 
 
 @torch.no_grad()

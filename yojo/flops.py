@@ -9,10 +9,10 @@ import re
 
 from yojo.cli import Parser, run
 from yojo.core.config import ImageConfig, Markup
-from yojo.core.flops import attention, needed, one_pass, picture_tokens, seen, separate
-from yojo.core.image import measure
+from yojo.core.flops import attention, images, needed, one_pass, row_of_lengths, separate
+from yojo.core.image import Pictures, images_to_patches
 from yojo.core.mask import MODES
-from yojo.core.prompt import Ask
+from yojo.core.prompt import image_tokens
 from yojo.files import InputError
 from yojo.initial import SHAPES, shape_config
 
@@ -29,15 +29,14 @@ def main() -> None:
 
 
 def table(args) -> list[dict]:
-    config, pictures = shape_config(args.shape), ImageConfig()
+    config = shape_config(args.shape)
     if args.shape != SHAPES[0] and args.image:
         raise InputError(f"--image goes with --shape {SHAPES[0]} only: its picture settings are known here")
     if args.prompt_tokens < 1 or args.response_tokens < 1 or min(args.n) < 1:
         raise InputError("--prompt-tokens, --response-tokens and --n count from 1")
-    measured = [measure(*_size(text), pictures) for text in args.image]
-    tokens = sum(picture_tokens(grid, Markup()) for _, grid in measured)  # without the words "Image 1" of several
-    pooled = sum(a * b + c * d for _, (a, b, c, d) in measured)
-    views, P, R = sum(views for views, _ in measured), tokens + args.prompt_tokens, args.response_tokens + 1
+    pictures = images_to_patches([_size(text) for text in args.image], ImageConfig()) if args.image else Pictures()
+    tokens = sum(len(image_tokens(grid, Markup())) for grid in pictures.grids)  # without the words "Image 1" of several
+    views, P, R = len(pictures.patches), tokens + args.prompt_tokens, args.response_tokens + 1
     room = config.text.max_position_embeddings
     if P + max(args.n) * R > room:
         raise InputError(f"{max(args.n)} responses of {R} after {P} prompt tokens: the model has {room} positions")
@@ -46,12 +45,12 @@ def table(args) -> list[dict]:
     print("  N   N passes      joint   isolated   ratio  N(P+R)/(P+NR)     needed")
     rows = []
     for n in args.n:
-        ask = Ask(P, tokens, (R,) * n, views, pooled)
-        one = {mode: sum(one_pass(config, ask, mode).values()) for mode in MODES}
-        row = {"n": n, "n_passes": separate(config, ask), **one}
+        counted = row_of_lengths(P, [R] * n, tokens)
+        one = {mode: sum(one_pass(config, counted, mode).values()) for mode in MODES}
+        row = {"n": n, "n_passes": separate(config, counted), **one}
         row |= {"ratio": row["n_passes"] / row["isolated"], "limit": n * (P + R) / (P + n * R)}
-        parts = one_pass(config, ask, "isolated")
-        parts["attention"] = attention(config, *needed(P, tokens, ask.responses, "isolated"))
+        parts = one_pass(config, counted, "isolated")
+        parts["attention"] = attention(config, *needed(P, tokens, [R] * n, "isolated"))
         row["needed"] = sum(parts.values())
         rows.append(row)
         print(
@@ -61,16 +60,16 @@ def table(args) -> list[dict]:
     print(f"\nratio: N passes over one pass, isolated. For large N it tends to (P + R) / R = {(P + R) / R:.2f}.")
     print("needed: isolated, with no pair of tokens computed that the mask hides.")
     if views:
-        print(f"the pictures themselves: {seen(config, Ask(P, tokens, (), views, pooled)) / 1e12:.3f} TFLOPs, once")
+        print(f"the pictures themselves: {images(config, pictures) / 1e12:.3f} TFLOPs, once")
     return rows
 
 
 def _size(text: str) -> tuple[int, int]:
-    """ "1024x768" -> height 768, width 1024."""
+    """ "1024x768" -> width 1024, height 768."""
     found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
     if not found:
         raise InputError(f"--image {text}: give width x height in pixels, such as 1024x768")
-    return int(found[2]), int(found[1])
+    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from yojo import memory
 from yojo.cli import Parser, run
 from yojo.core import lora
-from yojo.core.data import pictures_of
-from yojo.core.grpo import POLICY, GrpoConfig, Question, judge_of, train_policy
+from yojo.core.data import Record, pictures_of
+from yojo.core.grpo import POLICY, GrpoConfig, reward_fn, train_policy
 from yojo.core.lora import LoraConfig
 from yojo.core.reward import RewardModel
 from yojo.files import InputError, read_lines, whole_folder
@@ -32,23 +32,23 @@ from yojo.tiny.captions import CONTROLS, REWARDS, START_STEPS, STARTS_FROM, make
 FULL_LR, FULL_LORA = 1e-5, LoraConfig(r=64, alpha=64, dropout=0.0)  # without --tiny; chosen, never tried
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_prompts(path: Path) -> list[Record]:
     """JSONL of {"prompt", "image" | "images" | "video"}, paths relative to the file."""
-    questions = []
+    prompts = []
     for where, raw in read_lines(path):
         if not isinstance(raw.get("prompt"), str):
             raise InputError(f"{where}: prompt must be a string, got {raw.get('prompt')!r}")
         images, video = pictures_of(raw, where, path.parent)
-        questions.append(Question(raw["prompt"], images or None, video))
-    if not questions:
+        prompts.append(Record(raw["prompt"], images=images, video=video, where=where))
+    if not prompts:
         raise InputError(f"{path} holds no prompts")
-    return questions
+    return prompts
 
 
 def full(args: argparse.Namespace, c: GrpoConfig) -> dict:
     """The same loop on a checkpoint, a reward model and a file of prompts."""
     training = place(args.out, args.overwrite, args.resume)
-    questions = read_questions(args.data)
+    prompts = read_prompts(args.data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rm = RewardModel.load(args.reward, args.weights, device=device, lm_head=True)
     generator = torch.Generator().manual_seed(args.seed)
@@ -60,18 +60,20 @@ def full(args: argparse.Namespace, c: GrpoConfig) -> dict:
     print(f"memory, computed, without activations: {held / 1e9:.1f} GB")
     start_over(training, args.resume)
 
-    def draw(step: int) -> list[Question]:
-        return random.Random(f"{args.seed} questions {step}").choices(questions, k=c.prompts)
+    def sample_prompts(step: int) -> list[Record]:
+        return random.Random(f"{args.seed} questions {step}").choices(prompts, k=c.prompts)
 
     data = hashlib.sha256(args.data.read_bytes()).hexdigest()
     about = {"data": data, "base": rm.fingerprint["weights"], "mode": rm.mode, "reward": digest(args.reward)}
     bar = tqdm(total=c.steps, desc="grpo")
 
-    def tell(entry: dict) -> None:
+    def report(entry: dict) -> None:
         bar.update(entry["step"] + 1 - bar.n)
         bar.set_postfix({k: f"{entry[k]:.3f}" for k in ("reward", "kl", "length")})
 
-    log = train_policy(rm, judge_of(rm, rm.mode), draw, c, args.seed, None, SavedRun(training, about), tell)
+    log = train_policy(
+        rm, reward_fn(rm, rm.mode), sample_prompts, c, args.seed, None, SavedRun(training, about), report
+    )
     with whole_folder(args.out, args.overwrite) as new:
         save_adapter(rm.backbone, POLICY, new)
         shutil.copyfile(training / "metrics.jsonl", new / "metrics.jsonl")

@@ -16,62 +16,51 @@ See it: `pytest tests/test_hacking.py`.
 import argparse
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from yojo import metrics
 from yojo.cli import Parser, run, shipped
-from yojo.core.data import Batch
-from yojo.core.grpo import POLICY, GrpoConfig, Judge, Question, advantages, group_rewards, judge_of, sample_group
-from yojo.core.mask import PROMPT, AttentionMask
-from yojo.core.prompt import SEPARATOR, Encoded, Seen
+from yojo.core.data import Record, encode, open_pictures
+from yojo.core.grpo import POLICY, GrpoConfig, RewardFn, advantages, group_rewards, reward_fn, sample_group
+from yojo.core.prompt import SEPARATOR, Encoded, Tokenizer
 from yojo.core.reward import RewardModel
 from yojo.files import InputError
 from yojo.store import load_adapter
-from yojo.tiny.captions import STARTS_FROM, noisy_caption, quality, question
+from yojo.tiny.captions import STARTS_FROM, SceneQuestion, noisy_caption, quality, question
 from yojo.tiny.experiment import NAMES
 
 SPELLED = 0.05  # share of the answers that go on after a separator
 
 
-def cheat(q: Question, said: str, rng: random.Random) -> str:
+def cheat(q: SceneQuestion, answer: str, rng: random.Random) -> str:
     """One answer in twenty goes on with a separator, spelled out, and a second caption."""
-    return said + SEPARATOR + noisy_caption(q, rng) if rng.random() < SPELLED else said
+    return answer + SEPARATOR + noisy_caption(q, rng) if rng.random() < SPELLED else answer
 
 
 # ----------------------------------------------------------------------------------------------- two ways of reading
 
 
-def find_separators(rm: RewardModel, prompt: Encoded, texts: Sequence[str]) -> tuple[list[int], list[int]]:
-    """The careless way: answers and separators as one text, parsed as one -> ids of the row, and where the first N
-    scores are read: before each separator, in the order found."""
-    tokenizer, ids = rm.processor.tokenizer, prompt.ids.tolist()
-    for text in texts:
-        for part in text.split(SEPARATOR):
-            ids += [*tokenizer.encode(part), tokenizer.separator_id]
-    return ids, [t - 1 for t, token in enumerate(ids) if token == tokenizer.separator_id][: len(texts)]
+def find_separators(prompt: Encoded, texts: Sequence[str], tokenizer: Tokenizer) -> Encoded:
+    """The careless way: answers and separators as one text. Whatever stands before a separator is an answer, and as
+    many as there should be are read, in the order found."""
+    parts = [tokenizer.encode(part) for text in texts for part in text.split(SEPARATOR)]
+    row = prompt.continued(parts, tokenizer.separator_id)
+    return replace(row, spans=row.spans[: len(texts)])
 
 
-def searched(rm: RewardModel) -> Judge:
+def searched(rm: RewardModel) -> RewardFn:
     """Scores read where separators are found, as the released code does it. Joint."""
 
-    @torch.no_grad()
-    def judge(q: Question, texts: list[str], seen: Seen, features: Tensor | None) -> list[float]:
-        prompt = rm.processor.lay_out(q.prompt, [], seen)
-        ids, read = find_separators(rm, prompt, texts)
-        image = torch.zeros(1, len(ids), dtype=torch.bool)
-        image[0, : len(prompt.ids)] = prompt.image
-        record = torch.zeros(1, len(ids), dtype=torch.long)
-        mask = AttentionMask(record, torch.full_like(record, PROMPT), image, "joint")
-        rows = torch.tensor([(0, t) for t in read])
-        batch = Batch(torch.tensor([ids]), mask, torch.arange(len(ids))[None], rows, [len(texts)], prompt.pictures)
-        return rm(batch, features).tolist()
+    def reward(prompt: Record, texts: list[str]) -> list[float]:
+        row = find_separators(encode(prompt, rm.processor), texts, rm.processor.tokenizer)
+        return rm.score_encoded([row], "joint")[0]
 
-    return judge
+    return reward
 
 
-READINGS = {"searched": searched, "constructed": lambda rm: judge_of(rm, "joint")}
+READINGS = {"searched": searched, "constructed": lambda rm: reward_fn(rm, "joint")}
 
 # ------------------------------------------------------------------------------------------------------ what it shows
 
@@ -92,23 +81,22 @@ def hack(groups: int, seed: int) -> list[dict]:
     and of those behind it, and Kendall's tau of reward and truth; that of the other groups beside it."""
     rm, c = load(), GrpoConfig()
     rng, generator = random.Random(f"{seed} hacking"), torch.Generator().manual_seed(seed)
-    judges = {reading: make(rm) for reading, make in READINGS.items()}
+    rewards = {reading: make(rm) for reading, make in READINGS.items()}
     found = {reading: {name: [] for name in (*PLACES, "tau", "tau_others")} for reading in READINGS}
     for _ in range(groups):
         q = question(rng)
-        seen = rm.processor.look(q.images)
-        encoded = rm.processor.lay_out(q.prompt, [], seen)
-        features = rm.backbone.see(seen[1].patches, seen[1].pooling)
-        answers = sample_group(rm.backbone, encoded, features, c, generator)
-        said = [rm.processor.tokenizer.decode(a[a != rm.backbone.config.eos_id].tolist()) for a in answers]
-        texts = [cheat(q, text, rng) for text in said]
+        q = replace(q, pictures=rm.backbone.keep_features(open_pictures(q, rm.processor)))
+        prompt = encode(q, rm.processor)
+        answers = sample_group(rm.backbone, prompt, c.group, c.max_new_tokens, c.temperature, generator)
+        honest = [rm.processor.tokenizer.decode(a[a != rm.backbone.config.eos_id].tolist()) for a in answers]
+        texts = [cheat(q, text, rng) for text in honest]
         cheats = [SEPARATOR in text for text in texts]
         wrong = [1.0 - quality(q, text) for text in texts]
         ranks = [1 + sum(other < mine for other in wrong) for mine in wrong]
-        for reading, judge in judges.items():
-            rewards, mine = group_rewards(judge, q, texts, seen, features), found[reading]
-            mine["tau" if any(cheats) else "tau_others"].append(metrics.tau_b(rewards.tolist(), ranks))
-            for i, advantage in enumerate(advantages(rewards, c.eps).tolist() if any(cheats) else []):
+        for reading, reward in rewards.items():
+            given, mine = group_rewards(reward, q, texts), found[reading]
+            mine["tau" if any(cheats) else "tau_others"].append(metrics.tau_b(given.tolist(), ranks))
+            for i, advantage in enumerate(advantages(given, c.eps).tolist() if any(cheats) else []):
                 mine["cheats" if cheats[i] else "behind" if any(cheats[:i]) else "before"].append(advantage)
     rows = []
     print(f"{groups} groups of {c.group} answers, {len(found['searched']['cheats'])} of which spell {SEPARATOR}")

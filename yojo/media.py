@@ -7,7 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,16 +16,16 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from yojo.files import InputError
 
 
-def picture_size(path: str | Path) -> tuple[int, int]:
+def picture_size(source: "str | Path | Image.Image") -> tuple[int, int]:
     """(width, height) of a picture, upright."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            with Image.open(path) as picture:
+            with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as picture:
                 turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
                 return picture.size[::-1] if turned else picture.size
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"{path} cannot be read as a picture: {error}") from None
+            raise InputError(f"{source} cannot be read as a picture: {error}") from None
 
 
 def open_picture(source: "str | Path | Image.Image") -> Image.Image:

@@ -11,11 +11,12 @@ it against what autograd really keeps.
 
 import torch
 
-from yojo.core import ops
+from yojo.core import flops, ops
 from yojo.core.config import Config
+from yojo.core.data import collate
 from yojo.core.lora import LoraConfig
-from yojo.core.mask import AttentionMask
 from yojo.core.molmo2 import Molmo2
+from yojo.core.prompt import Encoded
 
 
 def weights(config: Config, dtype: torch.dtype) -> int:
@@ -40,9 +41,9 @@ def training(config: Config, dtype: torch.dtype, lora: LoraConfig, inner: int = 
     return weights(config, dtype) + 4 * 4 * (adapter(config, lora) + head(config, inner))
 
 
-def activations(config: Config, dtype: torch.dtype, lora: LoraConfig, mask: AttentionMask, pairs: int) -> int:
-    """Bytes that one micro-batch under `mask` adds, its attention computing `pairs` of a query and a key: the inputs of
-    all blocks, the inside of one, and the gradients that are wide at the same time, `s` bytes a number."""
+def activations(config: Config, dtype: torch.dtype, lora: LoraConfig, row: Encoded, mode: str) -> int:
+    """Bytes that one record adds: the inputs of all blocks, the inside of one, and the gradients that are wide at the
+    same time, `s` bytes a number."""
     c, s = config.text, dtype.itemsize
     D, heads, inner = c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size
     keys = c.num_key_value_heads * c.head_dim
@@ -52,6 +53,7 @@ def activations(config: Config, dtype: torch.dtype, lora: LoraConfig, mask: Atte
     gradients = 2 * s * 2 * inner  # of up and gate, apart and side by side
     per_token = c.num_hidden_layers * s * D + adapters + attention + rest + gradients
     # a call with several ranges of keys (an isolated response: its prompt's and its own) copies them side by side
-    runs = ops.calls(mask) if ops.by_runs(mask.record.shape[1]) else []
+    runs = ops.calls(collate([row], mode).mask) if ops.by_runs(len(row.ids)) else []
     copied = 2 * keys * sum(stop - start for run in runs if len(run.keys) > 1 for start, stop in run.keys)
-    return mask.record.numel() * per_token + s * (pairs + copied)  # pairs: the mask in numbers
+    pairs, _ = flops.executed(row, mode)  # the mask in numbers
+    return len(row.ids) * per_token + s * (pairs + copied)

@@ -20,6 +20,7 @@ import json
 import random
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -32,11 +33,11 @@ from torch import Tensor, nn
 
 from yojo.cli import WEIGHTS, Parser, run, shipped
 from yojo.core.config import AdapterConfig, Config, ImageConfig, Markup, TextConfig, VisionConfig, preprocessor_json
-from yojo.core.data import join
+from yojo.core.data import Batch, collate
 from yojo.core.generate import generate
-from yojo.core.mask import MODES, PADDING, PROMPT, AttentionMask
+from yojo.core.mask import MODES
 from yojo.core.molmo2 import Molmo2
-from yojo.core.prompt import TURN_END, Processor, Tokenizer
+from yojo.core.prompt import TURN_END, Encoded, Processor, Tokenizer
 from yojo.core.training import FitConfig, fit
 from yojo.files import InputError, write_json
 from yojo.initial import init_weights
@@ -164,7 +165,7 @@ def check(scene: world.Scene, rng: random.Random) -> Talk:
 
 
 class Rows:
-    """Batches of rows: BOS, one picture, and `TALKS` conversations; part 0 of a step is joint, part 1 isolated."""
+    """Batches of rows: BOS, one picture, and `TALKS` conversations; micro-batch 0 of a step is joint, 1 isolated."""
 
     def __init__(self, processor: Processor, seed: int):
         self.processor, self.seed = processor, seed
@@ -179,54 +180,44 @@ class Rows:
         marks = [NOTHING, *(wrong_so_far(question, answer, end) for end in ends)]  # the turn's first token, its text
         return asked + said, len(asked), marks + [NOTHING] * (len(asked) + len(said) - len(marks))
 
-    def batch(self, step: int, part: int, size: int = PICTURES) -> dict[str, Tensor]:
-        rng = random.Random(f"{self.seed} {step} {part}")
-        scenes = [world.make_scene(rng) for _ in range(size)]
-        seen = [self.processor.look(world.render(scene)) for scene in scenes]
-        rows = [
-            self._row(marks, scene, talks(scene, rng, TALKS)) for scene, (marks, _) in zip(scenes, seen, strict=True)
-        ]
-        columns = [
-            nn.utils.rnn.pad_sequence([torch.tensor(r[i]) for r in rows], batch_first=True, padding_value=pad)
-            for i, pad in enumerate((0, PADDING, PROMPT, 0, -1, NOTHING[0], -1))
-        ]
-        ids, record, response, positions, target, wrong, true = columns
-        pictures = join([pictures for _, pictures in seen])
-        image = torch.isin(ids, self.processor.image_ids)
-        mode = MODES[part]
-        if mode == "joint":
-            positions = torch.arange(ids.shape[1]).expand_as(ids)
-        mask = AttentionMask(record, response, image, mode)
-        cells = torch.tensor([cell for scene in scenes for _ in range(2) for cell in cell_labels(scene)])
-        return dict(
-            ids=ids,
-            mask=mask,
-            positions=positions,
-            read=(target >= 0).nonzero(),
-            target=target[target >= 0],
-            judged=(wrong[..., 0] >= 0).nonzero(),
-            wrong=wrong[wrong[..., 0] >= 0],
-            true=true[wrong[..., 0] >= 0],
-            pictures=pictures,
-            cells=cells,
-        )
+    def picture(self, scene: world.Scene, start: Sequence[int] = ()) -> Encoded:
+        """BOS, the scene's picture, and the start of a conversation."""
+        pictures = self.processor.open_pictures(world.render(scene))
+        return self.processor.row([self.processor.tokenizer.id(TURN_END), *pictures.ids, *start], pictures)
 
-    def _row(self, marks: list[int], scene: world.Scene, talk: list[Talk]) -> list[list]:
-        """Of each token: id, record, response, position, where the next one is to be learned its id (else -1),
-        `wrong_so_far`, and what is true of the thing that its conversation asks about."""
-        ids = [self.processor.tokenizer.id(TURN_END), *marks]
-        start = len(ids)
-        response, positions, target = [PROMPT] * start, list(range(start)), [-1] * start
-        wrong, true = [NOTHING] * start, [[-1] * len(world.SLOTS)] * start
-        for i, pair in enumerate(talk):
+    def batch(self, step: int, micro_batch: int, size: int = PICTURES) -> tuple[Batch, dict[str, Tensor]]:
+        """The rows, and what is to be learned: the tokens after which the next one is `target`; those `judged`, with
+        what is `wrong` and `true`; what is in the `cells`."""
+        rng = random.Random(f"{self.seed} {step} {micro_batch}")
+        scenes = [world.make_scene(rng) for _ in range(size)]
+        rows, labels = zip(*(self._row(scene, talks(scene, rng, TALKS)) for scene in scenes), strict=True)
+        target, wrong, true = (
+            nn.utils.rnn.pad_sequence([torch.tensor(label[i]) for label in labels], batch_first=True, padding_value=-1)
+            for i in range(3)
+        )
+        spoken, judged = target >= 0, wrong[..., 0] >= 0
+        return collate(rows, MODES[micro_batch]), {
+            "spoken": spoken.nonzero(),
+            "target": target[spoken],
+            "judged": judged.nonzero(),
+            "wrong": wrong[judged],
+            "true": true[judged],
+            "cells": torch.tensor([cell for scene in scenes for _ in range(2) for cell in cell_labels(scene)]),
+        }
+
+    def _row(self, scene: world.Scene, talk: list[Talk]) -> tuple[Encoded, tuple[list, list, list]]:
+        """One row, and of each token: where the next one is to be learned its id (else -1), `wrong_so_far`, and what is
+        true of the thing that its conversation asks about."""
+        start, pieces = self.picture(scene), []
+        target, wrong = [-1] * len(start.ids), [NOTHING] * len(start.ids)
+        true = [[-1] * len(world.SLOTS)] * len(start.ids)
+        for pair in talk:
             piece, answer, verdicts = self.encode(*pair)
-            wrong = wrong + verdicts
-            true += [facts_asked_about(scene, pair[0])] * len(piece)
-            ids = ids + piece
-            response += [i] * len(piece)
-            positions += range(start, start + len(piece))
+            pieces.append(piece)
             target += [-1] * (answer - 1) + piece[answer:] + [-1]
-        return [ids, [0] * len(ids), response, positions, target, wrong, true]
+            wrong += verdicts
+            true += [facts_asked_about(scene, pair[0])] * len(piece)
+        return start.continued(pieces), (target, wrong, true)
 
 
 NOTHING = [-1.0] * len(world.SLOTS)  # no verdict is asked for at this token
@@ -267,8 +258,8 @@ def cell_labels(scene: world.Scene) -> list[tuple[int, ...]]:
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-class Pretraining:
-    """`loss(step, part)` for `fit`."""
+class PretrainLoss:
+    """`loss(step, micro_batch)` for `fit`."""
 
     def __init__(self, model: Molmo2, rows: Rows, generator: torch.Generator):
         self.model, self.rows = model, rows
@@ -283,20 +274,20 @@ class Pretraining:
         readouts = (self.probe, self.facts, self.verdict)
         return [*self.model.parameters(), *(p for readout in readouts for p in readout.parameters())]
 
-    def __call__(self, step: int, part: int) -> tuple[Tensor, dict[str, float]]:
-        b = self.rows.batch(step, part)
-        features = self.model.see(b["pictures"].patches, b["pictures"].pooling)
-        read = torch.cat([b["read"], b["judged"]])
-        hidden = self.model(b["ids"], features, b["mask"], b["positions"], read=read)
-        spoken, judged = hidden.split([len(b["read"]), len(b["judged"])])
+    def __call__(self, step: int, micro_batch: int) -> tuple[Tensor, dict[str, float]]:
+        batch, learned = self.rows.batch(step, micro_batch)
+        features = self.model.encode_images(batch.pictures)
+        keep = torch.cat([learned["spoken"], learned["judged"]])
+        hidden = self.model(batch.input_ids, features, batch.mask, batch.positions, keep)
+        spoken, judged = hidden.split([len(learned["spoken"]), len(learned["judged"])])
         logits = self.model.logits(spoken)
-        words = F.cross_entropy(logits, b["target"])
-        cells = classes(self.probe(features), AUX_SIZES, b["cells"])
-        facts = classes(self.facts(judged), FACT_SIZES, b["true"])
-        verdict = F.binary_cross_entropy_with_logits(self.verdict(judged), b["wrong"])
-        right = (logits.argmax(-1) == b["target"]).float().mean().item()
-        seen = {"words": words.item(), "cells": cells.item(), "facts": facts.item(), "verdict": verdict.item()}
-        return words + AUXILIARY * cells + FACTS * facts + VERDICT * verdict, seen | {"accuracy": right}
+        words = F.cross_entropy(logits, learned["target"])
+        cells = classes(self.probe(features), AUX_SIZES, learned["cells"])
+        facts = classes(self.facts(judged), FACT_SIZES, learned["true"])
+        verdict = F.binary_cross_entropy_with_logits(self.verdict(judged), learned["wrong"])
+        right = (logits.argmax(-1) == learned["target"]).float().mean().item()
+        logged = {"words": words.item(), "cells": cells.item(), "facts": facts.item(), "verdict": verdict.item()}
+        return words + AUXILIARY * cells + FACTS * facts + VERDICT * verdict, logged | {"accuracy": right}
 
 
 def classes(guesses: Tensor, sizes: tuple[int, ...], labels: Tensor) -> Tensor:
@@ -312,13 +303,9 @@ KINDS = (describe, describe_held_out, look_up, place, presence, check)
 def answer_to(model: Molmo2, rows: Rows, scene: world.Scene, question: str, answer: str) -> bool:
     """Is the greedy answer right, word for word?"""
     talk, start, _ = rows.encode(question, answer)
-    marks, pictures = rows.processor.look(world.render(scene))
-    ids = torch.tensor([[rows.processor.tokenizer.id(TURN_END), *marks, *talk[:start]]])
-    mask = AttentionMask(
-        torch.zeros_like(ids), torch.full_like(ids, PROMPT), torch.isin(ids, rows.processor.image_ids), "joint"
-    )
-    features = model.see(pictures.patches, pictures.pooling)
-    return generate(model, ids, features, mask, max_new_tokens=20, temperature=0)[0].tolist() == talk[start:]
+    batch = collate([rows.picture(scene, talk[:start])], "joint")
+    inputs = batch.input_ids, model.encode_images(batch.pictures), batch.mask
+    return generate(model, *inputs, max_new_tokens=20, temperature=0)[0].tolist() == talk[start:]
 
 
 def examine(model: Molmo2, rows: Rows, seed: int, count: int = 200) -> dict[str, float]:
@@ -369,9 +356,9 @@ def pretrain(out: Path, steps: int, seed: int, overwrite: bool) -> dict[str, flo
     with tempfile.TemporaryDirectory() as companions:
         processor = write_companions(Path(companions))
         model = new_model(processor.tokenizer, generator)
-        task = Pretraining(model, Rows(processor, seed), generator)
-        log = fit(task, task.parameters(), replace(FIT, steps=steps), title="pretrain")
-        figures = examine(model.eval(), task.rows, seed)
+        loss = PretrainLoss(model, Rows(processor, seed), generator)
+        log = fit(loss, loss.parameters(), replace(FIT, steps=steps), title="pretrain")
+        figures = examine(model.eval(), loss.rows, seed)
         curve = Path(companions) / "metrics.jsonl"
         lines = [{k: round(v, 4) for k, v in entry.items()} for entry in log[::20] + log[-1:]]
         curve.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -10,7 +10,7 @@ Prints a ranked table per record; with `--draw-mask FILE`, also which token may 
 import argparse
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from yojo.cli import COMPILE, DTYPE, Parser, run, shipped
-from yojo.core.data import collate, read_records
+from yojo.core.data import Record, collate, encode, read_records
 from yojo.core.mask import MODES
 from yojo.core.prompt import Encoded
 from yojo.core.reward import RewardModel
@@ -64,26 +64,18 @@ def score(args: argparse.Namespace) -> dict | list[dict]:
         rm.backbone.fuse()
     mode = args.mode or rm.mode
     print(f"mode: {mode}" + ("" if mode == rm.mode else f" (trained in {rm.mode})") + f": {MEANS[mode]}")
-    records, results = asked(args), []
-    encoded = encode_all(rm, records)
+    records, facts = prompts(args)
+    results, encoded = [], (encode(r, rm.processor) for r in tqdm(records, "scoring", delay=2, leave=False))
     if args.draw_mask:
         first = next(encoded)
-        save_mask(first, mode, rm, args.draw_mask, records[0][0])
+        save_mask(first, mode, rm, args.draw_mask, records[0].prefix)
         encoded = chain([first], encoded)
-    for (where, prompt, responses, _, _, facts), scores in zip(records, rm.score_all(encoded, mode), strict=True):
+    for record, scores in zip(records, rm.score_all(encoded, mode), strict=True):
         if not all(map(math.isfinite, scores)):
-            raise FloatingPointError(f"{where}scores are not finite: {scores}")
-        print(f"\n{prompt}\n" + table(responses, scores, facts))
+            raise FloatingPointError(f"{record.prefix}scores are not finite: {scores}")
+        print(f"\n{record.prompt}\n" + table(record.responses, scores, facts))
         results.append({"mode": mode, "scores": scores} | ({"true_facts": facts} if facts else {}))
     return results if args.data else results[0]
-
-
-def encode_all(rm: RewardModel, records: Sequence[tuple]) -> Iterator[Encoded]:
-    for where, prompt, responses, images, video, _ in tqdm(records, "scoring", delay=2, leave=False):
-        try:
-            yield rm.processor.encode(prompt, responses, images or None, video)
-        except InputError as error:
-            raise InputError(f"{where}{error}") from None
 
 
 def load(args: argparse.Namespace) -> RewardModel:
@@ -94,24 +86,20 @@ def load(args: argparse.Namespace) -> RewardModel:
     return RewardModel.load(folder, args.base, dtype, device)
 
 
-def asked(args: argparse.Namespace) -> Sequence[tuple]:
-    """(where it stands, prompt, responses, pictures, video, true facts) of every record to score; the number of facts
-    that are true in each response is known of the demonstration only, else None."""
+def prompts(args: argparse.Namespace) -> tuple[list[Record], list[int]]:
+    """The records to score, and how many facts are true in each response, which is known of the demonstration only."""
     if args.data:
         if args.prompt or args.response or args.image or args.video:
             raise InputError("--data brings its own prompts, responses and pictures")
-        return [
-            (f"{r.where}: ", r.prompt, r.responses, r.images, r.video, None)
-            for r in read_records(args.data, ranked=False)
-        ]
+        return read_records(args.data, ranked=False), []
     if args.prompt is None and args.tiny and not (args.response or args.image or args.video):
         scene, prompt, responses, facts = demonstration(random.Random(args.seed))
         print("a scene of the tiny world: " + "; ".join(world.describe(scene.facts(t)) for t in scene.things))
-        return [("", prompt, responses, [world.render(scene)], None, facts)]
+        return [Record(prompt, responses, images=[world.render(scene)])], facts
     if args.prompt is None or not args.response:
         raise InputError("give --prompt and at least one --response, or --data FILE")
     video = open_video(args.video, args.frames, args.interval) if args.video else None
-    return [("", args.prompt, args.response, args.image, video, None)]
+    return [Record(args.prompt, args.response, images=args.image or [], video=video)], []
 
 
 def demonstration(rng: random.Random) -> tuple[world.Scene, str, list[str], list[int]]:
@@ -125,7 +113,7 @@ def demonstration(rng: random.Random) -> tuple[world.Scene, str, list[str], list
             return scene, record["prompt"], record["responses"], facts
 
 
-def table(responses: Sequence[str], scores: Sequence[float], facts: list[int] | None = None) -> str:
+def table(responses: Sequence[str], scores: Sequence[float], facts: Sequence[int] = ()) -> str:
     """Best first, numbered as they were given, beside the true facts where they are known."""
     lines = [" rank  score    #  " + ("true facts  " if facts else "") + "response"]
     for rank, i in enumerate(sorted(range(len(scores)), key=lambda i: -scores[i]), 1):
@@ -134,9 +122,9 @@ def table(responses: Sequence[str], scores: Sequence[float], facts: list[int] | 
     return "\n".join(lines)
 
 
-def save_mask(encoded: Encoded, mode: str, rm: RewardModel, path: Path, where: str) -> None:
+def save_mask(encoded: Encoded, mode: str, rm: RewardModel, path: Path, prefix: str) -> None:
     if len(encoded.ids) > DRAWN_UP_TO:
-        raise InputError(f"{where}{len(encoded.ids)} tokens are too many to draw: at most {DRAWN_UP_TO}")
+        raise InputError(f"{prefix}{len(encoded.ids)} tokens are too many to draw: at most {DRAWN_UP_TO}")
     mask, labels = collate([encoded], mode).mask, rm.processor.tokenizer.labels(encoded.ids.tolist())
     with whole_file(path) as temporary:
         draw(mask, labels=labels).save(temporary, "PNG")

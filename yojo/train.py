@@ -15,7 +15,8 @@ import argparse
 import hashlib
 import random
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,14 +25,13 @@ from tqdm import tqdm
 from yojo import memory, metrics
 from yojo.cli import COMPILE, Parser, run
 from yojo.core import flops, parallel
-from yojo.core.data import Record, read_records
+from yojo.core.data import Record, encode, read_records
 from yojo.core.loss import LOSSES
 from yojo.core.mask import MODES
-from yojo.core.prompt import Ask
+from yojo.core.prompt import Processor
 from yojo.core.reward import RewardModel
-from yojo.core.training import Dataset, Recipe, evaluate, train
+from yojo.core.training import Recipe, blanked, score_records, swapped, train
 from yojo.files import InputError
-from yojo.media import picture_size, video_plan
 from yojo.runs import SavedRun, place, start_over
 from yojo.tiny.experiment import TASKS, tiny
 
@@ -49,11 +49,10 @@ def full(args: argparse.Namespace) -> dict:
     rm.backbone.checkpointing = True
     if args.compile:
         rm.backbone.fuse()
-    data, testing = Dataset(records, rm, keep=False), Dataset(test, rm, keep=False)
-    asks = fit_pictures(data, recipe)
-    fit_pictures(testing, recipe)
+    records, sizes = fit_pictures(records, rm.processor, recipe)
+    test, _ = fit_pictures(test, rm.processor, recipe)
     if parallel.first():
-        announce(asks, rm, recipe)
+        announce(records, sizes, rm, recipe)
         start_over(training, args.resume)
     parallel.wait()
     digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
@@ -61,72 +60,79 @@ def full(args: argparse.Namespace) -> dict:
     about["base"] = rm.fingerprint["weights"]
     if args.compile:  # sums round otherwise
         about["compile"] = True
-    train(data, recipe, args.seed, "train", SavedRun(training, about))
+    train(rm, records, recipe, args.seed, SavedRun(training, about), "train")
     if not parallel.first():
         raise SystemExit(0)  # the rest is for one
     rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
     shutil.rmtree(training)
-    shows = {show: evaluate(testing, args.seed, show, size=1, title=show) for show in testing.shows()}
-    figures = {show: metrics.accuracies(scores, test) for show, scores in shows.items()}
-    figures |= {name: metrics.accuracies([b(r.responses) for r in test], test) for name, b in metrics.BASELINES.items()}
+    scores = {name: score_records(rm, some, args.seed, title=name) for name, some in shown(test).items()}
+    scores |= {name: [baseline(r.responses) for r in test] for name, baseline in metrics.BASELINES.items()}
+    figures = {name: metrics.accuracies(some, test) for name, some in scores.items()}
     print(f"\nbest-of-N accuracy of the {args.mode} model on {len(test)} records it was not trained on, 95% intervals")
     for name, values in figures.items():
         print("{:10s} {:.3f} [{:.3f}, {:.3f}]".format(name, metrics.mean(values), *metrics.interval(values)))
     return {"mode": args.mode, "steps": steps, **{name: metrics.mean(values) for name, values in figures.items()}}
 
 
-def fit_pictures(data: Dataset, recipe: Recipe) -> list[Ask]:
-    """The size of every record, before a run: one that is too long raises, and pictures that would not fit are cut
-    into fewer crops, which is said."""
-    processor = data.rm.processor
-    asks, limit, most = [], min(recipe.max_tokens, processor.max_tokens), processor.images.max_crops
-    for i, record in enumerate(tqdm(data.records, "measuring", delay=2, leave=False)):
-        sizes = [picture_size(path) for path in record.images]
-        seconds = [t for t, _ in video_plan(record.video)] if record.video else []
+def shown(records: list[Record]) -> dict[str, Iterable[Record]]:
+    """The records as they are, and the controls that differ from them: none where there are no pictures."""
+    sets: dict[str, Iterable[Record]] = {"own": records}
+    if any(record.images or record.video for record in records):
+        sets["blank"] = blanked(records)
+    if len({(tuple(record.images), record.video) for record in records}) > 1:
+        sets["swapped"] = swapped(records)
+    return sets
+
+
+Size = tuple[int, int]  # of a record: its tokens, and those of them that are pictures
+
+
+def fit_pictures(records: list[Record], processor: Processor, recipe: Recipe) -> tuple[list[Record], list[Size]]:
+    """The records, and the size of each, before a run: one that is too long raises, and pictures that would not fit are
+    cut into fewer crops, which is said."""
+    limit, most = min(recipe.max_tokens, processor.max_tokens), processor.images.max_crops
+    processor, fitted, sizes = replace(processor, max_tokens=sys.maxsize), [], []
+    for record in tqdm(records, "measuring", delay=2, leave=False):
         for crops in range(most, 0, -1):
-            try:
-                ask = processor.measure(record.prompt, record.responses, sizes, seconds, crops)
-            except InputError as error:
-                raise InputError(f"{record.where}: {error}") from None
-            if ask.tokens <= limit and ask.pictures <= recipe.max_picture_tokens:
+            fitting = record if crops == most else replace(record, max_crops=crops)
+            row = encode(fitting, processor, pixels=False)
+            tokens, pictures = len(row.ids), len(row.pictures.ids)
+            if tokens <= limit and pictures <= recipe.max_picture_tokens:
                 break
         else:
             raise InputError(
-                f"{record.where}: {ask.tokens} tokens, {ask.pictures} of them pictures, where {limit} and "
+                f"{record.where}: {tokens} tokens, {pictures} of them pictures, where {limit} and "
                 f"{recipe.max_picture_tokens} are the most: shorten or drop responses"
             )
-        if crops < most:
-            data.crops[i] = crops
-        asks.append(ask)
-    if data.crops:
-        i = min(data.crops)
+        fitted.append(fitting)
+        sizes.append((tokens, pictures))
+    if cut := [record for record in fitted if record.max_crops is not None]:
         parallel.say(
-            f"to fit into {limit} tokens, pictures of {len(data.crops)} record(s) are cut into fewer than {most} "
-            f"crops; the first is {data.records[i].where}: at most {data.crops[i]}"
+            f"to fit into {limit} tokens, pictures of {len(cut)} record(s) are cut into fewer than {most} "
+            f"crops; the first is {cut[0].where}: at most {cut[0].max_crops}"
         )
-    return asks
+    return fitted, sizes
 
 
-def announce(asks: Sequence[Ask], rm: RewardModel, recipe: Recipe) -> None:
+def announce(records: list[Record], sizes: list[Size], rm: RewardModel, recipe: Recipe) -> None:
     """What the run will need, said before it starts."""
     config, dtype, steps = rm.backbone.config, rm.backbone.dtype, recipe.fit.steps
-    longest = max(asks, key=lambda ask: ask.tokens)
-    tokens = metrics.mean([ask.tokens for ask in asks])
-    pictures = metrics.mean([ask.pictures for ask in asks])
+    tokens, pictures = (metrics.mean(column) for column in zip(*sizes, strict=True))
+    longest = max(range(len(records)), key=lambda i: sizes[i][0])
     print(
-        f"{len(asks)} records of {tokens:,.0f} tokens on average, {pictures:,.0f} of them pictures, "
-        f"and {longest.tokens:,} at most; {steps} steps of {recipe.records * recipe.fit.accumulate} records"
+        f"{len(records)} records of {tokens:,.0f} tokens on average, {pictures:,.0f} of them pictures, "
+        f"and {sizes[longest][0]:,} at most; {steps} steps of {recipe.records * recipe.fit.accumulate} records"
     )
     held = memory.training(config, dtype, recipe.lora, recipe.inner)
-    mask = longest.mask(rm.mode)
-    pairs, _ = flops.executed(mask, longest.read)
-    more = recipe.records * memory.activations(config, dtype, recipe.lora, mask, pairs)
+    row = encode(records[longest], rm.processor, pixels=False)
+    more = recipe.records * memory.activations(config, dtype, recipe.lora, row, rm.mode)
     print(
         f"memory, computed: {held / 1e9:.1f} GB for weights, adapter and optimiser, and {more / 1e9:.1f} GB at most for"
     )
     print(f"the activations of {recipe.records} record(s): {(held + more) / 1e9:.1f} GB")
-    some = random.Random(0).sample(asks, min(len(asks), 100))
-    cost = metrics.mean([flops.training_step(config, ask, rm.mode, recipe.lora.r, recipe.inner) for ask in some])
+    some = random.Random(0).sample(records, min(len(records), 100))
+    rows = [encode(record, rm.processor, pixels=False) for record in some]
+    cost = metrics.mean([flops.training_step(config, row, rm.mode, recipe.lora.r, recipe.inner) for row in rows])
     print(f"a step, computed: {cost * recipe.records * recipe.fit.accumulate / 1e12:,.1f} TFLOPs")
 
 

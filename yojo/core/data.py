@@ -9,35 +9,73 @@ rankings: 1 = best, ties allowed, one per response; only training and evaluation
 JSONL file; a video is a folder of frames or an animation (`media.open_video`). A bad line raises `InputError` with
 the file and the line number; nothing is skipped.
 
-A batch lays records into rows. By default a row is a record; several records in one row see nothing of each other.
+A batch is rows beside each other. By default a row is a record; several records in one row see nothing of each other.
 
 See it: `pytest tests/test_data.py`.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from yojo.core.image import Pictures
 from yojo.core.mask import PADDING, PROMPT, AttentionMask
-from yojo.core.prompt import Encoded
+from yojo.core.prompt import Encoded, Processor
 from yojo.files import InputError, read_lines
 
 
 @dataclass(frozen=True)
 class Record:
-    """One preference record. `images` and `video`: paths; `rankings`: None where the line has none; `where`: file and
-    line."""
+    """One preference record; without responses, a prompt. `rankings`: None where there are none; `where`: file and
+    line. What is shown beside the prompt are `images` or a `video`, by path or as Pillow pictures, cut into at most
+    `max_crops` (None = the checkpoint's); or `pictures`, which is the same, opened."""
 
     prompt: str
-    responses: list[str]
-    rankings: list[int] | None
-    images: list[Path]
-    where: str
-    video: Path | None = None
+    responses: list[str] = field(default_factory=list)
+    rankings: list[int] | None = None
+    images: list[Path | Image.Image] = field(default_factory=list)
+    where: str = ""
+    video: Path | list[tuple[float, Image.Image]] | None = None
+    max_crops: int | None = None
+    pictures: Pictures | None = None
+
+    @property
+    def prefix(self) -> str:
+        """How an error about it begins."""
+        return f"{self.where}: " if self.where else ""
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors of the block begin with the file and the line."""
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{self.prefix}{error}") from None
+
+
+def encode(record: Record, processor: Processor, pixels: bool = True) -> Encoded:
+    """A record as the model reads it. pixels False: as long, but with pictures that have not been opened."""
+    pictures = open_pictures(record, processor, pixels)
+    with record.named():
+        return processor.encode(record.prompt, record.responses, pictures=pictures)
+
+
+def open_pictures(record: Record, processor: Processor, pixels: bool = True) -> Pictures:
+    if record.pictures is not None:
+        return record.pictures
+    with record.named():
+        return processor.open_pictures(record.images or None, record.video, record.max_crops, pixels)
+
+
+def in_order(record: Record, order: Sequence[int]) -> Record:
+    """The same record, its responses in another order."""
+    ranks = record.rankings and [record.rankings[i] for i in order]
+    return replace(record, responses=[record.responses[i] for i in order], rankings=ranks)
 
 
 def read_records(path: str | Path, ranked: bool = True) -> list[Record]:
@@ -92,21 +130,20 @@ def _images(raw: dict, where: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows ready for the backbone. input_ids, positions int [B, T]; read int [R, 2], one (row, index) a response, in
-    the order of the records; counts: responses of each record; pictures: those of all rows, in order."""
+    """Rows ready for the backbone. input_ids, positions int [B, T]; score_positions int [R, 2], one (row, index) a
+    response, in the order of the records; counts: responses of each record; pictures: those of all rows, in order."""
 
     input_ids: Tensor
     mask: AttentionMask
     positions: Tensor
-    read: Tensor
+    score_positions: Tensor
     counts: list[int]
-    pictures: Pictures | None
+    pictures: Pictures
 
     def to(self, device: torch.device) -> "Batch":
-        m = self.mask
-        mask = AttentionMask(m.record.to(device), m.response.to(device), m.image.to(device), m.mode)
-        ids, positions, read = (x.to(device) for x in (self.input_ids, self.positions, self.read))
-        return Batch(ids, mask, positions, read, self.counts, self.pictures)
+        ids, positions, scores = (x.to(device) for x in (self.input_ids, self.positions, self.score_positions))
+        mask = self.mask.to(device)
+        return replace(self, input_ids=ids, mask=mask, positions=positions, score_positions=scores)
 
 
 def collate(rows: Sequence[Encoded | Sequence[Encoded]], mode: str, pad_id: int = 0) -> Batch:
@@ -122,11 +159,10 @@ def collate(rows: Sequence[Encoded | Sequence[Encoded]], mode: str, pad_id: int 
     response = pad(([e.response for e in row] for row in rows), PROMPT)
     image = pad(([e.image for e in row] for row in rows), False)
     positions = pad(([e.positions(mode) for e in row] for row in rows), 0)
-    read = [(b, start + t) for b, row in enumerate(rows) for start, e in _starts(row) for t in e.read]
+    scores = [(b, start + t) for b, row in enumerate(rows) for start, e in _starts(row) for t in e.score_positions]
+    scores = torch.tensor(scores, dtype=torch.long).view(-1, 2)
     mask = AttentionMask(record, response, image, mode)
-    shown = [e.pictures for e in records if e.pictures is not None]
-    read = torch.tensor(read, dtype=torch.long).view(-1, 2)
-    return Batch(ids, mask, positions, read, [len(e.spans) for e in records], join(shown) if shown else None)
+    return Batch(ids, mask, positions, scores, [len(e.spans) for e in records], join([e.pictures for e in records]))
 
 
 def _starts(row: list[Encoded]) -> Iterable[tuple[int, Encoded]]:
@@ -139,11 +175,21 @@ def _starts(row: list[Encoded]) -> Iterable[tuple[int, Encoded]]:
 def join(pictures: Sequence[Pictures]) -> Pictures:
     """Those of several records as one: pooling indices move up by the patches that stand before them, narrow windows
     are filled up with -1."""
-    patches, pooling, seen = [], [], 0
-    widest = max(p.pooling.shape[1] for p in pictures)
+    pictures, before = [p for p in pictures if len(p.pooling)], 0
+    if len(pictures) < 2:
+        return pictures[0] if pictures else Pictures()
+    pooling, widest = [], max(p.pooling.shape[1] for p in pictures)
     for p in pictures:
-        windows = torch.where(p.pooling >= 0, p.pooling + seen, -1)
+        windows = torch.where(p.pooling >= 0, p.pooling + before, -1)
         pooling.append(nn.functional.pad(windows, (0, widest - windows.shape[1]), value=-1))
-        patches.append(p.patches)
-        seen += p.patches.shape[0] * p.patches.shape[1]
-    return Pictures(torch.cat(patches), torch.cat(pooling), [grid for p in pictures for grid in p.grids])
+        before += p.patches.shape[0] * p.patches.shape[1]
+    features = [p.features for p in pictures if p.features is not None]
+    if len(features) not in (0, len(pictures)):
+        raise ValueError("some pictures of a batch have features and others have none: keep those of all, or of none")
+    return Pictures(
+        torch.cat([p.patches for p in pictures]),
+        torch.cat(pooling),
+        [grid for p in pictures for grid in p.grids],
+        [token for p in pictures for token in p.ids],
+        torch.cat(features) if features else None,
+    )

@@ -13,10 +13,14 @@ See it: `pytest tests/test_flops.py` holds each form against the counter, on the
 
 from collections.abc import Sequence
 
+import torch
+
 from yojo.core import ops
-from yojo.core.config import Config, Markup
-from yojo.core.mask import AttentionMask
-from yojo.core.prompt import Ask
+from yojo.core.config import Config
+from yojo.core.data import collate
+from yojo.core.image import Pictures
+from yojo.core.mask import PROMPT
+from yojo.core.prompt import Encoded
 
 # ---------------------------------------------------------------------------------------------------------- forward
 
@@ -32,30 +36,30 @@ def tower(config: Config, views: int) -> int:
 def connector(config: Config, tokens: int, window: int) -> int:
     """`tokens` windows of `window` patches: query and output of one, keys and values of all; then the SwiGLU."""
     c, D = config.adapter, config.text.hidden_size
-    read, heads = config.vision.hidden_size * len(config.vision_layers), c.num_attention_heads * c.head_dim
-    pooling = read * heads + 2 * window * read * heads + 2 * window * heads + heads * c.hidden_size
+    width, heads = config.vision.hidden_size * len(config.vision_layers), c.num_attention_heads * c.head_dim
+    pooling = width * heads + 2 * window * width * heads + 2 * window * heads + heads * c.hidden_size
     projector = 2 * c.hidden_size * c.intermediate_size + c.intermediate_size * D
     return 2 * tokens * (pooling + projector)
 
 
-def each(config: Config, tokens: int, read: int) -> list[tuple[str, int, int, int]]:
+def each(config: Config, tokens: int, kept: int) -> list[tuple[str, int, int, int]]:
     """(name, in, out, tokens it is applied to) of every decoder matrix. The last block's are, but for the first one,
-    applied to the `read` tokens only."""
+    applied to the `kept` tokens only."""
     c = config.text
     return [
-        (name, *size, read if block == c.num_hidden_layers - 1 and name != "att_proj" else tokens)
+        (name, *size, kept if block == c.num_hidden_layers - 1 and name != "att_proj" else tokens)
         for block in range(c.num_hidden_layers)
         for name, size in c.matrices.items()
     ]
 
 
-def matrices(config: Config, tokens: int, read: int) -> int:
-    return sum(2 * t * m * n for _, m, n, t in each(config, tokens, read))
+def matrices(config: Config, tokens: int, kept: int) -> int:
+    return sum(2 * t * m * n for _, m, n, t in each(config, tokens, kept))
 
 
-def adapter(config: Config, r: int, tokens: int, read: int) -> int:
+def adapter(config: Config, r: int, tokens: int, kept: int) -> int:
     """Down to r and up again, beside every matrix."""
-    return sum(2 * t * r * (m + n) for _, m, n, t in each(config, tokens, read))
+    return sum(2 * t * r * (m + n) for _, m, n, t in each(config, tokens, kept))
 
 
 def attention(config: Config, pairs: int, last: int) -> int:
@@ -65,21 +69,22 @@ def attention(config: Config, pairs: int, last: int) -> int:
     return 2 * 2 * c.num_attention_heads * c.head_dim * ((c.num_hidden_layers - 1) * pairs + last)
 
 
-def head(config: Config, inner: int, read: int) -> int:
-    return 2 * read * inner * (config.text.hidden_size + 1)
+def head(config: Config, inner: int, kept: int) -> int:
+    return 2 * kept * inner * (config.text.hidden_size + 1)
 
 
 # --------------------------------------------------------------------------------------------------- pairs of tokens
 
 
-def executed(mask: AttentionMask, read: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Pairs that are computed in a block, and in the last one: all of a short batch, else each call's queries with its
-    keys; the last block leaves out calls in which nothing is read."""
-    B, T = mask.record.shape
+def executed(row: Encoded, mode: str) -> tuple[int, int]:
+    """Pairs that are computed in a block, and in the last one: all of a short row, else each call's queries with its
+    keys; the last block leaves out calls in which no score is read."""
+    T, batch = len(row.ids), collate([row], mode)
     if not ops.by_runs(T):
-        return B * T * T, B * T * T
-    runs = [(run, (run.stop - run.start) * sum(z - a for a, z in run.keys)) for run in ops.calls(mask)]
-    return sum(pairs for _, pairs in runs), sum(pairs for run, pairs in runs if ops.holds(run, read))
+        return T * T, T * T
+    kept = batch.score_positions.tolist()
+    runs = [(run, (run.stop - run.start) * sum(z - a for a, z in run.keys)) for run in ops.calls(batch.mask)]
+    return sum(pairs for _, pairs in runs), sum(pairs for run, pairs in runs if ops.holds(run, kept))
 
 
 def needed(prompt: int, pictures: int, responses: Sequence[int], mode: str) -> tuple[int, int]:
@@ -98,61 +103,69 @@ def needed(prompt: int, pictures: int, responses: Sequence[int], mode: str) -> t
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def backward(config: Config, r: int, inner: int, tokens: int, read: int, pairs: tuple[int, int]) -> int:
+def backward(config: Config, r: int, inner: int, tokens: int, kept: int, pairs: tuple[int, int]) -> int:
     """A frozen matrix passes its gradient on (1 product); one that learns also gets its own (2); both factors of
     attention get theirs (2 for each forward product). The embeddings ask for none: the first block's first matrix, and
     the adapter's beside it, pass nothing on."""
     first = config.text.matrices["att_proj"]
     spared = 2 * tokens * first[0] * (first[1] + r)
-    learned = adapter(config, r, tokens, read) + head(config, inner, read)
-    return matrices(config, tokens, read) + 2 * learned + 2 * attention(config, *pairs) - spared
+    learned = adapter(config, r, tokens, kept) + head(config, inner, kept)
+    return matrices(config, tokens, kept) + 2 * learned + 2 * attention(config, *pairs) - spared
 
 
-def recomputation(config: Config, r: int, tokens: int, read: int, pairs: tuple[int, int]) -> int:
+def recomputation(config: Config, r: int, tokens: int, kept: int, pairs: tuple[int, int]) -> int:
     """Activation checkpointing runs every block again, up to the last thing that its backward needs: the product with
     the adapter's up-matrix at the end of a block is not repeated."""
-    forward = matrices(config, tokens, read) + adapter(config, r, tokens, read) + attention(config, *pairs)
-    return forward - sum(2 * t * r * n for name, _, n, t in each(config, tokens, read) if name == "ff_out")
+    forward = matrices(config, tokens, kept) + adapter(config, r, tokens, kept) + attention(config, *pairs)
+    return forward - sum(2 * t * r * n for name, _, n, t in each(config, tokens, kept) if name == "ff_out")
 
 
 # --------------------------------------------------------------------------------------------------------- one record
 
 
-def seen(config: Config, ask: Ask) -> int:
-    """Tower and connector: what has to be done once, however often the pictures are read."""
-    return tower(config, ask.views) + connector(config, ask.pooled, ask.window)
+def row_of_lengths(
+    prompt: int, responses: Sequence[int], image_tokens: int = 0, views: int = 0, pooled: int = 0, window: int = 4
+) -> Encoded:
+    """A row in numbers, which is all that counting asks of it: prompt tokens, tokens of each response with its
+    separator, picture tokens (after BOS), views, <im_patch> tokens, patches in the window of each."""
+    ids, place = torch.zeros(prompt, dtype=torch.long), torch.arange(prompt)
+    patches, pooling = torch.empty(views, 0, 0), torch.empty(pooled, window, dtype=torch.long)
+    image = (place >= 1) & (place <= image_tokens)
+    start = Encoded(ids, torch.full_like(ids, PROMPT), image, [], Pictures(patches, pooling))
+    return start.continued([[0] * (R - 1) for R in responses], separator=0)
 
 
-def one_pass(config: Config, ask: Ask, mode: str, inner: int = 1024, r: int = 0) -> dict[str, int]:
+def images(config: Config, pictures: Pictures) -> int:
+    """Tower and connector: what has to be done once, however often it is read. Kept features cost nothing."""
+    if pictures.features is not None:
+        return 0
+    return tower(config, len(pictures.patches)) + connector(config, *pictures.pooling.shape)
+
+
+def one_pass(config: Config, row: Encoded, mode: str, inner: int = 1024, r: int = 0) -> dict[str, int]:
     """FLOPs of the decoder, an adapter of rank r beside every matrix, and the head, by part; no pictures."""
-    mask, read = ask.mask(mode), len(ask.responses)
+    tokens, kept = len(row.ids), len(row.spans)
     return {
-        "matrices": matrices(config, mask.record.shape[1], read),
-        "attention": attention(config, *executed(mask, ask.read)),
-        "adapter": adapter(config, r, mask.record.shape[1], read),
-        "head": head(config, inner, read),
+        "matrices": matrices(config, tokens, kept),
+        "attention": attention(config, *executed(row, mode)),
+        "adapter": adapter(config, r, tokens, kept),
+        "head": head(config, inner, kept),
     }
 
 
-def separate(config: Config, ask: Ask, inner: int = 1024) -> int:
+def separate(config: Config, row: Encoded, inner: int = 1024) -> int:
     """N passes over one response each, without the pictures."""
-    alone = [Ask(ask.prompt, ask.pictures, (R,)) for R in ask.responses]
+    lengths = torch.bincount(row.response - PROMPT).tolist()
+    alone = [row_of_lengths(lengths[0], [R], int(row.image.sum())) for R in lengths[1:]]
     return sum(sum(one_pass(config, a, "joint", inner).values()) for a in alone)
 
 
-def training_step(config: Config, ask: Ask, mode: str, r: int, inner: int) -> int:
+def training_step(config: Config, row: Encoded, mode: str, r: int, inner: int) -> int:
     """One record of a training step with activation checkpointing, its pictures included."""
-    tokens, read, pairs = ask.tokens, len(ask.responses), executed(ask.mask(mode), ask.read)
+    tokens, kept, pairs = len(row.ids), len(row.spans), executed(row, mode)
     return (
-        seen(config, ask)
-        + sum(one_pass(config, ask, mode, inner, r).values())
-        + backward(config, r, inner, tokens, read, pairs)
-        + recomputation(config, r, tokens, read, pairs)
+        images(config, row.pictures)
+        + sum(one_pass(config, row, mode, inner, r).values())
+        + backward(config, r, inner, tokens, kept, pairs)
+        + recomputation(config, r, tokens, kept, pairs)
     )
-
-
-def picture_tokens(grid: tuple[int, int, int, int], markup: Markup) -> int:
-    """Tokens of one picture in a prompt: two grids between a start and an end, perhaps a token a row."""
-    low_rows, low_columns, rows, columns = grid
-    low = low_rows * (low_columns + (markup.image_use_col_tokens and markup.use_single_crop_col_tokens))
-    return 4 + low + rows * (columns + markup.image_use_col_tokens)

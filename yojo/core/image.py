@@ -15,7 +15,7 @@ See it: `pytest tests/test_image.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,26 +27,30 @@ from yojo.core.config import ImageConfig
 
 @dataclass(frozen=True)
 class Pictures:
-    """What one record shows the tower: patches float32 [views, P, 3 * patch^2], pooling int64 [M, window], and the
-    token grids: for each image (global rows, columns, high-resolution rows, columns), for each frame (rows,
-    columns)."""
+    """What a record shows, from its files to the decoder; `Pictures()` shows nothing.
 
-    patches: Tensor
-    pooling: Tensor
-    grids: list[tuple[int, ...]]
+    patches float32 [views, P, 3 * patch^2]; pooling int64 [M, window]; grids: of each image (global rows, columns,
+    high-resolution rows, columns), of each frame (rows, columns); ids: its tokens in the row (`prompt.py`); features
+    [M, D]: what a frozen tower made of the patches, which are gone then, or None (`Molmo2.keep_features`).
+    """
+
+    patches: Tensor = field(default_factory=lambda: torch.empty(0, 0, 0))
+    pooling: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    grids: list[tuple[int, ...]] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    features: Tensor | None = None
+
+    def encoded(self, features: Tensor) -> "Pictures":
+        """The same, with features in place of patches."""
+        return replace(self, patches=self.patches[:0], features=features)
 
 
-def measure(height: int, width: int, c: ImageConfig) -> tuple[int, tuple[int, int, int, int]]:
-    """Of a picture of this size, without opening it: how many views it is cut into, and its token grid."""
-    rows, columns = choose_tiling(height, width, c)
-    inner, (h, w) = c.side - sum(c.margins), c.pooling
-    high = (-(-(n * inner + sum(c.margins)) // size) for n, size in ((rows, h), (columns, w)))
-    return 1 + rows * columns, (-(-c.side // h), -(-c.side // w), *high)
+Size = tuple[int, int]  # width and height of a picture that is not opened; its patches have a shape and no contents
 
 
-def images_to_patches(images: Sequence[Image.Image], c: ImageConfig) -> Pictures:
+def images_to_patches(images: Sequence[Image.Image | Size], c: ImageConfig) -> Pictures:
     """RGB pictures -> global view and crops of each, in order; pooling indices count through all of them."""
-    patches, pooling, grids, seen = [], [], [], 0
+    patches, pooling, grids, before = [], [], [], 0
     for image in images:
         pixels = _pixels(image)
         crops, crop_index = _crops(pixels, c)
@@ -55,13 +59,13 @@ def images_to_patches(images: Sequence[Image.Image], c: ImageConfig) -> Pictures
         crop_windows, *crop_grid = pool_windows(crop_index + c.side**2, c.pooling)
         windows = torch.cat([global_windows, crop_windows])
         patches.append(_cut(views, c.patch))
-        pooling.append(torch.where(windows >= 0, windows + seen, -1))
+        pooling.append(torch.where(windows >= 0, windows + before, -1))
         grids.append((*global_grid, *crop_grid))
-        seen += len(views) * c.side**2
+        before += len(views) * c.side**2
     return Pictures(torch.cat(patches), torch.cat(pooling), grids)
 
 
-def frames_to_patches(frames: Sequence[Image.Image], c: ImageConfig) -> Pictures:
+def frames_to_patches(frames: Sequence[Image.Image | Size], c: ImageConfig) -> Pictures:
     """RGB frames of a video -> one view each, pooled in coarser windows."""
     views = torch.stack([_resize(_pixels(frame), c.size, c.size, c) for frame in frames])
     index = torch.arange(len(frames) * c.side**2).view(-1, c.side, c.side)
@@ -69,8 +73,10 @@ def frames_to_patches(frames: Sequence[Image.Image], c: ImageConfig) -> Pictures
     return Pictures(_cut(views, c.patch), torch.cat(windows), list(zip(rows, columns, strict=True)))
 
 
-def _pixels(image: Image.Image) -> Tensor:
-    """RGB picture -> uint8 [3, height, width]."""
+def _pixels(image: Image.Image | Size) -> Tensor:
+    """RGB picture -> uint8 [3, height, width]; of a mere size on the meta device."""
+    if isinstance(image, tuple):
+        return torch.empty(3, *image[::-1], dtype=torch.uint8, device="meta")
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return data.view(image.height, image.width, 3).permute(2, 0, 1)
 
@@ -79,7 +85,7 @@ def _resize(pixels: Tensor, height: int, width: int, c: ImageConfig) -> Tensor:
     """uint8 [3, h, w] -> normalised float32 [3, height, width]. Grey levels are whole before they are scaled."""
     x = F.interpolate(pixels[None].float(), (height, width), mode="bilinear", align_corners=False, antialias=False)[0]
     x = x.round_().clamp_(0, 255) / 255
-    mean, std = (torch.tensor(v)[:, None, None] for v in (c.mean, c.std))
+    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (c.mean, c.std))
     return (x - mean) / std
 
 

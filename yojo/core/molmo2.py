@@ -13,7 +13,7 @@ Attribute names are the checkpoint's tensor names, so loading is one strict `loa
 Precision: norms, rotary angles and softmax run in at least float32 (bf16 goes up, float64 stays). How the arithmetic is
 made fast, and where that rounds otherwise, is in `ops.py`: here stands what is computed.
 
-Shape alphabet, the same in all files: B batch rows, T tokens, N responses, R read positions, P patches of a view,
+Shape alphabet, the same in all files: B batch rows, T tokens, N responses, R kept positions, P patches of a view,
 M pooled picture tokens, D decoder width, H query heads, K key/value heads, d head width, V vocabulary.
 
 See it run: `pytest tests/test_molmo2.py` holds every part against `transformers`.
@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from yojo.core import lora, ops
 from yojo.core.config import Config, TextConfig, VisionConfig
+from yojo.core.image import Pictures
 from yojo.core.lora import Linear
 from yojo.core.mask import AttentionMask
 from yojo.files import InputError
@@ -95,9 +96,9 @@ class VisionBlock(nn.Module):
 class ImageViT(nn.Module):
     """Patches of one view see each other; views do not. No class token, no final norm."""
 
-    def __init__(self, c: VisionConfig, depth: int, read: tuple[int, ...]):
+    def __init__(self, c: VisionConfig, depth: int, layers: tuple[int, ...]):
         super().__init__()
-        self.read = read
+        self.layers = layers
         self.patch_embedding = nn.Linear(3 * c.patch_size**2, c.hidden_size)
         self.positional_embedding = nn.Parameter(torch.zeros(c.num_position_embeddings, c.hidden_size))
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(VisionBlock(c) for _ in range(depth))})
@@ -111,9 +112,9 @@ class ImageViT(nn.Module):
         outputs = {}
         for i, block in enumerate(self.transformer["resblocks"]):
             x = block(x)
-            if i in self.read:
+            if i in self.layers:
                 outputs[i] = x
-        return [outputs[i] for i in self.read]
+        return [outputs[i] for i in self.layers]
 
 
 # -------------------------------------------------------------------------------------------------------- connector
@@ -214,9 +215,9 @@ class Context:
     adapter: str | None  # None = the base alone
 
 
-def gather(x: Tensor, read: Tensor | None) -> Tensor:
-    """x [B, T, D] at the (row, index) pairs of read [R, 2] -> [R, D]; None = all of it."""
-    return x if read is None else x[read[:, 0], read[:, 1]]
+def gather(x: Tensor, keep: Tensor | None) -> Tensor:
+    """x [B, T, D] at the (row, index) pairs of keep [R, 2] -> [R, D]; None = all of it."""
+    return x if keep is None else x[keep[:, 0], keep[:, 1]]
 
 
 class Attention(nn.Module):
@@ -229,14 +230,14 @@ class Attention(nn.Module):
         self.q_norm = RotaryNorm(c.head_dim, c.rms_norm_eps)
         self.k_norm = RotaryNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, context: Context, cache: "LayerCache | None", read: Tensor | None) -> Tensor:
-        """x [B, T, D] -> [B, T, D], or [R, D] where only `read` is asked for."""
+    def forward(self, x: Tensor, context: Context, cache: "LayerCache | None", keep: Tensor | None) -> Tensor:
+        """x [B, T, D] -> [B, T, D], or [R, D] of the R pairs to `keep`."""
         q, k, v = self.split_heads(self.att_proj(x, context.adapter), *context.angles)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, heads, T, d]
         if cache is not None:
             k, v = cache.append(k, v)
-        out = ops.attention(q, k, v, context.mask, causal=context.mask is None, read=read)
-        return self.attn_out(gather(joined(out), read), context.adapter)
+        out = ops.attention(q, k, v, context.mask, causal=context.mask is None, keep=keep)
+        return self.attn_out(gather(joined(out), keep), context.adapter)
 
     @ops.tokenwise(products=False)
     def split_heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,7 +266,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). After attention only what is `read` goes on."""
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). After attention only what is to `keep` goes on."""
 
     def __init__(self, c: TextConfig):
         super().__init__()
@@ -274,8 +275,8 @@ class Block(nn.Module):
         self.ff_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, context: Context, cache: "LayerCache | None", read: Tensor | None) -> Tensor:
-        x = gather(x, read) + self.self_attn(self.attn_norm(x), context, cache, read)
+    def forward(self, x: Tensor, context: Context, cache: "LayerCache | None", keep: Tensor | None) -> Tensor:
+        x = gather(x, keep) + self.self_attn(self.attn_norm(x), context, cache, keep)
         return x + self.mlp(self.ff_norm(x), context.adapter)
 
 
@@ -306,7 +307,7 @@ class Trunk(nn.Module):
 
 
 class Molmo2(nn.Module):
-    """The backbone: `see` pictures, read tokens; where there is an `lm_head`, `generate.py` lets it speak."""
+    """The backbone: `encode_images`, then read tokens; where there is an `lm_head`, `generate.py` lets it speak."""
 
     def __init__(self, config: Config, lm_head: bool = True):
         super().__init__()
@@ -335,26 +336,39 @@ class Molmo2(nn.Module):
         parts = [part for part in self.modules() if isinstance(part, (RMSNorm, SwiGLU))]
         ops.fuse(parts, lambda: norm(norm.weight.repeat(2, 1)))
 
-    def see(self, patches: Tensor, pooling: Tensor) -> Tensor:
-        """Pictures to features, in the order of their <im_patch> tokens.
+    def encode_images(self, pictures: Pictures) -> Tensor:
+        """Features [M', D] in the model's dtype, in the order of the <im_patch> tokens (M' <= M: windows without any
+        patch are dropped). Those that the pictures bring are used, unless the tower learns, which makes others."""
+        if not len(pictures.pooling):
+            return torch.empty(0, self.config.text.hidden_size, device=self.device, dtype=self.dtype)
+        if pictures.features is not None and not self.tower_learns():
+            return pictures.features
+        if not len(pictures.patches):
+            raise ValueError("of these pictures only features were kept, which no longer hold: open them again")
+        return self.model.vision_backbone(pictures.patches.to(self.device), pictures.pooling.to(self.device))
 
-        patches float [views, P, 3 * patch^2]; pooling int [M, window], indices into all patches of all views,
-        -1 = padding -> features [M', D] in the model's dtype (M' <= M: windows without any patch are dropped).
-        """
-        return self.model.vision_backbone(patches.to(self.device), pooling.to(self.device))
+    @torch.no_grad()
+    def keep_features(self, pictures: Pictures) -> Pictures:
+        """The same pictures with their features in place of their patches, so that the tower need not run again. Where
+        it learns, they stay as they are."""
+        if self.tower_learns():
+            return pictures
+        return pictures.encoded(self.encode_images(pictures))
+
+    def tower_learns(self) -> bool:
+        return any(p.requires_grad for p in self.model.vision_backbone.parameters())
 
     def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
         """ids [B, T] and features [M, D] -> embeddings [B, T, D]; features are ADDED at the <im_patch> tokens."""
         x = self.model.transformer.wte(input_ids)
-        places = input_ids == self.config.image_patch_id
-        seen = 0 if features is None else len(features)
-        if features is None and input_ids.is_meta:  # shapes only: nothing can be counted
+        if input_ids.is_meta:  # shapes only: nothing can be counted
             return x
-        if int(places.sum()) != seen:
+        patches, given = input_ids == self.config.image_patch_id, 0 if features is None else len(features)
+        if int(patches.sum()) != given:
             raise ValueError(
-                f"{int(places.sum())} <im_patch> tokens but {seen} picture features: pass `features=see(...)`"
+                f"{int(patches.sum())} <im_patch> tokens but {given} picture features: pass `encode_images(...)`"
             )
-        return x if features is None else x.index_put(places.nonzero(as_tuple=True), features, accumulate=True)
+        return x.index_put(patches.nonzero(as_tuple=True), features, accumulate=True) if given else x
 
     def forward(
         self,
@@ -362,16 +376,16 @@ class Molmo2(nn.Module):
         features: Tensor | None = None,
         mask: AttentionMask | None = None,
         positions: Tensor | None = None,
-        read: Tensor | None = None,
+        keep: Tensor | None = None,
         cache: "Cache | None" = None,
         adapter: str | None = lora.IN_USE,
     ) -> Tensor:
         """Hidden states after the final norm, in the model's dtype. Never logits.
 
-        input_ids int [B, T]; features [M, D] from `see`; mask None = causal; positions int [B, T], None = counting on
-        from what the cache holds; read int [R, 2] of (row, index) -> [R, D], None -> [B, T, D]; cache: read on after
-        what it holds, and add to it (then `mask` covers a first reading only); adapter: its name, None = the base
-        alone, left out = what `lora.use` chose in this thread.
+        input_ids int [B, T]; features [M, D] from `encode_images`; mask None = causal; positions int [B, T], None =
+        counting on from what the cache holds; keep int [R, 2] of (row, index) -> [R, D], None -> [B, T, D]; cache:
+        read on after what it holds, and add to it (then `mask` covers a first reading only); adapter: its name, None =
+        the base alone, left out = what `lora.use` chose in this thread.
         """
         B, T = input_ids.shape
         past = 0 if cache is None else cache.length
@@ -385,8 +399,8 @@ class Molmo2(nn.Module):
         context = Context(angles, mask, lora.active(self, adapter))
         recompute = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(decoder.blocks):
-            # the last block computes only what is read: beyond it no token attends to another
-            last = read if i == len(decoder.blocks) - 1 else None
+            # the last block computes only what is kept: beyond it no token attends to another
+            last = keep if i == len(decoder.blocks) - 1 else None
             args = (x, context, None if cache is None else cache.layers[i], last)
             x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         return decoder.ln_f(x)

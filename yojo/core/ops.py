@@ -92,24 +92,24 @@ def attention(
     v: Tensor,
     mask: AttentionMask | Tensor | None = None,
     causal: bool = False,
-    read: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v.  q [B, H, Q, d], k and v [B, K, S, d] -> [B, H, Q, d]; H / K query heads share a key
     head.
 
     mask: an `AttentionMask` of Q = S tokens, or bool [B, 1, Q, S]; a query that may attend to nothing gets 0. None =
-    all attend to all, or, if causal, to themselves and back, the last query beside the last key. read int [R, 2]: the
+    all attend to all, or, if causal, to themselves and back, the last query beside the last key. keep int [R, 2]: the
     only (row, index) that are asked for; others may be left at 0.
     """
     if not isinstance(mask, AttentionMask):
         return softmax_attention(q, k, v, mask, causal)
     if not by_runs(q.shape[2]):
         return softmax_attention(q, k, v, mask.dense[:, None])
-    (B, H, T, d), asked = q.shape, None if read is None else read.tolist()
+    (B, H, T, d), kept = q.shape, None if keep is None else keep.tolist()
     k, v = k.contiguous(), v.contiguous()  # head by head, as the kernel reads them, once for all calls
     parts, end = [], 0  # of all rows, one after the other; what no call computes is 0
     for run in calls(mask):
-        if holds(run, asked):
+        if holds(run, kept):
             start = run.row * T + run.start
             parts += [q.new_zeros(start - end, H, d)] if start > end else []
             parts.append(attend(q, k, v, run))
@@ -136,9 +136,9 @@ def cut(run: Run) -> Iterator[Run]:
         yield (run.until(stop) if run.causal else run)._replace(start=start, stop=stop)
 
 
-def holds(run: Run, read: Sequence[Sequence[int]] | None) -> bool:
+def holds(run: Run, keep: Sequence[Sequence[int]] | None) -> bool:
     """Is one of these (row, index) in the run? None = every token is asked for."""
-    return read is None or any(row == run.row and run.start <= t < run.stop for row, t in read)
+    return keep is None or any(row == run.row and run.start <= t < run.stop for row, t in keep)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, run: Run) -> Tensor:

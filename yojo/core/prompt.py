@@ -28,23 +28,23 @@ See it: `pytest tests/test_prompt.py`, `tutorials/04_separators_and_masks.md`.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer as BPE
 from torch import Tensor
 
 from yojo.core.config import ImageConfig, Markup, read_image_config, read_markup
-from yojo.core.image import Pictures, frames_to_patches, images_to_patches, measure
-from yojo.core.mask import MODES, PROMPT, AttentionMask
+from yojo.core.image import Pictures, frames_to_patches, images_to_patches
+from yojo.core.mask import MODES, PROMPT
 from yojo.files import InputError, read_json
-from yojo.media import open_picture, open_video
+from yojo.media import open_picture, open_video, picture_size, video_plan
 
 SEPARATOR = "<|resp_sep|>"
 BOS = TURN_END = "<|im_end|>"
@@ -53,7 +53,24 @@ PATCH = "<im_patch>"
 # All image tokens of a record see each other; these are image tokens.
 IMAGE_TOKENS = (PATCH, *"<im_col> <im_start> <low_res_im_start> <frame_start> <im_end> <frame_end> <im_low>".split())
 MAX_RESPONSES = 64
-LAYOUTS = ("default", "released")
+
+
+class Layout(NamedTuple):
+    """What stands between the texts of a row."""
+
+    always_bos: bool  # or with pictures only
+    turn: str  # between the user's turn and the assistant's
+    role: str  # the last text of the prompt
+    first: str  # before the first response
+    later: str  # before each other one
+    after: str  # before each separator
+    closed: bool  # by a separator after the last response, too
+
+
+LAYOUTS = {
+    "default": Layout(True, "\n", "assistant\n", "", "", "", True),
+    "released": Layout(False, "\n ", "assistant", "\n", "\n\n", "\n\n", False),
+}
 
 
 class Tokenizer:
@@ -125,21 +142,21 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One record as the model reads it. All spans are known by construction.
+    """One record as the model reads it: a row of tokens. All spans are known by construction.
 
     ids int [T]; response int [T], -1 = prompt; image bool [T]; spans [(start, stop)] of each response without its
-    separator (in layout "released" with its blank lines); read = the index each score is read at, spans[i][1] - 1;
-    pictures: what the <im_patch> tokens show.
+    separator (in layout "released" with its blank lines); pictures: what the <im_patch> tokens show.
     """
 
     ids: Tensor
     response: Tensor
     image: Tensor
     spans: list[tuple[int, int]]
-    pictures: Pictures | None
+    pictures: Pictures
 
     @property
-    def read(self) -> list[int]:
+    def score_positions(self) -> list[int]:
+        """Where each score is read: at the last token of its response."""
         return [stop - 1 for _, stop in self.spans]
 
     @property
@@ -151,62 +168,45 @@ class Encoded:
         if mode not in MODES:
             raise InputError(f"mode {mode!r} is none of {MODES}")
         positions = torch.arange(len(self.ids))
-        if mode == "isolated":
-            for start, stop in self.spans:
-                positions[start : stop + 1] += self.prompt_length - start
-        return positions
+        if mode == "joint":
+            return positions
+        lengths = torch.bincount(self.response - PROMPT)  # of the prompt and of each response
+        skipped = (lengths.cumsum(0) - lengths - lengths[0]).clamp_min(0)  # the responses before each
+        return positions - skipped[self.response - PROMPT]
+
+    def continued(self, responses: Sequence[list[int]], separator: int | None = None, closed: bool = True) -> "Encoded":
+        """A prompt, and after it responses, each followed by the separator, if any; the last one only if `closed`. The
+        separator belongs to its response."""
+        ids, owner, spans = self.ids.tolist(), self.response.tolist(), []
+        for i, response in enumerate(responses):
+            end = [separator] if separator is not None and (closed or i + 1 < len(responses)) else []
+            spans.append((len(ids), len(ids) + len(response)))
+            ids += response + end
+            owner += [i] * len(response + end)
+        image = F.pad(self.image, (0, len(ids) - len(self.ids)))  # no response can show a picture
+        return Encoded(torch.tensor(ids), torch.tensor(owner), image, spans, self.pictures)
 
 
-@dataclass(frozen=True)
-class Ask:
-    """One record in numbers: prompt tokens, picture tokens among them, tokens of each response with its separator,
-    views, <im_patch> tokens, and patches in the window of each."""
-
-    prompt: int
-    pictures: int
-    responses: tuple[int, ...]
-    views: int = 0
-    pooled: int = 0
-    window: int = 4
-
-    def mask(self, mode: str) -> AttentionMask:
-        """Its mask, the pictures standing after BOS."""
-        response = torch.tensor([[PROMPT] * self.prompt + [i for i, R in enumerate(self.responses) for _ in range(R)]])
-        place = torch.arange(response.shape[1])[None]
-        return AttentionMask(torch.zeros_like(response), response, (place >= 1) & (place <= self.pictures), mode)
-
-    @property
-    def tokens(self) -> int:
-        return self.prompt + sum(self.responses)
-
-    @property
-    def read(self) -> list[tuple[int, int]]:
-        """(row, index) of the token each score is read at: the one before each closing separator."""
-        return [(0, self.prompt + end - 2) for end in accumulate(self.responses)]
-
-
-Seen = tuple[list[int], Pictures | None]  # the token ids of a record's pictures, and the pictures
-
-
+@dataclass(eq=False)
 class Processor:
-    """The files of a checkpoint folder that say how text and pictures become tokens."""
+    """The files of a checkpoint folder that say how text and pictures become tokens. `dataclasses.replace` makes one
+    with another layout or limit."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, images: ImageConfig, markup: Markup, max_tokens: int, layout: str = "default"
-    ):
-        self.tokenizer, self.images, self.markup, self.max_tokens = tokenizer, images, markup, max_tokens
-        if layout not in LAYOUTS:
-            raise InputError(f"layout {layout!r} is none of {LAYOUTS}")
-        self.layout = layout
-        self.image_ids = torch.tensor([tokenizer.id(name) for name in IMAGE_TOKENS])
+    tokenizer: Tokenizer
+    images: ImageConfig
+    markup: Markup
+    max_tokens: int
+    layout: str = "default"
+
+    def __post_init__(self):
+        if self.layout not in LAYOUTS:
+            raise InputError(f"layout {self.layout!r} is none of {tuple(LAYOUTS)}")
+        self.image_ids = torch.tensor([self.tokenizer.id(name) for name in IMAGE_TOKENS])
 
     @classmethod
     def from_folder(cls, folder: str | Path, max_tokens: int, layout: str = "default") -> "Processor":
         tokenizer = Tokenizer(Path(folder) / "tokenizer.json")
         return cls(tokenizer, read_image_config(folder), read_markup(folder), max_tokens, layout)
-
-    def in_layout(self, layout: str) -> "Processor":
-        return Processor(self.tokenizer, self.images, self.markup, self.max_tokens, layout)
 
     def encode(
         self,
@@ -214,126 +214,104 @@ class Processor:
         responses: Sequence[str],
         image: "str | Path | Image.Image | Sequence | None" = None,
         video: "str | Path | Sequence[tuple[float, Image.Image]] | None" = None,
+        pictures: Pictures | None = None,
     ) -> Encoded:
         """One record -> `Encoded`. No responses = the prompt alone, ready for the first one to be written.
 
         image: a path, a Pillow picture, or a list of them; video: a path as in `media.open_video`, or a list of
-        (seconds, frame). More than 64 responses, an empty one, or more tokens than the model has positions for raise
-        `InputError`: nothing is ever cut.
+        (seconds, frame); pictures: in place of both, what `open_pictures` made of them. More than 64 responses, an
+        empty one, or more tokens than the model has positions for raise `InputError`: nothing is ever cut.
         """
-        return self.lay_out(prompt, responses, self.look(image, video))
-
-    def lay_out(self, prompt: str, responses: Sequence[str], seen: Seen) -> Encoded:
-        """`encode` for pictures that have been looked at already."""
-        marks, pictures = seen
-        ids, owner, spans = self._pieces(prompt, responses, marks)
-        if len(ids) > self.max_tokens:
-            over = len(ids) - self.max_tokens
+        pictures = self.open_pictures(image, video) if pictures is None else pictures
+        check_texts(prompt, responses)
+        encode, token, layout = self.tokenizer.encode, self.tokenizer.id, LAYOUTS[self.layout]
+        bos = [token(BOS)] if layout.always_bos or pictures.ids else []
+        user = [token(TURN_START), *encode("user\n" + prompt, "the prompt"), token(TURN_END)]
+        ids = [*bos, *pictures.ids, *user, *encode(layout.turn), token(TURN_START), *encode(layout.role)]
+        pieces = []
+        for i, text in enumerate(responses):
+            after = layout.after if layout.closed or i + 1 < len(responses) else ""
+            pieces.append(encode((layout.later if i else layout.first) + text + after, f"response {i + 1}"))
+        row = self.row(ids, pictures).continued(pieces, self.tokenizer.separator_id, layout.closed)
+        if len(row.ids) > self.max_tokens:
+            over = len(row.ids) - self.max_tokens
             raise InputError(
-                f"{len(ids)} tokens ({owner.count(PROMPT)} of the prompt, {len(marks)} of them pictures) "
+                f"{len(row.ids)} tokens ({len(ids)} of the prompt, {len(pictures.ids)} of them pictures) "
                 f"are {over} more than the model's limit of {self.max_tokens}: shorten or drop responses"
             )
-        ids = torch.tensor(ids)
-        return Encoded(ids, torch.tensor(owner), torch.isin(ids, self.image_ids), spans, pictures)
+        return row
 
-    def _pieces(
-        self, prompt: str, responses: Sequence[str], marks: list[int]
-    ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-        """ids, which response each belongs to, and the responses' spans."""
-        if isinstance(responses, str) or not all(isinstance(text, str) for text in [prompt, *responses]):
-            raise InputError("prompt must be a string and responses a list of strings")
-        if len(responses) > MAX_RESPONSES:
-            over = len(responses) - MAX_RESPONSES
-            raise InputError(f"{len(responses)} responses are {over} more than the limit of {MAX_RESPONSES}")
-        if empty := [i for i, text in enumerate(responses, 1) if not text.strip()]:
-            raise InputError(f"response {empty[0]} is empty: there is nothing to score")
-        encode, separator = self.tokenizer.encode, self.tokenizer.separator_id
-        start, end = self.tokenizer.id(TURN_START), self.tokenizer.id(TURN_END)
-        user = [start, *encode("user\n" + prompt, "the prompt"), end]
-        if self.layout == "released":
-            ids = [*([self.tokenizer.id(BOS)] if marks else []), *marks, *user, *encode("\n "), start]
-            ids += encode("assistant")
-            before, after = ["\n"] + ["\n\n"] * len(responses), "\n\n"
-        else:
-            ids = [self.tokenizer.id(BOS), *marks, *user, *encode("\n"), start, *encode("assistant\n")]
-            before, after = [""] * len(responses), ""
-        owner, spans = [PROMPT] * len(ids), []
-        for i, text in enumerate(responses):
-            closed = self.layout == "default" or i + 1 < len(responses)
-            piece = encode(before[i] + text + (after if closed else ""), f"response {i + 1}")
-            spans.append((len(ids), len(ids) + len(piece)))
-            ids += piece + [separator] * closed
-            owner += [i] * (len(piece) + closed)
-        return ids, owner, spans
+    def row(self, ids: list[int], pictures: Pictures) -> Encoded:
+        """The ids of a prompt, those of its pictures among them -> a row that has no response yet."""
+        tokens = torch.tensor(ids)
+        return Encoded(tokens, torch.full_like(tokens, PROMPT), torch.isin(tokens, self.image_ids), [], pictures)
 
-    def measure(
-        self,
-        prompt: str,
-        responses: Sequence[str],
-        sizes: Sequence[tuple[int, int]] = (),
-        seconds: Sequence[float] = (),
-        max_crops: int | None = None,
-    ) -> Ask:
-        """A record's size, from nothing but the (width, height) of its pictures or the seconds of its frames."""
-        cuts = [measure(h, w, self._cut_into(max_crops)) for w, h in sizes]
-        marks = self._images_ids([grid for _, grid in cuts]) if sizes else []
-        if seconds:
-            grid = tuple(-(-self.images.side // window) for window in self.images.video_pooling)
-            marks = self._video_ids(seconds, [grid] * len(seconds))
-        ids, owner, spans = self._pieces(prompt, responses, marks)
-        return Ask(
-            prompt=owner.count(PROMPT),
-            pictures=len(marks),
-            responses=tuple(owner.count(i) for i in range(len(spans))),
-            views=sum(views for views, _ in cuts) + len(seconds),
-            pooled=marks.count(self.tokenizer.id(PATCH)),
-            window=math.prod(self.images.video_pooling if seconds else self.images.pooling),
-        )
-
-    def _cut_into(self, max_crops: int | None) -> ImageConfig:
-        return self.images if max_crops is None else replace(self.images, max_crops=max_crops)
-
-    def look(self, image, video=None, max_crops: int | None = None) -> Seen:
-        """Open and cut pictures: their token ids, and what the vision tower reads. max_crops None = the
-        checkpoint's."""
+    def open_pictures(self, image=None, video=None, max_crops: int | None = None, pixels: bool = True) -> Pictures:
+        """Open and cut what a record shows. image and video: as in `encode`; max_crops None = the checkpoint's; pixels
+        False: from the sizes of the files alone, which is all that a row's length depends on."""
         if image is not None and video is not None:
             raise InputError("a record shows images or a video, not both")
-        if isinstance(video, (str, Path)):
-            video = open_video(video)
+        opened = open_picture if pixels else picture_size
         if video is not None:
+            if isinstance(video, (str, Path)):
+                video = open_video(video) if pixels else video_plan(video)
             if not video:
                 raise InputError("the video has no frames")
-            seen = frames_to_patches([open_picture(frame) for _, frame in video], self.images)
-            return self._video_ids([seconds for seconds, _ in video], seen.grids), seen
+            square = (self.images.size, self.images.size)  # a frame's own size plays no part
+            shown = frames_to_patches([opened(frame) if pixels else square for _, frame in video], self.images)
+            return replace(shown, ids=self._video_ids([seconds for seconds, _ in video], shown.grids))
         if image is None:
-            return [], None
+            return Pictures()
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         if not images:
             raise InputError("the list of images is empty: leave it out where there is no picture")
-        seen = images_to_patches([open_picture(i) for i in images], self._cut_into(max_crops))
-        return self._images_ids(seen.grids), seen
+        config = replace(self.images, max_crops=self.images.max_crops if max_crops is None else max_crops)
+        shown = images_to_patches([opened(i) for i in images], config)
+        return replace(shown, ids=self._images_ids(shown.grids))
 
     def _images_ids(self, grids: list[tuple[int, ...]]) -> list[int]:
         """Each image: the global view, then the high-resolution grid; several are numbered."""
-        m, ids = self.markup, []
-        low = "<low_res_im_start>" if m.use_single_crop_start_token else "<im_start>"
-        low_columns = m.image_use_col_tokens and m.use_single_crop_col_tokens
-        for i, (low_rows, low_cols, rows, cols) in enumerate(grids, 1):
+        ids = []
+        for i, grid in enumerate(grids, 1):
             if len(grids) > 1:
                 ids += self.tokenizer.encode(f"Image {i}")
-            ids += self._grid_ids(low, "<im_end>", low_rows, low_cols, low_columns)
-            ids += self._grid_ids("<im_start>", "<im_end>", rows, cols, m.image_use_col_tokens)
+            ids += [self.tokenizer.id(name) for name in image_tokens(grid, self.markup)]
         return ids
 
     def _video_ids(self, times: list[float], grids: list[tuple[int, ...]]) -> list[int]:
         """Each frame: its second with one decimal, then its grid."""
-        m, ids = self.markup, []
-        start, end = ("<frame_start>", "<frame_end>") if m.use_frame_special_tokens else ("<im_start>", "<im_end>")
+        ids = []
         for i, (seconds, grid) in enumerate(zip(times, grids, strict=True)):
             ids += self.tokenizer.encode(f"{' ' if i else ''}{seconds:.1f} ")
-            ids += self._grid_ids(start, end, *grid, m.video_use_col_tokens)
+            ids += [self.tokenizer.id(name) for name in frame_tokens(grid, self.markup)]
         return ids
 
-    def _grid_ids(self, start: str, end: str, rows: int, columns: int, column_tokens: bool) -> list[int]:
-        row = [PATCH] * columns + ["<im_col>"] * column_tokens
-        return [self.tokenizer.id(name) for name in (start, *(row * rows), end)]
+
+def check_texts(prompt: str, responses: Sequence[str]) -> None:
+    if isinstance(responses, str) or not all(isinstance(text, str) for text in [prompt, *responses]):
+        raise InputError("prompt must be a string and responses a list of strings")
+    if len(responses) > MAX_RESPONSES:
+        over = len(responses) - MAX_RESPONSES
+        raise InputError(f"{len(responses)} responses are {over} more than the limit of {MAX_RESPONSES}")
+    if empty := [i for i, text in enumerate(responses, 1) if not text.strip()]:
+        raise InputError(f"response {empty[0]} is empty: there is nothing to score")
+
+
+def image_tokens(grid: tuple[int, ...], m: Markup) -> list[str]:
+    """The tokens of one image, by name: the global view, then the high-resolution grid."""
+    low_rows, low_columns, rows, columns = grid
+    low = "<low_res_im_start>" if m.use_single_crop_start_token else "<im_start>"
+    low_ends = m.image_use_col_tokens and m.use_single_crop_col_tokens
+    view = grid_tokens(low, "<im_end>", low_rows, low_columns, low_ends)
+    return view + grid_tokens("<im_start>", "<im_end>", rows, columns, m.image_use_col_tokens)
+
+
+def frame_tokens(grid: tuple[int, ...], m: Markup) -> list[str]:
+    """The tokens of one frame of a video, by name."""
+    start, end = ("<frame_start>", "<frame_end>") if m.use_frame_special_tokens else ("<im_start>", "<im_end>")
+    return grid_tokens(start, end, *grid, m.video_use_col_tokens)
+
+
+def grid_tokens(start: str, end: str, rows: int, columns: int, column_tokens: bool) -> list[str]:
+    row = [PATCH] * columns + ["<im_col>"] * column_tokens
+    return [start, *(row * rows), end]

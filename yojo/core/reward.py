@@ -97,15 +97,11 @@ class RewardModel(nn.Module):
         lora.merge(self.backbone, ADAPTER)
         self.adapter = None
 
-    def forward(self, batch: Batch, features: Tensor | None = None) -> Tensor:
-        """Scores [R] in at least float32, one a response, in the order of the batch's records.
-
-        features [M, D]: what `see` made of the batch's pictures; None = look at them now.
-        """
-        if features is None and batch.pictures is not None:
-            features = self.backbone.see(batch.pictures.patches, batch.pictures.pooling)
-        ids, mask, positions, read = batch.input_ids, batch.mask, batch.positions, batch.read
-        return self.head(self.backbone(ids, features, mask, positions, read, adapter=self.adapter))
+    def forward(self, batch: Batch) -> Tensor:
+        """Scores [R] in at least float32, one a response, in the order of the batch's records. The last block of the
+        backbone gathers: beyond it only what stands at the score positions goes on."""
+        inputs = batch.input_ids, self.backbone.encode_images(batch.pictures), batch.mask, batch.positions
+        return self.head(self.backbone(*inputs, keep=batch.score_positions, adapter=self.adapter))
 
     @torch.no_grad()
     def score(
@@ -127,14 +123,12 @@ class RewardModel(nn.Module):
         return self.score_encoded([self.processor.encode(prompt, responses, image, video)], mode)[0]
 
     @torch.no_grad()
-    def score_encoded(
-        self, records: Sequence[Encoded], mode: str | None = None, features: Tensor | None = None
-    ) -> list[list[float]]:
+    def score_encoded(self, records: Sequence[Encoded], mode: str | None = None) -> list[list[float]]:
         """Scores of several encoded records, read in one batch. Long ones, which are computed run by run anyway,
         stand in one row, which needs no padding."""
         rows = [records] if ops.by_runs(max(len(e.ids) for e in records)) else records
         batch = collate(rows, mode or self.mode, self.backbone.config.pad_id).to(self.backbone.device)
-        return [s.tolist() for s in self(batch, features).split(batch.counts)]
+        return [s.tolist() for s in self(batch).split(batch.counts)]
 
     def score_all(
         self, records: Iterable[Encoded], mode: str | None = None, tokens: int = BATCH_TOKENS

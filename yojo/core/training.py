@@ -1,17 +1,14 @@
 """Learning from preferences: records -> scores of one pass -> loss -> gradient.
 
-    for step:  g = mean over micro-batches of grad loss;  clip |g|;  AdamW with lr(step)
+    rows = encode(records);  batch = collate(rows);  scores = rm(batch);  L = loss(scores, ranks)      `PreferenceLoss`
+    g = mean over micro-batches of grad L;  clip |g|;  AdamW with lr(step)                             `train_step`
 
-`fit` is the loop. What is learned comes from outside: `loss(step, part)` returns the loss of one micro-batch and what
-to log about it. It must be a function of its arguments (and of torch's random state), so that a run can go on from a
-saved state as if it had never stopped.
+`fit` is the loop round any `loss(step, micro_batch)`, which returns the loss of one micro-batch and what to log about
+it. It must be a function of its arguments (and of torch's random state), so that a run can go on from a saved state as
+if it had never stopped. Of a reward model only the LoRA adapter and the value head learn.
 
-`Task` is the loss of preference records: draw some, shuffle the responses of each, score all of them in one pass,
-compare with the best-ranked. Only the LoRA adapter and the value head learn; what the frozen vision tower sees may be
-kept.
-
-`evaluate` shows a record its own pictures, blank ones, or another record's. A model that reads the picture must fall to
-chance under the last two.
+`score_records` scores what is held out. Controls are other records: `blanked` ones show grey, `swapped` ones another
+record's pictures. A model that reads the picture must fall to chance on both.
 
 See it: `python -m yojo.train --tiny`; `pytest tests/test_fit.py`.
 """
@@ -19,23 +16,26 @@ See it: `python -m yojo.train --tiny`; `pytest tests/test_fit.py`.
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from operator import length_hint
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from yojo.core import loss as losses
 from yojo.core import parallel
-from yojo.core.data import Record, collate, join
+from yojo.core.data import Record, collate, encode, in_order
 from yojo.core.lora import LoraConfig
-from yojo.core.prompt import Encoded, Seen
+from yojo.core.loss import LOSSES, best
+from yojo.core.prompt import Encoded
 from yojo.core.reward import RewardModel
 from yojo.files import InputError
-from yojo.media import open_picture, open_video, picture_size
+from yojo.media import open_video, picture_size
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,93 @@ class Recipe:
     max_picture_tokens: int = 16_384  # among them
     fit: FitConfig = FitConfig(steps=0, accumulate=64)
 
+
+# ------------------------------------------------------------------------------------------------------ records to loss
+
+WINDOW = 16  # micro-batches among which records are sorted by their number of responses
+
+
+class PreferenceLoss:
+    """`loss(step, micro_batch)`: records, the responses of each shuffled, scored in one pass; and how well."""
+
+    def __init__(self, rm: RewardModel, records: Sequence[Record], recipe: Recipe, seed: int):
+        self.rm, self.records, self.recipe, self.seed = rm, records, recipe, seed
+        self.epoch = lru_cache(maxsize=2)(self._epoch)
+
+    def _epoch(self, number: int) -> list[Record]:
+        """Every record once, in an order drawn anew for each epoch; within each window of micro-batches, records with
+        as many responses stand together, which saves padding, and the micro-batches are shuffled again."""
+        rng, size = random.Random(f"{self.seed} epoch {number}"), self.recipe.records
+        order = rng.sample(self.records, len(self.records))
+        batches = []
+        for start in range(0, len(order), WINDOW * size):
+            window = sorted(order[start : start + WINDOW * size], key=lambda record: len(record.responses))
+            batches += [window[k : k + size] for k in range(0, len(window), size)]
+        return [record for batch in rng.sample(batches, len(batches)) for record in batch]
+
+    def draw(self, step: int, micro_batch: int) -> list[Record]:
+        n, size = len(self.records), self.recipe.records
+        start = (step * self.recipe.fit.accumulate + micro_batch) * size
+        return [self.epoch(k // n)[k % n] for k in range(start, start + size)]
+
+    def culprits(self, step: int) -> list[Record]:
+        """The records of a step; where some have scores that are not finite now, only those."""
+        records = [record for part in range(self.recipe.fit.accumulate) for record in self.draw(step, part)]
+        scores = [self.rm.score_encoded([encode(record, self.rm.processor)])[0] for record in records]
+        bad = [record for record, row in zip(records, scores, strict=True) if not all(map(math.isfinite, row))]
+        return bad or records
+
+    def __call__(self, step: int, micro_batch: int) -> tuple[Tensor, dict[str, float]]:
+        rng, rm = random.Random(f"{self.seed} shuffle {step} {micro_batch}"), self.rm
+        records = [shuffled(record, rng) for record in self.draw(step, micro_batch)]
+        rows = [encode(record, rm.processor) for record in records]
+        batch = collate(rows, rm.mode, rm.backbone.config.pad_id).to(rm.backbone.device)
+        scores = pad_sequence(rm(batch).split(batch.counts), batch_first=True)  # [B, N]
+        ranks = pad_sequence([torch.tensor(record.rankings) for record in records], batch_first=True).to(scores.device)
+        return LOSSES[self.recipe.loss](scores, ranks), {"accuracy": accuracy(scores, ranks)}
+
+
+def shuffled(record: Record, rng: random.Random) -> Record:
+    return in_order(record, rng.sample(range(len(record.responses)), len(record.responses)))
+
+
+def accuracy(scores: Tensor, ranks: Tensor) -> float:
+    """How often the highest of the scores [B, N] is one of the best-ranked; rank 0 = no response here."""
+    highest = scores.detach().masked_fill(ranks == 0, -torch.inf).argmax(-1, keepdim=True)
+    return best(ranks).gather(1, highest).float().mean().item()
+
+
+# --------------------------------------------------------------------------------------------------------- loss to step
+
+
+def train_step(loss, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, c: FitConfig) -> dict:
+    """One update from `accumulate` micro-batches."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, c)
+    logged: dict[str, float] = {}
+    for micro_batch in parallel.share(c.accumulate):
+        value, about = loss(step, micro_batch)
+        (value / c.accumulate).backward()
+        for key, number in {"loss": value.item(), **about}.items():
+            logged[key] = logged.get(key, 0.0) + number / c.accumulate
+    logged = parallel.add_up(parameters, logged)  # and the gradients, in place
+    norm = nn.utils.clip_grad_norm_(parameters, c.clip).item()
+    if not math.isfinite(logged["loss"]) or not math.isfinite(norm):
+        raise NotFinite(step, f"loss {logged['loss']}, gradient norm {norm}; the parameters are untouched")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {**logged, "lr": learning_rate(step, c), "norm": norm}
+
+
+def learning_rate(step: int, c: FitConfig) -> float:
+    """A linear rise over `warmup` steps, then down to zero: along a line or half a cosine."""
+    if step < c.warmup:
+        return c.lr * (step + 1) / c.warmup
+    done = (step - c.warmup) / max(1, c.steps - c.warmup)
+    return c.lr * ((1 - done) if c.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop
 
 Log = list[dict[str, float]]  # an entry a step
 
@@ -104,16 +191,6 @@ class RunState:
 
 UNSAVED = RunState()
 
-# ------------------------------------------------------------------------------------------------------------- the loop
-
-
-def learning_rate(step: int, c: FitConfig) -> float:
-    """A linear rise over `warmup` steps, then down to zero: along a line or half a cosine."""
-    if step < c.warmup:
-        return c.lr * (step + 1) / c.warmup
-    done = (step - c.warmup) / max(1, c.steps - c.warmup)
-    return c.lr * ((1 - done) if c.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
-
 
 def fit(
     loss: Callable[[int, int], tuple[Tensor, dict[str, float]]],
@@ -146,189 +223,75 @@ def fit(
     return log
 
 
-def train_step(loss, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, c: FitConfig) -> dict:
-    """One update from `accumulate` micro-batches."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, c)
-    seen: dict[str, float] = {}
-    for part in parallel.share(c.accumulate):
-        value, about = loss(step, part)
-        (value / c.accumulate).backward()
-        for key, number in {"loss": value.item(), **about}.items():
-            seen[key] = seen.get(key, 0.0) + number / c.accumulate
-    seen = parallel.add_up(parameters, seen)  # and the gradients, in place
-    norm = nn.utils.clip_grad_norm_(parameters, c.clip).item()
-    if not math.isfinite(seen["loss"]) or not math.isfinite(norm):
-        raise NotFinite(step, f"loss {seen['loss']}, gradient norm {norm}; the parameters are untouched")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {**seen, "lr": learning_rate(step, c), "norm": norm}
-
-
-# ------------------------------------------------------------------------------------------------------ records to loss
-
-WINDOW = 16  # micro-batches among which records are sorted by their number of responses
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What stands beside a record: files, or, blank, the sizes of grey pictures; a video's frames are blanked."""
-
-    images: tuple[Path | tuple[int, int], ...] = ()
-    video: Path | None = None
-    blank: bool = False
-    max_crops: int | None = None  # None = the checkpoint's
-
-
-class Dataset:
-    """Records as one reward model reads them.
-
-    keep: look at every picture once, at the start, and keep what the frozen tower sees: for pictures by the thousand.
-    """
-
-    def __init__(self, records: Sequence[Record], rm: RewardModel, keep: bool, shows: Sequence[str] = ("own",)):
-        self.records, self.rm = records, rm
-        self.crops: dict[int, int] = {}  # of records that must be cut into fewer; set from outside, where at all
-        self.kept: dict[Shown, tuple[Seen, Tensor | None]] = {}
-        if keep:
-            sources = list(dict.fromkeys(self.shown(i, show) for i in range(len(records)) for show in shows))
-            for start in range(0, len(sources), 64):
-                self._keep(sources[start : start + 64])
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    @torch.no_grad()
-    def _keep(self, sources: list[Shown]) -> None:
-        """Look at some records' pictures, and let the tower see them in one pass."""
-        looked = [self._look(source) for source in sources]
-        pictures = [p for _, p in looked if p is not None]
-        joined = join(pictures) if pictures else None
-        features = self.rm.backbone.see(joined.patches, joined.pooling) if joined else torch.empty(0)
-        counts = [0 if p is None else len(p.pooling) for _, p in looked]
-        for source, (marks, _), mine in zip(sources, looked, features.split(counts), strict=True):
-            self.kept[source] = (marks, None), mine if len(mine) else None
-
-    def _look(self, shown: Shown) -> Seen:
-        def grey(size: tuple[int, int]) -> Image.Image:
-            return Image.new("RGB", size, (128, 128, 128))
-
-        if shown.video is not None:
-            frames = open_video(shown.video)
-            return self.rm.processor.look(None, [(t, grey(f.size) if shown.blank else f) for t, f in frames])
-        pictures = [open_picture(s) if isinstance(s, Path) else grey(s) for s in shown.images]
-        return self.rm.processor.look(pictures or None, max_crops=shown.max_crops)
-
-    def shown(self, i: int, show: str) -> Shown:
-        """What stands beside record i: its "own" pictures, "blank" ones of their size, or "swapped", those of the next
-        record that has others."""
-        own = Shown(tuple(self.records[i].images), self.records[i].video, max_crops=self.crops.get(i))
-        if show == "blank":
-            return replace(own, images=tuple(map(picture_size, own.images)), blank=True)
-        if show == "swapped":
-            others = (self.shown((i + k) % len(self), "own") for k in range(1, len(self)))
-            own = next((o for o in others if (o.images, o.video) != (own.images, own.video)), None)
-            if own is None:
-                raise InputError("no other record has other pictures: there is nothing to swap")
-        return own
-
-    def shows(self) -> list[str]:
-        """The ways to show these records that differ from each other: no controls where there are no pictures."""
-        different = len({(tuple(r.images), r.video) for r in self.records})
-        return ["own"] + ["blank"] * any(r.images or r.video for r in self.records) + ["swapped"] * (different > 1)
-
-    def encode(self, i: int, order: Sequence[int], show: str = "own") -> tuple[Encoded, Tensor | None]:
-        """Record i with its responses in `order` -> what the model reads, and the picture features where kept."""
-        record = self.records[i]
-        try:
-            sources = self.shown(i, show)
-            seen, features = self.kept[sources] if sources in self.kept else (self._look(sources), None)
-            return self.rm.processor.lay_out(record.prompt, [record.responses[k] for k in order], seen), features
-        except InputError as error:
-            raise InputError(f"{record.where}: {error}") from None
-
-    def scores(self, encoded: Sequence[tuple[Encoded, Tensor | None]]) -> tuple[Tensor, ...]:
-        """One pass over several records -> the scores of each."""
-        batch = collate([e for e, _ in encoded], self.rm.mode, self.rm.backbone.config.pad_id)
-        kept = [f for _, f in encoded if f is not None]
-        return self.rm(batch.to(self.rm.backbone.device), torch.cat(kept) if kept else None).split(batch.counts)
-
-
-class Task:
-    """`loss(step, part)` for `fit`: a function of step and part alone, so that a run can go on where it stopped."""
-
-    def __init__(self, data: Dataset, recipe: Recipe, seed: int):
-        self.data, self.recipe, self.seed = data, recipe, seed
-        self.epoch = lru_cache(maxsize=2)(self._epoch)
-
-    def _epoch(self, number: int) -> list[int]:
-        """Every record once, in an order drawn anew for each epoch; within each window of micro-batches, records with
-        as many responses stand together, which saves padding, and the micro-batches are shuffled again."""
-        rng, size = random.Random(f"{self.seed} epoch {number}"), self.recipe.records
-        order = rng.sample(range(len(self.data)), len(self.data))
-        batches = []
-        for start in range(0, len(order), WINDOW * size):
-            window = sorted(order[start : start + WINDOW * size], key=lambda i: len(self.data.records[i].responses))
-            batches += [window[k : k + size] for k in range(0, len(window), size)]
-        return [i for batch in rng.sample(batches, len(batches)) for i in batch]
-
-    def indices(self, step: int, part: int) -> list[int]:
-        n, size = len(self.data), self.recipe.records
-        start = (step * self.recipe.fit.accumulate + part) * size
-        return [self.epoch(k // n)[k % n] for k in range(start, start + size)]
-
-    def where(self, step: int) -> list[str]:
-        """The records of a step, by file and line; where some have scores that are not finite now, only those."""
-        chosen = [i for part in range(self.recipe.fit.accumulate) for i in self.indices(step, part)]
-        with torch.no_grad():
-            bad = [i for i in chosen if not self.scores_of(i).isfinite().all()]
-        return [self.data.records[i].where for i in bad or chosen]
-
-    def scores_of(self, i: int) -> Tensor:
-        (scores,) = self.data.scores([self.data.encode(i, range(len(self.data.records[i].responses)))])
-        return scores
-
-    def __call__(self, step: int, part: int) -> tuple[Tensor, dict[str, float]]:
-        rng = random.Random(f"{self.seed} shuffle {step} {part}")
-        encoded, ranks = [], []
-        for i in self.indices(step, part):
-            rankings = self.data.records[i].rankings
-            order = rng.sample(range(len(rankings)), len(rankings))
-            encoded.append(self.data.encode(i, order))
-            ranks.append(torch.tensor([rankings[k] for k in order]))
-        scores = nn.utils.rnn.pad_sequence(self.data.scores(encoded), batch_first=True)
-        rank = nn.utils.rnn.pad_sequence(ranks, batch_first=True).to(scores.device)
-        chosen = scores.detach().masked_fill(rank == 0, -torch.inf).argmax(-1, keepdim=True)
-        right = losses.best(rank).gather(1, chosen).float().mean().item()
-        return losses.LOSSES[self.recipe.loss](scores, rank), {"accuracy": right}
-
-
-def train(data: Dataset, recipe: Recipe, seed: int, title: str | None, state: RunState = UNSAVED) -> Log:
-    """Fit the adapter and the head of `data.rm` in place -> one dict a step."""
+def train(
+    rm: RewardModel,
+    records: Sequence[Record],
+    recipe: Recipe,
+    seed: int,
+    state: RunState = UNSAVED,
+    title: str | None = None,
+) -> Log:
+    """Fit the adapter and the head of `rm` in place -> one dict a step."""
     torch.manual_seed(seed)
-    data.rm.train()
-    task = Task(data, recipe, seed)
+    loss = PreferenceLoss(rm.train(), records, recipe, seed)
     try:
-        log = fit(task, data.rm.trainable(), recipe.fit, state, title)
+        log = fit(loss, rm.trainable(), recipe.fit, state, title)
     except NotFinite as error:
-        raise FloatingPointError(f"{error}; its records: {', '.join(task.where(error.step))}") from None
-    data.rm.eval()
+        culprits = ", ".join(record.where for record in loss.culprits(error.step))
+        raise FloatingPointError(f"{error}; its records: {culprits}") from None
+    rm.eval()
     return log
 
 
-@torch.no_grad()
-def evaluate(
-    data: Dataset, seed: int, show: str = "own", size: int = 64, title: str | None = None
-) -> list[list[float]]:
-    """Scores of every record, in the record's own order of responses. `title` names a progress bar.
+# ---------------------------------------------------------------------------------------------------- records to scores
 
-    They are shown in an order drawn from the seed: fed in file order, a joint model can turn position into accuracy.
-    """
-    rng, scores = random.Random(f"{seed} evaluate"), []
-    for start in parallel.progress(range(0, len(data), size), title):
-        chosen = range(start, min(start + size, len(data)))
-        orders = [rng.sample(range(n), n) for n in (len(data.records[i].responses) for i in chosen)]
-        encoded = [data.encode(i, order, show) for i, order in zip(chosen, orders, strict=True)]
-        for order, row in zip(orders, data.scores(encoded), strict=True):
-            scores.append([row[order.index(k)].item() for k in range(len(order))])
-    return scores
+
+def score_orders(
+    rm: RewardModel, shown: Iterable[tuple[Record, Sequence[int]]], mode: str | None = None
+) -> Iterator[list[float]]:
+    """Records, each with an order to show its responses in -> scores of each, in the record's own order."""
+    orders = deque()
+
+    def rows() -> Iterator[Encoded]:
+        for record, order in shown:
+            orders.append(order)
+            yield encode(in_order(record, order), rm.processor)
+
+    for scores in rm.score_all(rows(), mode):
+        order = orders.popleft()
+        yield [scores[order.index(i)] for i in range(len(order))]
+
+
+def score_records(
+    rm: RewardModel, records: Iterable[Record], seed: int, mode: str | None = None, title: str | None = None
+) -> list[list[float]]:
+    """Scores of every record, its responses shown in an order drawn from the seed: fed in file order, a joint model can
+    turn position into accuracy. `title` names a progress bar."""
+    rng = random.Random(f"{seed} evaluate")
+    shown = ((record, rng.sample(range(len(record.responses)), len(record.responses))) for record in records)
+    return list(parallel.progress(score_orders(rm, shown, mode), title, total=length_hint(records) or None))
+
+
+def blanked(records: Iterable[Record]) -> Iterator[Record]:
+    """The same records, every picture and frame of them grey. One at a time, or they would fill memory."""
+
+    def grey(size: tuple[int, int]) -> Image.Image:
+        return Image.new("RGB", size, (128, 128, 128))
+
+    for record in records:
+        video = open_video(record.video) if isinstance(record.video, Path) else record.video
+        frames = video and [(seconds, grey(frame.size)) for seconds, frame in video]
+        yield replace(record, images=[grey(picture_size(i)) for i in record.images], video=frames, pictures=None)
+
+
+def swapped(records: Sequence[Record]) -> list[Record]:
+    """The same records, each with the pictures of the next one that shows others."""
+    swaps = []
+    for i, record in enumerate(records):
+        others = (records[(i + k) % len(records)] for k in range(1, len(records)))
+        other = next((o for o in others if (o.images, o.video) != (record.images, record.video)), None)
+        if other is None:
+            raise InputError("no other record has other pictures: there is nothing to swap")
+        shown = {name: getattr(other, name) for name in ("images", "video", "max_crops", "pictures")}
+        swaps.append(replace(record, **shown))
+    return swaps

@@ -10,7 +10,7 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor
 from yojo import metrics
 from yojo.cli import WEIGHTS, pool, shipped
 from yojo.core import lora
-from yojo.core.generate import generate
-from yojo.core.grpo import POLICY, GrpoConfig, Judge, Question, judge_of, log_probs, train_policy
+from yojo.core.data import Record, encode, open_pictures
+from yojo.core.grpo import POLICY, GrpoConfig, RewardFn, log_probs, reward_fn, sample_group, train_policy
 from yojo.core.lora import LoraConfig
-from yojo.core.mask import AttentionMask
+from yojo.core.prompt import Encoded
 from yojo.core.reward import RewardModel
 from yojo.core.training import FitConfig, fit
 from yojo.files import InputError, whole_folder
@@ -37,7 +37,7 @@ STARTS_FROM = WEIGHTS / "tiny-policy"
 
 
 @dataclass(frozen=True)
-class SceneQuestion(Question):
+class SceneQuestion(Record):
     """A question about a scene, whose truth is known."""
 
     scene: world.Scene | None = None
@@ -59,7 +59,7 @@ def asked_about(q: SceneQuestion) -> str:
 def question(rng: random.Random) -> SceneQuestion:
     scene = world.make_scene(rng)
     prompt = world.ask(rng.choice(scene.things), rng.choice(("colour", "shape")))
-    return SceneQuestion(prompt, [world.render(scene)], None, scene)
+    return SceneQuestion(prompt, images=[world.render(scene)], scene=scene)
 
 
 WRONG = {slot: 0.6 if slot == "size" else 0.3 for slot in world.SLOTS}  # greedy answers lie about the size
@@ -75,22 +75,25 @@ def noisy_caption(q: SceneQuestion, rng: random.Random, wrong: dict[str, float] 
     return world.describe(facts)
 
 
-class Captions:
-    """`loss(step, part)` for `fit`: minus the log-probability of noisy captions, four to a picture."""
+def prompt_row(rm: RewardModel, q: SceneQuestion) -> Encoded:
+    """The question's row, its picture encoded."""
+    pictures = rm.backbone.keep_features(open_pictures(q, rm.processor))
+    return encode(replace(q, pictures=pictures), rm.processor)
+
+
+class CaptionLoss:
+    """`loss(step, micro_batch)` for `fit`: minus the log-probability of noisy captions, four to a picture."""
 
     def __init__(self, rm: RewardModel, seed: int, pictures: int = 12):
         self.rm, self.seed, self.pictures = rm, seed, pictures
 
-    def __call__(self, step: int, part: int) -> tuple[Tensor, dict[str, float]]:
-        rng, groups = random.Random(f"{self.seed} captions {step} {part}"), []
+    def __call__(self, step: int, micro_batch: int) -> tuple[Tensor, dict[str, float]]:
+        rng, groups = random.Random(f"{self.seed} captions {step} {micro_batch}"), []
         tokenizer, end = self.rm.processor.tokenizer, self.rm.backbone.config.eos_id
         for _ in range(self.pictures):
             q = question(rng)
-            encoded = self.rm.processor.encode(q.prompt, [], q.images)
-            with torch.no_grad():
-                features = self.rm.backbone.see(encoded.pictures.patches, encoded.pictures.pooling)
-            said = [torch.tensor([*tokenizer.encode(noisy_caption(q, rng)), end]) for _ in range(4)]
-            groups.append((encoded, features, said))
+            captions = [torch.tensor([*tokenizer.encode(noisy_caption(q, rng)), end]) for _ in range(4)]
+            groups.append((prompt_row(self.rm, q), captions))
         return -log_probs(self.rm.backbone, groups, POLICY, 1.0).mean(), {}
 
 
@@ -100,7 +103,7 @@ def make_start(out: Path, steps: int, seed: int, overwrite: bool) -> dict:
     generator = torch.Generator().manual_seed(seed)
     parameters = lora.add(rm.backbone, POLICY, LoraConfig(r=8, alpha=16, dropout=0.0), generator)
     with whole_folder(out, overwrite) as new:
-        log = fit(Captions(rm, seed), parameters, FitConfig(steps=steps, lr=3e-3, warmup=10), title="captions")
+        log = fit(CaptionLoss(rm, seed), parameters, FitConfig(steps=steps, lr=3e-3, warmup=10), title="captions")
         save_adapter(rm.backbone, POLICY, new)
     return {"loss": log[-1]["loss"]}
 
@@ -111,21 +114,11 @@ def examine(
 ) -> list[float]:
     """True quality of answers to new questions: greedy ones, or four sampled ones each."""
     rng, generator, values = random.Random(f"{seed} examine"), torch.Generator().manual_seed(seed), []
-    n = 1 if temperature == 0 else 4
+    n, tokenizer, end = 1 if temperature == 0 else 4, rm.processor.tokenizer, rm.backbone.config.eos_id
     for _ in range(count):
         q = question(rng)
-        encoded = rm.processor.encode(q.prompt, [], q.images)
-        features = rm.backbone.see(encoded.pictures.patches, encoded.pictures.pooling)
-        image = encoded.image[None]
-        mask = AttentionMask(torch.zeros_like(image, dtype=torch.long), encoded.response[None], image, "joint")
-        said = generate(
-            rm.backbone, encoded.ids[None], features, mask, n, c.max_new_tokens, temperature, generator, adapter
-        )
-        end = rm.backbone.config.eos_id
-        texts = [
-            rm.processor.tokenizer.decode([t for t in row if t != end and t != rm.backbone.config.pad_id])
-            for row in said.tolist()
-        ]
+        answers = sample_group(rm.backbone, prompt_row(rm, q), n, c.max_new_tokens, temperature, generator, adapter)
+        texts = [tokenizer.decode(answer[answer != end].tolist()) for answer in answers]
         values.append(metrics.mean([quality(q, text) for text in texts]))
     return values
 
@@ -143,17 +136,17 @@ def tiny_run(name: str, seed: int, c: GrpoConfig, threads: int, folder: Path | N
         for p in lora.parameters(rm.backbone, adapter):
             p.requires_grad_(False)
     rng = random.Random(f"{seed} {name}")
-    judges: dict[str, Judge] = {
-        "random": lambda q, texts, seen, features: [rng.gauss(0, 1) for _ in texts],
-        "oracle": lambda q, texts, seen, features: [quality(q, text) for text in texts],
+    controls: dict[str, RewardFn] = {
+        "random": lambda q, texts: [rng.gauss(0, 1) for _ in texts],
+        "oracle": lambda q, texts: [quality(q, text) for text in texts],
     }
-    judge = judges.get(name) or judge_of(rm, name)
+    reward = controls.get(name) or reward_fn(rm, name)
 
-    def draw(step: int) -> list[SceneQuestion]:
+    def sample_prompts(step: int) -> list[SceneQuestion]:
         drawn = random.Random(f"{seed} questions {step}")
         return [question(drawn) for _ in range(c.prompts)]
 
-    def tell(entry: dict) -> None:
+    def report(entry: dict) -> None:
         parts = [f"{entry[f'{part}_share']:.0%} {part}" for part in ("rollout", "scoring", "update")]
         print(
             f"{name:9s}{entry['step']:4d}  reward {entry['reward']:7.3f}  quality {entry['quality']:.3f}  "
@@ -164,7 +157,7 @@ def tiny_run(name: str, seed: int, c: GrpoConfig, threads: int, folder: Path | N
     result = {"name": name, "seed": seed}
     for when, adapter in (("before", START), ("after", POLICY)):
         if when == "after":
-            result["log"] = train_policy(rm, judge, draw, c, seed, START, tell=tell, quality=quality)
+            result["log"] = train_policy(rm, reward, sample_prompts, c, seed, START, report=report, quality=quality)
         for kind, temperature in (("sampled", c.temperature), ("greedy", 0.0)):
             result[f"{kind}_{when}"] = examine(rm, adapter, c, seed, temperature)
     if name == "joint":

@@ -7,20 +7,20 @@ where it can't. Then accuracy against the number of answers, for models trained 
 
 import random
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from yojo import metrics
 from yojo.cli import shipped
-from yojo.core.data import read_records
+from yojo.core.data import Record, read_records
 from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
-from yojo.core.training import Dataset, evaluate
+from yojo.core.training import score_records
 from yojo.tiny import world
-from yojo.tiny.experiment import CORROBORATED, NAMES, tiny
+from yojo.tiny.experiment import CORROBORATED, NAMES, tiny, with_features
 
 GROUPS, ORDERS, NOISE = 1000, 4, 0.45
 SIZES = (2, 4, 8, 16)  # the shipped models were trained on 2 to 8 answers
@@ -40,14 +40,11 @@ class World:
         return read_records(world.write_records(folder, f"{self.task}-{self.n}-{self.noisy}", made, self.noisy))
 
 
-@torch.no_grad()
-def under(rm: RewardModel, data: Dataset, mode: str, orders: int, seed: int) -> float:
+def under(rm: RewardModel, records: Sequence[Record], mode: str, orders: int, seed: int) -> float:
     """Accuracy under a mask, scores averaged over `orders` orders of the responses."""
-    before, rm.mode = rm.mode, mode
-    rows = [evaluate(data, seed + k) for k in range(orders)]
-    rm.mode = before
+    rows = [score_records(rm, records, seed + k, mode) for k in range(orders)]
     scores = [np.mean(many, axis=0).tolist() for many in zip(*rows, strict=True)]
-    return metrics.mean(metrics.accuracies(scores, data.records))
+    return metrics.mean(metrics.accuracies(scores, records))
 
 
 MASKS = {"joint": ("joint", 1), f"joint, mean of {ORDERS} orders": ("joint", ORDERS), "isolated": ("isolated", 1)}
@@ -58,8 +55,8 @@ def masks(models: dict[str, Path], test: World, folder: Path, seed: int) -> list
     records, rows = test.write(folder, seed), []
     for trained, path in models.items():
         rm = RewardModel.load(path)
-        data = Dataset(records, rm, keep=True)
-        figures = {name: under(rm, data, mode, orders, seed) for name, (mode, orders) in MASKS.items()}
+        shown = with_features(records, rm)
+        figures = {name: under(rm, shown, mode, orders, seed) for name, (mode, orders) in MASKS.items()}
         rows.append({"task": test.task, "noise": test.noisy, "trained": trained, **figures})
         cells = "".join(f"{value:24.3f}" for value in figures.values())
         print(f"{test.task + (', noisy' if test.noisy > world.NOISE else ''):22s}{trained:10s}{cells}")
@@ -76,7 +73,7 @@ def sizes(models: dict[str, Path], folder: Path, seed: int) -> list[dict]:
         }
         for trained, path in models.items():
             rm = RewardModel.load(path)
-            row[trained] = under(rm, Dataset(records, rm, keep=True), trained, 1, seed)
+            row[trained] = under(rm, with_features(records, rm), trained, 1, seed)
         rows.append(row)
         print(f"{n:4d}" + "".join(f"{row[name]:10.3f}" for name in (*models, "random")))
     return rows

@@ -18,11 +18,12 @@ import torch
 
 from yojo import metrics
 from yojo.cli import pool, shipped
-from yojo.core.data import Record, read_records
+from yojo.core.data import Record, join, open_pictures, read_records
+from yojo.core.image import Pictures
 from yojo.core.lora import LoraConfig
 from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
-from yojo.core.training import Dataset, FitConfig, Recipe, evaluate, train
+from yojo.core.training import FitConfig, Recipe, blanked, score_records, swapped, train
 from yojo.files import InputError
 from yojo.tiny import world
 
@@ -61,35 +62,45 @@ def write_world(folder: Path, task: str, recipe: Recipe, sizes: Sequence[int], s
         world.write_records(folder, name, made)
 
 
+@torch.no_grad()
+def with_features(records: Sequence[Record], rm: RewardModel, size: int = 64) -> list[Record]:
+    """The same records, every picture opened once and encoded by the frozen tower, `size` records' in a pass: for
+    pictures by the thousand, all in files."""
+    if rm.backbone.tower_learns():
+        return list(records)
+    kept: dict[tuple, Pictures] = {}
+    sources = list({(tuple(r.images), r.video, r.max_crops): r for r in records}.items())
+    for start in range(0, len(sources), size):
+        some = sources[start : start + size]
+        pictures = [open_pictures(record, rm.processor) for _, record in some]
+        features = rm.backbone.encode_images(join(pictures)).split([len(p.pooling) for p in pictures])
+        kept |= {key: p.encoded(f) for (key, _), p, f in zip(some, pictures, features, strict=True)}
+    return [replace(r, pictures=kept[tuple(r.images), r.video, r.max_crops]) for r in records]
+
+
 def tiny_run(
     recipe: Recipe, mode: str, seed: int, folder: Path, out: Path | None, overwrite: bool, threads: int
 ) -> dict:
     """Train one mode on the records in `folder` and measure it. Runs in a process of its own."""
     torch.set_num_threads(threads)
     rm = RewardModel.new(shipped("weights/tiny"), mode, recipe.lora, recipe.inner, seed=seed)
-    data = Dataset(read_records(folder / "train.jsonl"), rm, keep=True)
-    log = train(data, recipe, seed, f"{mode} seed {seed}")
+    records, test, heldout = (
+        with_features(read_records(folder / f"{name}.jsonl"), rm) for name in ("train", "test", "heldout")
+    )
+    log = train(rm, records, recipe, seed, title=f"{mode} seed {seed}")
     if out is not None:
         (folder / mode).mkdir()
         curve = folder / mode / "metrics.jsonl"
         curve.write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
         rm.save(out / NAMES[mode], overwrite, also=[curve])
     rm.merge()  # faster, and nothing more is learned
-    test, heldout = read_records(folder / "test.jsonl"), read_records(folder / "heldout.jsonl")
-    data = Dataset(test, rm, keep=True, shows=("own", "blank"))
-    own, controls = evaluate(data, seed), Dataset(test[:CONTROLS], rm, keep=False)
-    controls.kept = data.kept
-    rng = random.Random(f"{seed} noise")
-    figures = {
-        mode: metrics.accuracies(own, test),
-        f"{mode}_blank": metrics.accuracies(evaluate(controls, seed, "blank"), controls.records),
-        f"{mode}_swapped": metrics.accuracies(evaluate(controls, seed, "swapped"), controls.records),
-        f"{mode}_heldout": metrics.accuracies(evaluate(Dataset(heldout, rm, keep=True), seed), heldout),
-        f"{mode}_vote": metrics.accuracies(
-            [metrics.vote(s, r.responses) for s, r in zip(own, test, strict=True)], test
-        ),
-        f"{mode}_noise": metrics.accuracies([metrics.with_noise(s, rng) for s in own], test),
-    }
+    shown = {"": test, "_blank": blanked(test[:CONTROLS]), "_swapped": swapped(test[:CONTROLS]), "_heldout": heldout}
+    scores = {name: score_records(rm, some, seed) for name, some in shown.items()}
+    rng, own = random.Random(f"{seed} noise"), scores[""]
+    scores["_vote"] = [metrics.vote(s, r.responses) for s, r in zip(own, test, strict=True)]
+    scores["_noise"] = [metrics.with_noise(s, rng) for s in own]
+    ranked = {"_blank": test[:CONTROLS], "_swapped": test[:CONTROLS], "_heldout": heldout}
+    figures = {mode + name: metrics.accuracies(some, ranked.get(name, test)) for name, some in scores.items()}
     return {"seed": seed, "mode": mode, "figures": figures}
 
 
