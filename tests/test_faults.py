@@ -21,7 +21,8 @@ from yojo import train
 from yojo.core import training as loop
 from yojo.core.lora import LoraConfig
 from yojo.core.reward import RewardModel
-from yojo.core.training import FitConfig, NotFinite, Recipe
+from yojo.core.state import NotFinite
+from yojo.core.training import FitConfig, Recipe
 from yojo.files import InputError, add_line
 
 FAULTS = Path(__file__).with_name("faults.py")

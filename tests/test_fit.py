@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yojo.core.training import FitConfig, NotFinite, fit, learning_rate
+from yojo.core.state import NotFinite
+from yojo.core.training import FitConfig, fit, learning_rate
 from yojo.files import InputError
 from yojo.runs import SavedRun
 

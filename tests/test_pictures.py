@@ -19,8 +19,8 @@ from test_single_pass import make_model, noise
 
 from yojo.core.config import ImageConfig
 from yojo.core.data import Record, collate, encode, open_pictures, read_records
+from yojo.core.held_out import blanked, score_orders, score_records, swapped
 from yojo.core.image import Pictures, choose_tiling, images_to_patches
-from yojo.core.training import blanked, score_orders, score_records, swapped
 from yojo.files import InputError
 from yojo.tiny.experiment import with_features
 

@@ -37,9 +37,9 @@ from tqdm import tqdm
 from yojo import metrics
 from yojo.cli import COMPILE, DTYPE, Parser, run
 from yojo.core.data import Record, open_pictures
+from yojo.core.held_out import score_orders
 from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
-from yojo.core.training import score_orders
 from yojo.files import InputError, add_line, read_lines, whole_file
 from yojo.store import digest
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from yojo.core import parallel
-from yojo.core.training import Log, NotFinite, RunState
+from yojo.core.state import Log, NotFinite, RunState
 from yojo.files import InputError, add_line, whole_file
 
 

@@ -26,11 +26,12 @@ from yojo import memory, metrics
 from yojo.cli import COMPILE, Parser, run
 from yojo.core import flops, parallel
 from yojo.core.data import Record, encode, read_records
+from yojo.core.held_out import blanked, score_records, swapped
 from yojo.core.loss import LOSSES
 from yojo.core.mask import MODES
 from yojo.core.prompt import Processor
 from yojo.core.reward import RewardModel
-from yojo.core.training import Recipe, blanked, score_records, swapped, train
+from yojo.core.training import Recipe, train
 from yojo.files import InputError
 from yojo.runs import SavedRun, place, start_over
 from yojo.tiny.experiment import TASKS, tiny

@@ -13,7 +13,9 @@
     * reward.py     the vectors where responses end become scores
     * loss.py       scores and a known ranking become a loss
       parallel.py   a step shared by several devices
+      state.py      what is kept of an unfinished run
     * training.py   records, scores, loss, gradient, step
+      held_out.py   records that were not trained on, and controls, scored
       grpo.py       a policy learns from such scores
       flops.py      what a pass costs, counted
 """

@@ -33,7 +33,7 @@ from yojo.core.generate import at_least_float32, generate
 from yojo.core.molmo2 import Molmo2
 from yojo.core.prompt import Encoded, Tokenizer
 from yojo.core.reward import RewardModel
-from yojo.core.training import UNSAVED, RunState
+from yojo.core.state import UNSAVED, RunState
 from yojo.files import InputError
 
 POLICY = "policy"  # the adapter that learns

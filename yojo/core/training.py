@@ -7,24 +7,17 @@
 it. It must be a function of its arguments (and of torch's random state), so that a run can go on from a saved state as
 if it had never stopped. Of a reward model only the LoRA adapter and the value head learn.
 
-`score_records` scores what is held out. Controls are other records: `blanked` ones show grey, `swapped` ones another
-record's pictures. A model that reads the picture must fall to chance on both.
-
 See it: `python -m yojo.train --tiny`; `pytest tests/test_fit.py`.
 """
 
 import math
 import random
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from operator import length_hint
-from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -32,10 +25,8 @@ from yojo.core import parallel
 from yojo.core.data import Record, collate, encode, in_order
 from yojo.core.lora import LoraConfig
 from yojo.core.loss import LOSSES, best
-from yojo.core.prompt import Encoded
 from yojo.core.reward import RewardModel
-from yojo.files import InputError
-from yojo.media import open_video, picture_size
+from yojo.core.state import UNSAVED, Log, NotFinite, RunState
 
 
 @dataclass(frozen=True)
@@ -155,42 +146,6 @@ def learning_rate(step: int, c: FitConfig) -> float:
 
 # ------------------------------------------------------------------------------------------------------------- the loop
 
-Log = list[dict[str, float]]  # an entry a step
-
-
-class NotFinite(FloatingPointError):
-    """A loss or a gradient that is not a number, and the step at which it came."""
-
-    def __init__(self, step: int, why: str):
-        super().__init__(step, why)
-        self.step = step
-
-    def __str__(self) -> str:
-        return f"step {self.args[0]}: {self.args[1]}"
-
-
-class RunState:
-    """What is kept of an unfinished run: nothing. `runs.py` keeps it in a folder."""
-
-    def resume(self, settings: dict, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Log:
-        """Put back what was saved -> the log so far."""
-        return []
-
-    def begin_step(self) -> None:
-        """Remember what `save_before` needs."""
-
-    def add(self, entry: dict[str, float]) -> None:
-        """A step is done."""
-
-    def save(self, log: Log) -> None:
-        """Everything that the run needs to go on."""
-
-    def save_before(self, log: Log, error: NotFinite) -> None:
-        """The same, as it was before this step. What keeps it from being saved is added to the error."""
-
-
-UNSAVED = RunState()
-
 
 def fit(
     loss: Callable[[int, int], tuple[Tensor, dict[str, float]]],
@@ -241,57 +196,3 @@ def train(
         raise FloatingPointError(f"{error}; its records: {culprits}") from None
     rm.eval()
     return log
-
-
-# ---------------------------------------------------------------------------------------------------- records to scores
-
-
-def score_orders(
-    rm: RewardModel, shown: Iterable[tuple[Record, Sequence[int]]], mode: str | None = None
-) -> Iterator[list[float]]:
-    """Records, each with an order to show its responses in -> scores of each, in the record's own order."""
-    orders = deque()
-
-    def rows() -> Iterator[Encoded]:
-        for record, order in shown:
-            orders.append(order)
-            yield encode(in_order(record, order), rm.processor)
-
-    for scores in rm.score_all(rows(), mode):
-        order = orders.popleft()
-        yield [scores[order.index(i)] for i in range(len(order))]
-
-
-def score_records(
-    rm: RewardModel, records: Iterable[Record], seed: int, mode: str | None = None, title: str | None = None
-) -> list[list[float]]:
-    """Scores of every record, its responses shown in an order drawn from the seed: fed in file order, a joint model can
-    turn position into accuracy. `title` names a progress bar."""
-    rng = random.Random(f"{seed} evaluate")
-    shown = ((record, rng.sample(range(len(record.responses)), len(record.responses))) for record in records)
-    return list(parallel.progress(score_orders(rm, shown, mode), title, total=length_hint(records) or None))
-
-
-def blanked(records: Iterable[Record]) -> Iterator[Record]:
-    """The same records, every picture and frame of them grey. One at a time, or they would fill memory."""
-
-    def grey(size: tuple[int, int]) -> Image.Image:
-        return Image.new("RGB", size, (128, 128, 128))
-
-    for record in records:
-        video = open_video(record.video) if isinstance(record.video, Path) else record.video
-        frames = video and [(seconds, grey(frame.size)) for seconds, frame in video]
-        yield replace(record, images=[grey(picture_size(i)) for i in record.images], video=frames, pictures=None)
-
-
-def swapped(records: Sequence[Record]) -> list[Record]:
-    """The same records, each with the pictures of the next one that shows others."""
-    swaps = []
-    for i, record in enumerate(records):
-        others = (records[(i + k) % len(records)] for k in range(1, len(records)))
-        other = next((o for o in others if (o.images, o.video) != (record.images, record.video)), None)
-        if other is None:
-            raise InputError("no other record has other pictures: there is nothing to swap")
-        shown = {name: getattr(other, name) for name in ("images", "video", "max_crops", "pictures")}
-        swaps.append(replace(record, **shown))
-    return swaps

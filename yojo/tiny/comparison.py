@@ -16,9 +16,9 @@ import numpy as np
 from yojo import metrics
 from yojo.cli import shipped
 from yojo.core.data import Record, read_records
+from yojo.core.held_out import score_records
 from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
-from yojo.core.training import score_records
 from yojo.tiny import world
 from yojo.tiny.experiment import CORROBORATED, NAMES, tiny, with_features
 

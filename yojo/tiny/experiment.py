@@ -19,11 +19,12 @@ import torch
 from yojo import metrics
 from yojo.cli import pool, shipped
 from yojo.core.data import Record, join, open_pictures, read_records
+from yojo.core.held_out import blanked, score_records, swapped
 from yojo.core.image import Pictures
 from yojo.core.lora import LoraConfig
 from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
-from yojo.core.training import FitConfig, Recipe, blanked, score_records, swapped, train
+from yojo.core.training import FitConfig, Recipe, train
 from yojo.files import InputError
 from yojo.tiny import world
 

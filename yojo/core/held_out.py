@@ -1,0 +1,72 @@
+"""Records that were held out of training, scored; and controls, which are other records: `blanked` ones show grey,
+`swapped` ones another record's pictures. A model that reads the picture must fall to chance on both.
+
+See it: `pytest tests/test_pictures.py`.
+"""
+
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from operator import length_hint
+from pathlib import Path
+
+from PIL import Image
+
+from yojo.core import parallel
+from yojo.core.data import Record, encode, in_order
+from yojo.core.prompt import Encoded
+from yojo.core.reward import RewardModel
+from yojo.files import InputError
+from yojo.media import open_video, picture_size
+
+
+def score_orders(
+    rm: RewardModel, shown: Iterable[tuple[Record, Sequence[int]]], mode: str | None = None
+) -> Iterator[list[float]]:
+    """Records, each with an order to show its responses in -> scores of each, in the record's own order."""
+    orders = deque()
+
+    def rows() -> Iterator[Encoded]:
+        for record, order in shown:
+            orders.append(order)
+            yield encode(in_order(record, order), rm.processor)
+
+    for scores in rm.score_all(rows(), mode):
+        order = orders.popleft()
+        yield [scores[order.index(i)] for i in range(len(order))]
+
+
+def score_records(
+    rm: RewardModel, records: Iterable[Record], seed: int, mode: str | None = None, title: str | None = None
+) -> list[list[float]]:
+    """Scores of every record, its responses shown in an order drawn from the seed: fed in file order, a joint model can
+    turn position into accuracy. `title` names a progress bar."""
+    rng = random.Random(f"{seed} evaluate")
+    shown = ((record, rng.sample(range(len(record.responses)), len(record.responses))) for record in records)
+    return list(parallel.progress(score_orders(rm, shown, mode), title, total=length_hint(records) or None))
+
+
+def blanked(records: Iterable[Record]) -> Iterator[Record]:
+    """The same records, every picture and frame of them grey. One at a time, or they would fill memory."""
+
+    def grey(size: tuple[int, int]) -> Image.Image:
+        return Image.new("RGB", size, (128, 128, 128))
+
+    for record in records:
+        video = open_video(record.video) if isinstance(record.video, Path) else record.video
+        frames = video and [(seconds, grey(frame.size)) for seconds, frame in video]
+        yield replace(record, images=[grey(picture_size(i)) for i in record.images], video=frames, pictures=None)
+
+
+def swapped(records: Sequence[Record]) -> list[Record]:
+    """The same records, each with the pictures of the next one that shows others."""
+    swaps = []
+    for i, record in enumerate(records):
+        others = (records[(i + k) % len(records)] for k in range(1, len(records)))
+        other = next((o for o in others if (o.images, o.video) != (record.images, record.video)), None)
+        if other is None:
+            raise InputError("no other record has other pictures: there is nothing to swap")
+        shown = {name: getattr(other, name) for name in ("images", "video", "max_crops", "pictures")}
+        swaps.append(replace(record, **shown))
+    return swaps

@@ -1,0 +1,45 @@
+"""What the loops of `training.py` and `grpo.py` tell of an unfinished run: where it stands, and what stopped it.
+
+`RunState` keeps nothing; the one that keeps a run in a folder, from which it goes on, is in `runs.py`.
+
+See it: `pytest tests/test_fit.py`.
+"""
+
+import torch
+from torch import nn
+
+Log = list[dict[str, float]]  # an entry a step
+
+
+class NotFinite(FloatingPointError):
+    """A loss or a gradient that is not a number, and the step at which it came."""
+
+    def __init__(self, step: int, why: str):
+        super().__init__(step, why)
+        self.step = step
+
+    def __str__(self) -> str:
+        return f"step {self.args[0]}: {self.args[1]}"
+
+
+class RunState:
+    """What is kept of an unfinished run: nothing. `runs.py` keeps it in a folder."""
+
+    def resume(self, settings: dict, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Log:
+        """Put back what was saved -> the log so far."""
+        return []
+
+    def begin_step(self) -> None:
+        """Remember what `save_before` needs."""
+
+    def add(self, entry: dict[str, float]) -> None:
+        """A step is done."""
+
+    def save(self, log: Log) -> None:
+        """Everything that the run needs to go on."""
+
+    def save_before(self, log: Log, error: NotFinite) -> None:
+        """The same, as it was before this step. What keeps it from being saved is added to the error."""
+
+
+UNSAVED = RunState()
