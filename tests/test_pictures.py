@@ -19,7 +19,7 @@ from test_single_pass import make_model, noise
 
 from yojo.core.config import ImageConfig
 from yojo.core.data import Record, collate, encode, open_pictures, read_records
-from yojo.core.held_out import blanked, score_orders, score_records, swapped
+from yojo.core.held_out import blanked, controls, score_orders, score_records, swapped
 from yojo.core.image import Pictures, choose_tiling, images_to_patches
 from yojo.files import InputError
 from yojo.tiny.experiment import with_features
@@ -165,6 +165,16 @@ def test_a_swapped_record_shows_what_the_next_one_shows_if_that_is_another(recor
     assert [(r.images, r.video) for r in swapped([none, video])] == [([], video.video), ([], None)]
     with pytest.raises(InputError, match="no other record has other pictures"):
         swapped([a, a])
+
+
+def test_controls_are_those_that_differ_from_the_records(records):
+    a, b, _, none, video = records
+    assert [list(controls(some)) for some in ([none, none], [a, a], [a, b], [none, video])] == [
+        [],
+        ["blank"],
+        ["blank", "swapped"],
+        ["blank", "swapped"],
+    ]
 
 
 def test_a_swap_brings_everything_that_is_known_of_the_pictures(rm, records):

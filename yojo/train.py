@@ -16,7 +16,6 @@ import hashlib
 import random
 import shutil
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,14 +25,15 @@ from yojo import memory, metrics
 from yojo.cli import COMPILE, Parser, run
 from yojo.core import flops, parallel
 from yojo.core.data import Record, encode, read_records
-from yojo.core.held_out import blanked, score_records, swapped
+from yojo.core.held_out import controls
 from yojo.core.loss import LOSSES
 from yojo.core.mask import MODES
 from yojo.core.prompt import Processor
 from yojo.core.reward import RewardModel
-from yojo.core.training import Recipe, train
+from yojo.core.state import Log
+from yojo.core.training import Recipe
 from yojo.files import InputError
-from yojo.runs import SavedRun, place, start_over
+from yojo.runs import SavedRun, place, start_over, train_and_score
 from yojo.tiny.experiment import TASKS, tiny
 
 
@@ -61,28 +61,21 @@ def full(args: argparse.Namespace) -> dict:
     about["base"] = rm.fingerprint["weights"]
     if args.compile:  # sums round otherwise
         about["compile"] = True
-    train(rm, records, recipe, args.seed, SavedRun(training, about), "train")
-    if not parallel.first():
-        raise SystemExit(0)  # the rest is for one
-    rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
-    shutil.rmtree(training)
-    scores = {name: score_records(rm, some, args.seed, title=name) for name, some in shown(test).items()}
+
+    def save(log: Log) -> None:
+        if not parallel.first():
+            raise SystemExit(0)  # the rest is for one
+        rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
+        shutil.rmtree(training)
+
+    tests, state = {"own": test, **controls(test)}, SavedRun(training, about)
+    scores = train_and_score(rm, records, tests, recipe, args.seed, save, state)
     scores |= {name: [baseline(r.responses) for r in test] for name, baseline in metrics.BASELINES.items()}
     figures = {name: metrics.accuracies(some, test) for name, some in scores.items()}
     print(f"\nbest-of-N accuracy of the {args.mode} model on {len(test)} records it was not trained on, 95% intervals")
     for name, values in figures.items():
         print("{:10s} {:.3f} [{:.3f}, {:.3f}]".format(name, metrics.mean(values), *metrics.interval(values)))
     return {"mode": args.mode, "steps": steps, **{name: metrics.mean(values) for name, values in figures.items()}}
-
-
-def shown(records: list[Record]) -> dict[str, Iterable[Record]]:
-    """The records as they are, and the controls that differ from them: none where there are no pictures."""
-    sets: dict[str, Iterable[Record]] = {"own": records}
-    if any(record.images or record.video for record in records):
-        sets["blank"] = blanked(records)
-    if len({(tuple(record.images), record.video) for record in records}) > 1:
-        sets["swapped"] = swapped(records)
-    return sets
 
 
 Size = tuple[int, int]  # of a record: its tokens, and those of them that are pictures

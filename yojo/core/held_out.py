@@ -70,3 +70,13 @@ def swapped(records: Sequence[Record]) -> list[Record]:
         shown = {name: getattr(other, name) for name in ("images", "video", "max_crops", "pictures")}
         swaps.append(replace(record, **shown))
     return swaps
+
+
+def controls(records: Sequence[Record]) -> dict[str, Iterable[Record]]:
+    """Those that differ from the records themselves: none where there are no pictures."""
+    made: dict[str, Iterable[Record]] = {}
+    if any(record.images or record.video for record in records):
+        made["blank"] = blanked(records)
+    if any((r.images, r.video) != (records[0].images, records[0].video) for r in records):
+        made["swapped"] = swapped(records)
+    return made

@@ -19,13 +19,15 @@ import torch
 from yojo import metrics
 from yojo.cli import pool, shipped
 from yojo.core.data import Record, join, open_pictures, read_records
-from yojo.core.held_out import blanked, score_records, swapped
+from yojo.core.held_out import controls
 from yojo.core.image import Pictures
 from yojo.core.lora import LoraConfig
 from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
-from yojo.core.training import FitConfig, Recipe, train
+from yojo.core.state import Log
+from yojo.core.training import FitConfig, Recipe
 from yojo.files import InputError
+from yojo.runs import train_and_score
 from yojo.tiny import world
 
 TINY = Recipe(
@@ -88,20 +90,25 @@ def tiny_run(
     records, test, heldout = (
         with_features(read_records(folder / f"{name}.jsonl"), rm) for name in ("train", "test", "heldout")
     )
-    log = train(rm, records, recipe, seed, title=f"{mode} seed {seed}")
-    if out is not None:
-        (folder / mode).mkdir()
-        curve = folder / mode / "metrics.jsonl"
-        curve.write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
-        rm.save(out / NAMES[mode], overwrite, also=[curve])
-    rm.merge()  # faster, and nothing more is learned
-    shown = {"": test, "_blank": blanked(test[:CONTROLS]), "_swapped": swapped(test[:CONTROLS]), "_heldout": heldout}
-    scores = {name: score_records(rm, some, seed) for name, some in shown.items()}
-    rng, own = random.Random(f"{seed} noise"), scores[""]
-    scores["_vote"] = [metrics.vote(s, r.responses) for s, r in zip(own, test, strict=True)]
-    scores["_noise"] = [metrics.with_noise(s, rng) for s in own]
-    ranked = {"_blank": test[:CONTROLS], "_swapped": test[:CONTROLS], "_heldout": heldout}
-    figures = {mode + name: metrics.accuracies(some, ranked.get(name, test)) for name, some in scores.items()}
+
+    def save(log: Log) -> None:
+        if out is not None:
+            (folder / mode).mkdir()
+            curve = folder / mode / "metrics.jsonl"
+            curve.write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+            rm.save(out / NAMES[mode], overwrite, also=[curve])
+        rm.merge()  # faster, and nothing more is learned
+
+    tests = {"own": test, **controls(test[:CONTROLS]), "heldout": heldout}
+    scores = train_and_score(rm, records, tests, recipe, seed, save, title=f"{mode} seed {seed}")
+    rng, own = random.Random(f"{seed} noise"), scores["own"]
+    scores["vote"] = [metrics.vote(s, r.responses) for s, r in zip(own, test, strict=True)]
+    scores["noise"] = [metrics.with_noise(s, rng) for s in own]
+    ranked = {"blank": test[:CONTROLS], "swapped": test[:CONTROLS], "heldout": heldout}
+    figures = {
+        mode if name == "own" else f"{mode}_{name}": metrics.accuracies(some, ranked.get(name, test))
+        for name, some in scores.items()
+    }
     return {"seed": seed, "mode": mode, "figures": figures}
 
 
