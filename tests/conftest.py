@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from yojo.core.config import AdapterConfig, Config, TextConfig, VisionConfig
+from yojo.core.config import Config, ConnectorConfig, TextConfig, VisionConfig
 from yojo.core.molmo2 import Molmo2
 from yojo.initial import init_weights
 
@@ -25,7 +25,7 @@ settings.load_profile("usual")
 TINY = Config(
     TextConfig(32, 2, 4, 2, 8, 48, 400, 24, 4096, 10000.0),
     VisionConfig(24, 3, 2, 12, 40, 14, 36),
-    AdapterConfig(24, 2, 8, 24, (-1, -3)),
+    ConnectorConfig(24, 2, 8, 24, (-1, -3)),
     image_patch_id=407,
     eos_id=399,
     pad_id=0,

@@ -13,15 +13,15 @@ import torch
 
 from yojo import bench
 from yojo.core import flops
-from yojo.initial import shape_config, write_random
+from yojo.initial import size_config, write_random
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "weights"
-    write_random(folder, "tiny", shape_config("tiny"), torch.float32, 1, 0)
+    write_random(folder, "tiny", size_config("tiny"), torch.float32, 1, 0)
     args = Namespace(device="cpu", seed=0, peer=True, compile=False)
-    return bench.Setting(folder, args, torch.float32).ask(60), bench.load_peer(folder, args, torch.float32)
+    return bench.Setting(folder, args, torch.float32).prompted(60), bench.load_peer(folder, args, torch.float32)
 
 
 @pytest.mark.parametrize("n, R", [(1, 10), (3, 10), (4, 200)])
@@ -42,7 +42,7 @@ def test_every_alternative_gives_the_same_scores(setting, n, R):
     torch.testing.assert_close(s.head(released.hidden_states[-1][0, ends]), joint, **close)
 
 
-SMALL = ("--shape", "tiny", "--rounds", 1, "--prompt-tokens", 60, "--response-tokens", 10, "--n", 2)
+SMALL = ("--size", "tiny", "--rounds", 1, "--prompt-tokens", 60, "--response-tokens", 10, "--n", 2)
 
 
 def test_score_prints_a_row_for_every_alternative(command, tmp_path):
@@ -55,10 +55,10 @@ def test_score_prints_a_row_for_every_alternative(command, tmp_path):
     assert rows[4]["times_joint"] == rows[2]["times_cached"] == 1
     assert [row["arm"] for row in rows if "of_peak" in row] == arms[3:]
     row = flops.row_of_lengths(60, (11, 11), 24, views=2, pooled=18)
-    joint = sum(flops.one_pass(shape_config("tiny"), row, "joint").values())
-    assert rows[0]["counted"] == pytest.approx(flops.separate(shape_config("tiny"), row) / joint, rel=0.01)
-    picture = flops.images(shape_config("tiny"), row.pictures)
-    both = (flops.separate(shape_config("tiny"), row) + picture) / (joint + picture)
+    joint = sum(flops.one_pass(size_config("tiny"), row, "joint").values())
+    assert rows[0]["counted"] == pytest.approx(flops.separate(size_config("tiny"), row) / joint, rel=0.01)
+    picture = flops.images(size_config("tiny"), row.pictures)
+    both = (flops.separate(size_config("tiny"), row) + picture) / (joint + picture)
     assert rows[5]["counted"] == pytest.approx(both, rel=0.01)
 
 
@@ -103,7 +103,8 @@ def test_drift_counts_what_bfloat16_changes(command, tmp_path):
 
 def test_a_step_of_their_trunk_reaches_every_one_of_its_pairs(setting):
     s, peer = setting[0], copy.deepcopy(setting[1].model)
-    batch, config = s.batch([s.record([s.draw(5), s.draw(6)])], "joint"), bench.LoraConfig(r=2, dropout=0.0)
+    batch = s.batch([s.record([s.random_tokens(5), s.random_tokens(6)])], "joint")
+    config = bench.LoraConfig(r=2, dropout=0.0)
     step, reached = bench.their_step(s, Namespace(model=peer), batch, torch.tensor([[1, 2]]), config), set()
     pairs = {name: p for name, p in peer.named_parameters() if p.requires_grad}
     assert len(pairs) == 2 * 7 * s.config.text.num_hidden_layers and all("lora" in name for name in pairs)
@@ -116,7 +117,7 @@ def test_a_step_of_their_trunk_reaches_every_one_of_its_pairs(setting):
 def test_train_and_load_run(command):
     status, out, err = command(bench, "train", *SMALL, "--dtypes", "float32", "--peer")
     assert status == 0 and "our trunk in peft" in out and "their trunk in peft" in out, err
-    status, out, err = command(bench, "load", "--shape", "tiny", "--rounds", 1, "--dtype", "float32", "--peer")
+    status, out, err = command(bench, "load", "--size", "tiny", "--rounds", 1, "--dtype", "float32", "--peer")
     assert status == 0 and "transformers" in out, err
     difference = float(out.splitlines()[-1].split()[0])
     assert difference < 2e-5
@@ -125,11 +126,11 @@ def test_train_and_load_run(command):
 @pytest.mark.parametrize(
     "words, why",
     [
-        (("score", "--n", "0", "--shape", "tiny"), "count from 1"),
-        (("score", "--prompt-tokens", "5", "--shape", "tiny"), "at least 27, with the picture's 25, at most 4096"),
-        (("score", "--prompt-tokens", "60", "5000", "--shape", "tiny"), "--prompt-tokens 5000: at least 27"),
+        (("score", "--n", "0", "--size", "tiny"), "count from 1"),
+        (("score", "--prompt-tokens", "5", "--size", "tiny"), "at least 27, with the picture's 25, at most 4096"),
+        (("score", "--prompt-tokens", "60", "5000", "--size", "tiny"), "--prompt-tokens 5000: at least 27"),
         (("score", "--layers", "99"), "--layers 99: molmo2-4b has 1 to 36"),
-        (("score", "--device", "cuda", "--shape", "tiny"), "torch sees no CUDA device"),
+        (("score", "--device", "cuda", "--size", "tiny"), "torch sees no CUDA device"),
         (("load", "--rounds", "0"), "count from 1"),
         (("load", "--n", "0"), "count from 1"),
         (("load", "--weights", "nowhere"), "nowhere holds no checkpoint"),
@@ -144,5 +145,5 @@ def test_bad_input_gets_one_line(command, words, why):
 
 def test_a_missing_peer_package_gets_one_line(command, monkeypatch):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    status, _, err = command(bench, "load", "--shape", "tiny", "--peer")
+    status, _, err = command(bench, "load", "--size", "tiny", "--peer")
     assert status == 2 and "--peer needs the package transformers: pip install -r requirements-dev.txt" in err

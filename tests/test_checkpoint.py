@@ -22,7 +22,7 @@ from yojo.core.lora import LoraConfig
 from yojo.core.prompt import Tokenizer
 from yojo.core.reward import RewardModel
 from yojo.files import InputError, whole_file, whole_folder
-from yojo.initial import shape_config, stand_in_tokenizer, stored_sizes, write_random
+from yojo.initial import size_config, stand_in_tokenizer, stored_shapes, write_random
 from yojo.weights import config_json, fingerprint, load_backbone, read_config, save_backbone
 
 DATA = Path(__file__).parent / "data"
@@ -169,7 +169,7 @@ def test_a_folder_without_a_checkpoint(tmp_path, folder):
 def test_the_released_config_is_written_as_it_is_released():
     """Every key of ours stands in the released file with the same value."""
     released = json.loads((DATA / "config.json").read_text())
-    ours = json.loads(json.dumps(config_json(shape_config("molmo2-4b"), torch.float32)))
+    ours = json.loads(json.dumps(config_json(size_config("molmo2-4b"), torch.float32)))
     assert ours["architectures"] == released["architectures"]
     for part in ("text_config", "vit_config", "adapter_config"):
         assert {k: released[part].get(k) for k in ours[part]} == ours[part]
@@ -181,8 +181,8 @@ def test_names_and_shapes_of_the_4b_checkpoint_come_from_the_released_config(tmp
     shutil.copyfile(DATA / "config.json", tmp_path / "config.json")
     shutil.copyfile(DATA / "generation_config.json", tmp_path / "generation_config.json")
     config = read_config(tmp_path)
-    assert config == shape_config("molmo2-4b")
-    sizes = stored_sizes(config)
+    assert config == size_config("molmo2-4b")
+    sizes = stored_shapes(config)
     assert len(sizes) == 706 and sum(size.numel() for size in sizes.values()) == 4_850_869_200
     assert sizes["model.transformer.wte.embedding"] == (151936, 2560)
     assert sizes["model.transformer.wte.new_embedding"] == (128, 2560)
@@ -192,7 +192,7 @@ def test_names_and_shapes_of_the_4b_checkpoint_come_from_the_released_config(tmp
 
 
 def test_a_random_checkpoint_loads_and_scores(tmp_path):
-    write_random(tmp_path / "r", "tiny", shape_config("tiny", 2, 1), torch.bfloat16, 3, seed=0)
+    write_random(tmp_path / "r", "tiny", size_config("tiny", 2, 1), torch.bfloat16, 3, seed=0)
     assert len(list((tmp_path / "r").glob("model-*-of-00003.safetensors"))) == 3
     model = load_backbone(tmp_path / "r")
     assert model.config.text.num_hidden_layers == 2 and model.config.vision_depth == 1
@@ -204,7 +204,7 @@ def test_a_random_checkpoint_loads_and_scores(tmp_path):
 
 
 def test_the_stand_in_tokenizer_has_the_released_ids(tmp_path):
-    config = shape_config("molmo2-4b")
+    config = size_config("molmo2-4b")
     (tmp_path / "tokenizer.json").write_text(json.dumps(stand_in_tokenizer(config)))
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     ids = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<im_start>": 151936}
@@ -252,7 +252,7 @@ def test_show_tells_a_whole_download_from_a_broken_one(folder, lose, why):
 def test_a_wrong_shape_is_refused():
     for wrong in (("other", None, None), ("tiny", 0, None), ("tiny", 99, None), ("tiny", None, 9)):
         with pytest.raises(InputError):
-            shape_config(*wrong)
+            size_config(*wrong)
 
 
 KILLED_WRITER = """
@@ -265,7 +265,7 @@ def init(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
 initial.init_tensor = init
-initial.write_random(sys.argv[1], "tiny", initial.shape_config("tiny"), torch.float32, 2, 0)
+initial.write_random(sys.argv[1], "tiny", initial.size_config("tiny"), torch.float32, 2, 0)
 """
 
 

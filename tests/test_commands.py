@@ -112,8 +112,8 @@ def test_help_explains_every_option(command, module, monkeypatch):
         (evaluate, ["--tiny"]),
         (hacking, []),
         (pretrain, ["--out", "{folder}/a"]),
-        (flops, ["--shape", "tiny"]),
-        (bench, ["score", "--shape", "tiny"]),
+        (flops, ["--size", "tiny"]),
+        (bench, ["score", "--size", "tiny"]),
         (checkpoint, ["random", "--shape", "tiny", "--out", "{folder}/b"]),
     ],
 )
@@ -170,10 +170,10 @@ def test_scores_that_are_not_finite_are_named_not_ranked(command, monkeypatch, t
 
 
 def test_the_drawn_mask_has_labels_that_can_be_read(command, monkeypatch, tmp_path):
-    seen, real = [], score.draw
-    monkeypatch.setattr(score, "draw", lambda mask, labels: seen.extend(labels) or real(mask, labels=labels))
+    drawn, real = [], score.draw_mask
+    monkeypatch.setattr(score, "draw_mask", lambda mask, labels: drawn.extend(labels) or real(mask, labels=labels))
     assert command(score, "--tiny", "--draw-mask", tmp_path / "m.png", *ONE)[0] == 0
-    assert r"\n" in seen and "<|resp_sep|>" in seen and not any(label != label.strip() for label in seen)
+    assert r"\n" in drawn and "<|resp_sep|>" in drawn and not any(label != label.strip() for label in drawn)
 
 
 # ---------------------------------------------------------------------------- training on a checkpoint and a file

@@ -54,7 +54,7 @@ def test_the_tables_are_printed_one_after_the_other(monkeypatch, capsys):
             base = out / path.name / "reward_model_config.json"
             base.write_text(base.read_text().replace("../tiny", str(WEIGHTS / "tiny")))
 
-    monkeypatch.setattr(comparison, "tiny", shipped)
+    monkeypatch.setattr(comparison, "run_tiny", shipped)
     rows = comparison.tables(0)
     assert [row.get("task", row.get("n")) for row in rows] == ["absolute"] * 4 + ["corroborated"] * 2 + [2, 4, 8, 16]
 

@@ -247,7 +247,7 @@ def words(path, *more):
 KILLED = """
 import os, signal, sys
 from yojo import evaluate
-real, calls = evaluate.Run.score, []
+real, calls = evaluate.Run.score_item, []
 def score(self, item):
     calls.append(1)
     if len(calls) == 6:
@@ -255,7 +255,7 @@ def score(self, item):
             file.write("[[0.1, 0.")  # half a line, as a kill in the middle of a write leaves it
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, item)
-evaluate.Run.score = score
+evaluate.Run.score_item = score
 evaluate.main()
 """
 
@@ -267,8 +267,8 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_identical_report(command,
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # other sums round otherwise
     done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL and len((folder / "b.jsonl").read_text().splitlines()) == 7
-    calls, real = [], Run.score
-    monkeypatch.setattr(Run, "score", lambda self, item: calls.append(1) or real(self, item))
+    calls, real = [], Run.score_item
+    monkeypatch.setattr(Run, "score_item", lambda self, item: calls.append(1) or real(self, item))
     assert command(evaluate, *arguments)[0] == 0
     assert len(calls) == 12 - 5, "what was scored before the kill is scored no second time"
     for name in ("json", "jsonl"):
@@ -319,7 +319,7 @@ def test_scores_do_not_depend_on_how_they_are_asked_for(benchmark):
     for item in items[:4]:
         order = item.orders(0, 1)[0]
         shown = rm.score(item.prompt, [item.responses[i] for i in order], image=item.images)
-        assert r.score(item)[0] == pytest.approx([shown[order.index(i)] for i in range(len(order))], abs=1e-6)
+        assert r.score_item(item)[0] == pytest.approx([shown[order.index(i)] for i in range(len(order))], abs=1e-6)
 
 
 def test_a_score_that_is_not_finite_raises(command, benchmark, monkeypatch):

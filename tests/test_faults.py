@@ -57,7 +57,7 @@ def spoil(monkeypatch, prompt: str, wrong: float):
 
     def call(self, step, micro_batch):
         value, about = real(self, step, micro_batch)
-        mine = any(record.prompt == prompt for record in self.draw(step, micro_batch))
+        mine = any(record.prompt == prompt for record in self.records_of(step, micro_batch))
         return value * (wrong if mine else 1.0), about
 
     monkeypatch.setattr(loop.PreferenceLoss, "__call__", call)

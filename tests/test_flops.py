@@ -171,7 +171,7 @@ def test_the_command_prints_what_is_counted(command, tmp_path):
         (("--n", "2", "0"), "count from 1"),
         (("--prompt-tokens", "0"), "count from 1"),
         (("--image", "0x5"), "--image 0x5: give width x height"),
-        (("--image", "84x84", "--shape", "tiny"), "--image goes with --shape molmo2-4b only"),
+        (("--image", "84x84", "--size", "tiny"), "--image goes with --size molmo2-4b only"),
         (("--n", "190"), "190 responses of 201 after 40 prompt tokens: the model has 36864 positions"),
         (("--prompt-tokens", "1000000000"), "the model has 36864 positions"),
     ],

@@ -18,7 +18,7 @@ from yojo.core import mask as masks
 from yojo.core import ops
 from yojo.core.mask import AttentionMask
 from yojo.core.ops import attention, softmax_attention
-from yojo.drawing import draw
+from yojo.drawing import draw_mask
 
 
 def make(kinds, mode, record=None):
@@ -315,7 +315,7 @@ def test_rows_in_any_order_are_exact():
 def test_the_picture_shows_the_matrix():
     """Every cell of the drawing, read back from its pixels."""
     mask, typed = CASES["isolated with an image"]
-    picture = draw(mask, cell=20)
+    picture = draw_mask(mask, cell=20)
     for i, row in enumerate(matrix(typed)):
         for j, allowed in enumerate(row):
             pixel = picture.getpixel((120 + 20 * j + 8, 120 + 20 * i + 8))

@@ -40,7 +40,7 @@ def test_parameters_are_counted_exactly(config):
 def test_the_inside_of_a_block_is_estimated_well(mode, responses):
     """One block, one record: what autograd saves, against the closed form less its gradients and one block's input."""
     text = TextConfig(256, 1, 8, 2, 32, 768, 400, 24, 4096, 10000.0)
-    config = Config(text, TINY.vision, TINY.adapter, image_patch_id=407)
+    config = Config(text, TINY.vision, TINY.connector, image_patch_id=407)
     model = Molmo2(config, lm_head=False).to(torch.bfloat16).requires_grad_(False).train()
     lora.add(model, "reward", LORA)
     row = flops.row_of_lengths(700, responses)

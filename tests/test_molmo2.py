@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
-from yojo.core.config import AdapterConfig, ImageConfig, TextConfig, VisionConfig
+from yojo.core.config import ConnectorConfig, ImageConfig, TextConfig, VisionConfig
 from yojo.core.generate import Cache, generate
 from yojo.core.image import frames_to_patches, images_to_patches
 from yojo.core.mask import AttentionMask
@@ -26,7 +26,7 @@ from yojo.weights import load_backbone, read_config, save_backbone
 PATCH, START, END, COL, LOW = 407, 401, 402, 403, 404
 PICTURES = ImageConfig(size=84, margins=(1, 1), max_crops=4)
 # Decoder and vision tower, as differences from `their_config`'s defaults.
-SHAPES = {
+SIZES = {
     "gqa": {},
     "mha": {"text": {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 1}},
     "one-kv": {"text": {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6, "rope_theta": 5e6}},
@@ -134,7 +134,7 @@ def assert_close(ours, reference, relative=2e-5):
 )
 @torch.no_grad()
 def test_hidden_states_logits_and_greedy_samples(theirs, tmp_path, shape, kind, dialect):
-    model = theirs(seed=len(kind), **SHAPES[shape])
+    model = theirs(seed=len(kind), **SIZES[shape])
     if dialect == "released":
         to_released_dialect(tmp_path / "theirs/config.json")
     ours = load_backbone(tmp_path / "theirs")
@@ -181,7 +181,7 @@ def test_both_dialects_of_the_config_mean_the_same(theirs, tmp_path):
     new = read_config(tmp_path / "theirs")
     to_released_dialect(tmp_path / "theirs/config.json")
     old = read_config(tmp_path / "theirs")
-    assert old.adapter.vit_layers == (-3, -5) and new.adapter.vit_layers == (2, 0)
+    assert old.connector.vit_layers == (-3, -5) and new.connector.vit_layers == (2, 0)
     assert old.vision_layers == new.vision_layers and old.text == new.text
     assert old.vision_depth == new.vision_depth == 3 < old.vision.num_hidden_layers
 
@@ -189,7 +189,7 @@ def test_both_dialects_of_the_config_mean_the_same(theirs, tmp_path):
 @pytest.mark.parametrize("declared, vit_layers, depth", [(27, (-3, -9), 25), (25, (24, 18), 25), (6, (1,), 2)])
 def test_vision_depth_is_what_is_read(declared, vit_layers, depth):
     config = replace(
-        TINY, vision=VisionConfig(num_hidden_layers=declared), adapter=AdapterConfig(vit_layers=vit_layers)
+        TINY, vision=VisionConfig(num_hidden_layers=declared), connector=ConnectorConfig(vit_layers=vit_layers)
     )
     assert config.vision_depth == depth
 
@@ -295,5 +295,5 @@ def test_defaults_are_the_released_4b(tmp_path):
     from test_image import DATA
 
     config = read_config(DATA)
-    assert config.text == TextConfig() and config.vision == VisionConfig() and config.adapter == AdapterConfig()
+    assert config.text == TextConfig() and config.vision == VisionConfig() and config.connector == ConnectorConfig()
     assert (config.image_patch_id, config.eos_id, config.pad_id) == (151938, 151645, 151643)

@@ -93,7 +93,7 @@ def test_two_processes_train_what_one_trains(run, dtype, tolerance):
 
 def test_a_step_that_cannot_be_shared_evenly_is_named(monkeypatch):
     assert list(parallel.share(4)) == [0, 1, 2, 3]
-    monkeypatch.setattr(parallel, "place", lambda: (1, 3))
+    monkeypatch.setattr(parallel, "rank_and_world", lambda: (1, 3))
     with pytest.raises(InputError, match="4 micro-batches a step can't be shared by 3 processes"):
         parallel.share(4)
     assert list(parallel.share(6)) == [1, 4]

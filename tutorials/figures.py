@@ -29,7 +29,7 @@ from yojo.core.grpo import GrpoConfig
 from yojo.core.image import images_to_patches
 from yojo.core.mask import MODES
 from yojo.core.molmo2 import rotary_angles, rotate
-from yojo.drawing import draw
+from yojo.drawing import draw_mask
 from yojo.metrics import mean, tau_b
 from yojo.tiny import world
 from yojo.votes import METHODS, simulate
@@ -252,7 +252,7 @@ def _mask(mode: str) -> Image.Image:
     processor = Processor.from_folder(WEIGHTS / "tiny", max_tokens=4096)
     encoded = processor.encode("Describe the star.", ["a red star", "a star", "a small star"])
     labels, mask = processor.tokenizer.labels(encoded.ids.tolist()), collate([encoded], mode).mask
-    return _remember(draw(mask, labels=labels, cell=16), mask.dense.flatten().tolist(), labels)
+    return _remember(draw_mask(mask, labels=labels, cell=16), mask.dense.flatten().tolist(), labels)
 
 
 def masks_with_a_picture() -> Image.Image:
@@ -261,7 +261,7 @@ def masks_with_a_picture() -> Image.Image:
     scene = world.make_scene(random.Random(0))
     encoded = processor.encode("Describe the star.", ["a red star", "a star", "a small star"], world.render(scene))
     masks = [collate([encoded], mode).mask for mode in MODES]
-    halves = [draw(mask, cell=7) for mask in masks]
+    halves = [draw_mask(mask, cell=7) for mask in masks]
     width, height = halves[0].size
     both = Image.new("RGB", (2 * width + 20, height + 30), "white")
     for i, (half, name) in enumerate(zip(halves, MODES, strict=True)):

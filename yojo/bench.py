@@ -48,7 +48,7 @@ from yojo.core.molmo2 import Molmo2
 from yojo.core.prompt import Encoded, Processor
 from yojo.core.reward import ADAPTER, RewardModel, ValueHead
 from yojo.files import InputError
-from yojo.initial import SHAPES, shape_config, write_random
+from yojo.initial import SIZES, size_config, write_random
 from yojo.tiny import world
 from yojo.weights import load_backbone, read_config, shards
 
@@ -164,8 +164,8 @@ def checkpoint(args: argparse.Namespace) -> Iterator[Path]:
         return
     folder = Path(tempfile.mkdtemp(prefix="yojo-bench-"))
     try:
-        config = shape_config(args.shape, args.layers, args.vision_layers)
-        write_random(folder / "weights", args.shape, config, torch.float32, 4, args.seed)
+        config = size_config(args.size, args.layers, args.vision_layers)
+        write_random(folder / "weights", args.size, config, torch.float32, 4, args.seed)
         yield folder / "weights"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -174,7 +174,7 @@ def checkpoint(args: argparse.Namespace) -> Iterator[Path]:
 # --------------------------------------------------------------------------------------------------------------- load
 
 
-def load(args: argparse.Namespace) -> list[dict]:
+def compare_load(args: argparse.Namespace) -> list[dict]:
     """Each arm in a process of its own, the order turned round every round."""
     arms = [clone_all, load_ours] + ([load_theirs] if args.peer else [])
     rows: dict[str, list[dict]] = {arm.__name__: [] for arm in arms}
@@ -292,7 +292,7 @@ def question(folder: Path, n: int) -> tuple[Processor, Encoded]:
     return processor, processor.encode(QUESTION, answers, picture)
 
 
-def first(score: Callable[[], object], device: torch.device) -> float:
+def first_pass(score: Callable[[], object], device: torch.device) -> float:
     """Seconds of a process's first pass; on CUDA of its second, for the first one also fetches kernels."""
     if device.type == "cuda":
         score()
@@ -322,11 +322,11 @@ def load_ours(folder: Path, args: argparse.Namespace, pipe) -> None:
         for mode in MODES:
             batch = collate([encoded], mode).to(device)
 
-            def score(batch=batch, mode=mode):
+            def one_pass(batch=batch, mode=mode):
                 inputs = batch.input_ids, backbone.encode_images(batch.pictures), batch.mask, batch.positions
                 hidden[mode] = backbone(*inputs, keep=batch.score_positions)
 
-            seconds[f"{mode}_s"] = first(score, device)
+            seconds[f"{mode}_s"] = first_pass(one_pass, device)
     pipe.send({"phase": "score", **seconds, "hidden": hidden["joint"].float().cpu().numpy()})
 
 
@@ -352,12 +352,12 @@ def load_theirs(folder: Path, args: argparse.Namespace, pipe) -> None:
     )
     kept = {}
 
-    def score():
+    def one_pass():
         kept["out"] = model(**inputs, output_hidden_states=True, use_cache=False)
 
     with torch.no_grad():
         pipe.send({"begin": 1})
-        seconds = first(score, device)
+        seconds = first_pass(one_pass, device)
     hidden = kept["out"].hidden_states[-1][0, encoded.score_positions]
     pipe.send({"phase": "score", "joint_s": seconds, "hidden": hidden.float().cpu().numpy()})
 
@@ -379,17 +379,17 @@ class Setting:
         self.separator = self.processor.tokenizer.separator_id
         self.pictures = self.backbone.keep_features(self.encoded.pictures)
 
-    def ask(self, P: int) -> "Setting":
+    def prompted(self, P: int) -> "Setting":
         """A prompt of P tokens."""
-        marks, room = int(self.encoded.image.sum()), self.config.text.max_position_embeddings
-        if not marks + 2 <= P <= room:
-            raise InputError(f"--prompt-tokens {P}: at least {marks + 2}, with the picture's {marks}, at most {room}")
+        tokens, room = int(self.encoded.image.sum()), self.config.text.max_position_embeddings
+        if not tokens + 2 <= P <= room:
+            raise InputError(f"--prompt-tokens {P}: at least {tokens + 2}, with the picture's {tokens}, at most {room}")
         self.generator = torch.Generator().manual_seed(self.seed)
-        ids = [*self.encoded.ids[: marks + 1].tolist(), *self.draw(P - marks - 1)]
+        ids = [*self.encoded.ids[: tokens + 1].tolist(), *self.random_tokens(P - tokens - 1)]
         self.prompt = self.processor.row(ids, self.pictures)
         return self
 
-    def draw(self, count: int) -> list[int]:
+    def random_tokens(self, count: int) -> list[int]:
         return torch.randint(300, (count,), generator=self.generator).tolist()
 
     @torch.no_grad()
@@ -409,7 +409,7 @@ class Setting:
 
 def arms_of(s: Setting, n: int, R: int, peer) -> dict[str, Callable]:
     """What gives N scores, by name. Rows are laid out beforehand; the pictures have been looked at."""
-    responses = [s.draw(R) for _ in range(n)]
+    responses = [s.random_tokens(R) for _ in range(n)]
     alone = [s.record([r]) for r in responses]
     each = [s.batch([record], "joint") for record in alone]
     padded = s.batch(alone, "joint")
@@ -453,20 +453,20 @@ def peak_rate(s: Setting, tokens: int) -> Callable[[], object]:
     return lambda: [torch.nn.functional.linear(inputs[w.shape[1]], w) for w in matrices]
 
 
-def score(args: argparse.Namespace) -> list[dict]:
+def compare_score(args: argparse.Namespace) -> list[dict]:
     table = []
     with checkpoint(args) as folder, torch.no_grad():
         for name in args.dtypes:
             dtype = getattr(torch, name)
             s, peer = Setting(folder, args, dtype), load_peer(folder, args, dtype)
-            s.ask(min(args.prompt_tokens)).ask(max(args.prompt_tokens))  # refused before anything is measured
+            s.prompted(min(args.prompt_tokens)).prompted(max(args.prompt_tokens))  # refused before anything is measured
             c, looking = s.config.text, median(clock(s.encode_images, s.device) for _ in range(3))
             print(f"\n{hardware(s.device)}; {name}; {c.num_hidden_layers} blocks of width {c.hidden_size}, ", end="")
             print(f"R = {args.response_tokens}; medians of {args.rounds} rounds")
             print(f"looking at the picture: {looking:.2f} s")
             for P in args.prompt_tokens:
                 for n in args.n:
-                    table += score_n(s.ask(P), n, args, peer, name, looking)
+                    table += score_n(s.prompted(P), n, args, peer, name, looking)
             del s, peer
             gc.collect()
     return table
@@ -519,7 +519,7 @@ def print_score(title: str, rows: list[dict]) -> None:
 # -------------------------------------------------------------------------------------------------------------- train
 
 
-def train(args: argparse.Namespace) -> list[dict]:
+def compare_train(args: argparse.Namespace) -> list[dict]:
     """One step: forward, backward, with activation checkpointing and LoRA of rank 128 on all decoder matrices."""
     table = []
     with checkpoint(args) as folder:
@@ -532,9 +532,9 @@ def train(args: argparse.Namespace) -> list[dict]:
 
 def train_n(folder: Path, args: argparse.Namespace, name: str, n: int) -> list[dict]:
     config = LoraConfig(dropout=0.0)
-    s = Setting(folder, args, getattr(torch, name)).ask(args.prompt_tokens)
+    s = Setting(folder, args, getattr(torch, name)).prompted(args.prompt_tokens)
     R = args.response_tokens
-    row = s.record([s.draw(R) for _ in range(n)])
+    row = s.record([s.random_tokens(R) for _ in range(n)])
     batch, tokens = s.batch([row], "joint"), len(row.ids)
     ranks = torch.arange(1, n + 1, device=s.device)[None]
     lora.add(s.backbone, ADAPTER, config)
@@ -594,14 +594,14 @@ def tiny_records(rm: RewardModel, count: int, seed: int) -> list[Encoded]:
     rng, records = random.Random(seed), []
     for _ in range(count):
         scene = world.make_scene(rng)
-        asked = world.absolute(scene, rng, rng.randint(2, 8))
+        record = world.absolute(scene, rng, rng.randint(2, 8))
         picture = world.render(scene) if rng.random() < 0.5 else None
-        records.append(rm.processor.encode(asked["prompt"], asked["responses"], picture))
+        records.append(rm.processor.encode(record["prompt"], record["responses"], picture))
     return records
 
 
 @torch.no_grad()
-def batch(args: argparse.Namespace) -> list[dict]:
+def compare_batch(args: argparse.Namespace) -> list[dict]:
     """Many records of unequal length, scored by the shipped model in two ways."""
     rm = RewardModel.load(shipped("weights/tiny-rm"), device=args.device)
     records = tiny_records(rm, args.n, args.seed)
@@ -630,7 +630,7 @@ def batch(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def drift(args: argparse.Namespace) -> list[dict]:
+def compare_drift(args: argparse.Namespace) -> list[dict]:
     """The same records by the same shipped models in float32 and in bfloat16."""
     rows = []
     for name in ("tiny-rm", "tiny-rm-isolated"):
@@ -711,7 +711,7 @@ def main() -> None:
             sub.add_argument("--n", type=int, default=256 if name == "batch" else 500, metavar="N", help="records")
             continue
         sub.add_argument("--weights", type=Path, metavar="DIR", help="a checkpoint; else a random one is written")
-        sub.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="of the random one")
+        sub.add_argument("--size", "--shape", choices=SIZES, default=SIZES[0], help="of the random one")
         sub.add_argument("--layers", type=int, metavar="K", help="its decoder blocks, where not all")
         sub.add_argument("--vision-layers", type=int, metavar="K", help="its vision layers, where not all")
         sub.add_argument("--peer", action="store_true", help="measure transformers or peft beside it")
@@ -727,16 +727,22 @@ def main() -> None:
         sub.add_argument("--prompt-tokens", type=int, default=tokens, metavar="P", help="with the picture's", **many)
         sub.add_argument("--response-tokens", type=int, default=100, metavar="R", help="of each answer")
     args = parser.parse_args()
-    run(lambda: begin(args), parser, args)
+    run(lambda: run_command(args), parser, args)
 
 
-def begin(args: argparse.Namespace) -> list[dict]:
+def run_command(args: argparse.Namespace) -> list[dict]:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device")
     check(args)
     for package in PEERS[args.command] if getattr(args, "peer", False) else ():
         peer_package(package)
-    commands = {"load": load, "score": score, "train": train, "batch": batch, "drift": drift}
+    commands = {
+        "load": compare_load,
+        "score": compare_score,
+        "train": compare_train,
+        "batch": compare_batch,
+        "drift": compare_drift,
+    }
     return commands[args.command](args)
 
 

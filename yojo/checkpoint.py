@@ -1,7 +1,7 @@
 """Look at a checkpoint, or write a random one.
 
     python -m yojo.checkpoint show weights/Molmo2-4B       what a checkpoint is, and whether it is complete
-    python -m yojo.checkpoint random --shape molmo2-4b --out weights/random-4b
+    python -m yojo.checkpoint random --size molmo2-4b --out weights/random-4b
 
 See it: `pytest tests/test_checkpoint.py`.
 """
@@ -15,7 +15,7 @@ from yojo import memory
 from yojo.cli import DTYPES, Parser, run
 from yojo.core.lora import LoraConfig
 from yojo.core.prompt import Processor
-from yojo.initial import SHAPES, shape_config, write_random
+from yojo.initial import SIZES, size_config, write_random
 from yojo.weights import open_weights, part_of, read_config, shards
 
 
@@ -56,10 +56,10 @@ def show(folder: Path) -> dict:
 def main() -> None:
     parser = Parser(prog="python -m yojo.checkpoint", description="Look at a checkpoint, or write a random one.")
     commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("show", help="what a checkpoint is, what it needs, and whether it is complete")
-    look.add_argument("folder", type=Path, metavar="DIR")
+    shown = commands.add_parser("show", help="what a checkpoint is, what it needs, and whether it is complete")
+    shown.add_argument("folder", type=Path, metavar="DIR")
     write = commands.add_parser("random", help="write random weights in the released layout")
-    write.add_argument("--shape", choices=SHAPES, required=True, help="whose shape")
+    write.add_argument("--size", "--shape", choices=SIZES, required=True, help="whose shape")
     write.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     write.add_argument("--dtype", choices=DTYPES, default="float32", help="of the files")
     write.add_argument("--shards", type=int, default=4, metavar="K", help="number of weight files")
@@ -71,8 +71,8 @@ def main() -> None:
 
 
 def random_checkpoint(args) -> dict:
-    config = shape_config(args.shape, args.layers, args.vision_layers)
-    write_random(args.out, args.shape, config, getattr(torch, args.dtype), args.shards, args.seed, args.overwrite)
+    config = size_config(args.size, args.layers, args.vision_layers)
+    write_random(args.out, args.size, config, getattr(torch, args.dtype), args.shards, args.seed, args.overwrite)
     return show(args.out)
 
 

@@ -11,7 +11,7 @@ MARGIN = 120  # pixels for labels
 DRAWN_UP_TO = 1000  # tokens
 
 
-def draw(mask: AttentionMask, b: int = 0, labels: list[str] | None = None, cell: int = 12):
+def draw_mask(mask: AttentionMask, b: int = 0, labels: list[str] | None = None, cell: int = 12):
     """Row b of a mask as a Pillow picture: queries downwards, keys to the right, a filled cell where q looks at k.
 
     The colour is the key's: grey prompt, ochre picture, one colour a response. `labels` [T] name every token; without
@@ -25,13 +25,13 @@ def draw(mask: AttentionMask, b: int = 0, labels: list[str] | None = None, cell:
     image, font = Image.new("RGB", (side, side), "white"), ImageFont.load_default(size=max(11, cell - 2))
     pen = ImageDraw.Draw(image)
     for i, row in enumerate(allow.tolist()):
-        for j, seen in enumerate(row):
+        for j, allowed in enumerate(row):
             box = [MARGIN + k * cell for k in (j, i, j + 1, i + 1)]
-            pen.rectangle([*box[:2], box[2] - 2, box[3] - 2], fill=kinds[j][1] if seen else (238, 238, 238))
-    for first, last, text in _spans(kinds) if labels is None else ((i, i, t) for i, t in enumerate(labels)):
+            pen.rectangle([*box[:2], box[2] - 2, box[3] - 2], fill=kinds[j][1] if allowed else (238, 238, 238))
+    for start, last, text in _spans(kinds) if labels is None else ((i, i, t) for i, t in enumerate(labels)):
         strip = Image.new("RGBA", (MARGIN, 24))
-        ImageDraw.Draw(strip).text((MARGIN - 6, 12), text, fill=_dark(kinds[first][1]), font=font, anchor="rm")
-        at = int(MARGIN + (first + last + 1) * cell / 2) - 13
+        ImageDraw.Draw(strip).text((MARGIN - 6, 12), text, fill=_dark(kinds[start][1]), font=font, anchor="rm")
+        at = int(MARGIN + (start + last + 1) * cell / 2) - 13
         image.paste(strip, (0, at), strip)
         turned = strip.rotate(-90, expand=True)
         image.paste(turned, (at, 0), turned)
@@ -51,6 +51,6 @@ def _kind(mask: AttentionMask, b: int, t: int) -> tuple[str, tuple[int, int, int
 
 
 def _spans(kinds: list[tuple]) -> list[tuple[int, int, str]]:
-    """(first, last, name) of the runs of one kind."""
+    """(start, last, name) of the runs of one kind."""
     starts = [i for i in range(len(kinds)) if i == 0 or kinds[i] != kinds[i - 1]]
     return [(a, z - 1, kinds[a][0]) for a, z in zip(starts, [*starts[1:], len(kinds)], strict=True)]

@@ -210,7 +210,7 @@ class Run:
         about = {"items": items, "mode": self.mode, "seed": self.seed, "permutations": self.permutations}
         return json.dumps(self.about | about)
 
-    def score(self, item: Item) -> list[list[float]]:
+    def score_item(self, item: Item) -> list[list[float]]:
         """Scores by order shown, each list in the item's own order of responses."""
         rm, record = self.rm, Record(item.prompt, item.responses, None, item.images, item.where, item.video)
         orders = item.orders(self.seed, self.permutations)
@@ -222,7 +222,7 @@ class Run:
 
 
 @torch.no_grad()
-def score_all(r: Run, out: Path | None, overwrite: bool) -> list[list[list[float]]]:
+def score_items(r: Run, out: Path | None, overwrite: bool) -> list[list[list[float]]]:
     """Scores of every item; those that `out` holds already are read from it. Items that can't be scored raise, or,
     with `keep_going`, are taken out of the run and listed."""
     done = [] if out is None or overwrite else _resume(r, out)
@@ -232,7 +232,7 @@ def score_all(r: Run, out: Path | None, overwrite: bool) -> list[list[list[float
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     for item in tqdm(r.items[len(done) :], "scoring", initial=len(done), total=len(r.items), delay=2):
         try:
-            done.append(r.score(item))
+            done.append(r.score_item(item))
         except InputError as error:
             if not r.keep_going:
                 raise
@@ -251,8 +251,8 @@ def _resume(r: Run, out: Path) -> list[list[list[float]]]:
     if not out.exists():
         return []
     try:
-        first, *lines = out.read_text(encoding="utf-8").split("\n")
-        if first != r.identity():
+        identity, *lines = out.read_text(encoding="utf-8").split("\n")
+        if identity != r.identity():
             raise InputError(f"{out} holds another evaluation: choose another --out, or say --overwrite")
         return [json.loads(line) for line in lines[:-1]]  # after the last line break stands nothing, or half a line
     except (OSError, ValueError) as error:
@@ -365,7 +365,7 @@ def order_sensitivity(r: Run, scores: list[list[list[float]]]) -> dict:
     return {"changed": metrics.mean(changed), "by_place": places, "mean_over_orders": metrics.mean(averaged)}
 
 
-def tell(result: dict, left_out: list[str]) -> None:
+def print_report(result: dict, left_out: list[str]) -> None:
     low, high = result["interval"]
     print(
         f"\n{result['format']}, {result['mode']}, {result['items']} items, {result['without_picture']} of them ", end=""
@@ -415,10 +415,10 @@ def main() -> None:
     parser.add_argument("--compile", **COMPILE)
     parser.add_argument("--keep-going", action="store_true", help="leave bad rows out, and list them")
     args = parser.parse_args()
-    run(lambda: begin(args), parser, args)
+    run(lambda: run_command(args), parser, args)
 
 
-def begin(args: argparse.Namespace) -> dict | list[dict]:
+def run_command(args: argparse.Namespace) -> dict | list[dict]:
     if args.permutations < 1:
         raise InputError(f"--permutations {args.permutations}: at least 1")
     if args.tiny:
@@ -447,8 +447,8 @@ def begin(args: argparse.Namespace) -> dict | list[dict]:
     r = Run(rm, items, args.mode or rm.mode, args.seed, args.permutations, about, args.keep_going, left_out)
     if r.mode != rm.mode:
         print(f"mode: {r.mode} (trained in {rm.mode})")
-    result = report(r, args.format, score_all(r, args.out, args.overwrite))
-    tell(result, r.left_out)
+    result = report(r, args.format, score_items(r, args.out, args.overwrite))
+    print_report(result, r.left_out)
     return result | {"left_out": r.left_out}
 
 

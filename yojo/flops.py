@@ -1,6 +1,6 @@
 """Count what N passes and one pass cost (the formulas are in `core/flops.py`).
 
-    python -m yojo.flops --shape molmo2-4b --image 1024x768 --prompt-tokens 40 --response-tokens 200 --n 1 2 4 8 16
+    python -m yojo.flops --size molmo2-4b --image 1024x768 --prompt-tokens 40 --response-tokens 200 --n 1 2 4 8 16
 
 See it: `pytest tests/test_flops.py`.
 """
@@ -14,12 +14,12 @@ from yojo.core.image import Pictures, images_to_patches
 from yojo.core.mask import MODES
 from yojo.core.prompt import image_tokens
 from yojo.files import InputError
-from yojo.initial import SHAPES, shape_config
+from yojo.initial import SIZES, size_config
 
 
 def main() -> None:
     parser = Parser(prog="python -m yojo.flops", description="Count what N passes and one pass cost.")
-    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0], help="whose network")
+    parser.add_argument("--size", "--shape", choices=SIZES, default=SIZES[0], help="whose network")
     parser.add_argument("--image", metavar="WxH", action="append", default=[], help="a picture's size; repeat")
     parser.add_argument("--prompt-tokens", type=int, default=40, metavar="P", help="tokens of the prompt that are text")
     parser.add_argument("--response-tokens", type=int, default=200, metavar="R", help="tokens of each response")
@@ -29,9 +29,9 @@ def main() -> None:
 
 
 def table(args) -> list[dict]:
-    config = shape_config(args.shape)
-    if args.shape != SHAPES[0] and args.image:
-        raise InputError(f"--image goes with --shape {SHAPES[0]} only: its picture settings are known here")
+    config = size_config(args.size)
+    if args.size != SIZES[0] and args.image:
+        raise InputError(f"--image goes with --size {SIZES[0]} only: its picture settings are known here")
     if args.prompt_tokens < 1 or args.response_tokens < 1 or min(args.n) < 1:
         raise InputError("--prompt-tokens, --response-tokens and --n count from 1")
     pictures = images_to_patches([_size(text) for text in args.image], ImageConfig()) if args.image else Pictures()
@@ -40,7 +40,7 @@ def table(args) -> list[dict]:
     room = config.text.max_position_embeddings
     if P + max(args.n) * R > room:
         raise InputError(f"{max(args.n)} responses of {R} after {P} prompt tokens: the model has {room} positions")
-    print(f"{args.shape}: prompt of {P} tokens, {tokens} of them pictures ({views} views); responses of {R}, separator")
+    print(f"{args.size}: prompt of {P} tokens, {tokens} of them pictures ({views} views); responses of {R}, separator")
     print("included. TFLOPs of decoder and head; the pictures are looked at once by either side.\n")
     print("  N   N passes      joint   isolated   ratio  N(P+R)/(P+NR)     needed")
     rows = []

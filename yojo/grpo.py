@@ -25,9 +25,9 @@ from yojo.core.grpo import POLICY, GrpoConfig, reward_fn, train_policy
 from yojo.core.lora import LoraConfig
 from yojo.core.reward import RewardModel
 from yojo.files import InputError, read_lines, whole_folder
-from yojo.runs import SavedRun, place, start_over
+from yojo.runs import SavedRun, run_folder, start_over
 from yojo.store import digest, save_adapter
-from yojo.tiny.captions import CONTROLS, REWARDS, START_STEPS, STARTS_FROM, make_start, tiny
+from yojo.tiny.captions import CONTROLS, REWARDS, START_STEPS, STARTS_FROM, make_start, run_tiny
 
 FULL_LR, FULL_LORA = 1e-5, LoraConfig(r=64, alpha=64, dropout=0.0)  # without --tiny; chosen, never tried
 
@@ -45,18 +45,18 @@ def read_prompts(path: Path) -> list[Record]:
     return prompts
 
 
-def full(args: argparse.Namespace, c: GrpoConfig) -> dict:
+def run_files(args: argparse.Namespace, c: GrpoConfig) -> dict:
     """The same loop on a checkpoint, a reward model and a file of prompts."""
-    training = place(args.out, args.overwrite, args.resume)
+    training = run_folder(args.out, args.overwrite, args.resume)
     prompts = read_prompts(args.data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rm = RewardModel.load(args.reward, args.weights, device=device, lm_head=True)
     generator = torch.Generator().manual_seed(args.seed)
-    judge = sum(p.nbytes for p in lora.parameters(rm.backbone, rm.adapter)) if rm.adapter else 0
+    reward = sum(p.nbytes for p in lora.parameters(rm.backbone, rm.adapter)) if rm.adapter else 0
     lora.add(rm.backbone, POLICY, FULL_LORA, generator)
     rm.backbone.checkpointing = True
     held = memory.training(rm.backbone.config, rm.backbone.dtype, FULL_LORA)
-    held += rm.backbone.lm_head.weight.nbytes + judge
+    held += rm.backbone.lm_head.weight.nbytes + reward
     print(f"memory, computed, without activations: {held / 1e9:.1f} GB")
     start_over(training, args.resume)
 
@@ -104,10 +104,10 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, metavar="T", help="length of an answer")
     parser.add_argument("--lr", type=float, help=f"learning rate (default: {d.lr} with --tiny, {FULL_LR} without)")
     args = parser.parse_args()
-    run(lambda: begin(args), parser, args)
+    run(lambda: run_command(args), parser, args)
 
 
-def begin(args: argparse.Namespace) -> dict | list[dict]:
+def run_command(args: argparse.Namespace) -> dict | list[dict]:
     lr = (GrpoConfig.lr if args.tiny else FULL_LR) if args.lr is None else args.lr
     usual = START_STEPS if args.make_start else GrpoConfig.steps
     steps = usual if args.steps is None else args.steps
@@ -123,10 +123,10 @@ def begin(args: argparse.Namespace) -> dict | list[dict]:
         if seeds < 1:
             raise InputError(f"--seeds {seeds}: at least 1")
         names = REWARDS + (CONTROLS if args.controls else ())
-        return tiny(c, names, range(args.seed, args.seed + seeds), args.out, args.overwrite)
+        return run_tiny(c, names, range(args.seed, args.seed + seeds), args.out, args.overwrite)
     if not (args.reward and args.data and args.out):
         raise InputError("give --tiny, or all of --reward, --data and --out")
-    return full(args, c)
+    return run_files(args, c)
 
 
 if __name__ == "__main__":

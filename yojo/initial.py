@@ -1,6 +1,6 @@
 """Networks that nobody has trained: configs by the name of a size, first weights, whole random checkpoints.
 
-See it: `python -m yojo.checkpoint random --shape tiny --out runs/random`; `pytest tests/test_checkpoint.py`.
+See it: `python -m yojo.checkpoint random --size tiny --out runs/random`; `pytest tests/test_checkpoint.py`.
 """
 
 import json
@@ -20,26 +20,26 @@ from yojo.files import InputError, read_json, whole_folder, write_json
 from yojo.weights import COMPANIONS, WTE, read_config, write_settings
 
 RELEASED = "molmo2-4b"
-SHAPES = (RELEASED, "tiny")
+SIZES = (RELEASED, "tiny")
 
 
-def shape_config(shape: str, layers: int | None = None, vision_layers: int | None = None) -> Config:
-    """The config of a named shape, with fewer decoder blocks or vision layers where asked. A shortened tower reads its
+def size_config(size: str, layers: int | None = None, vision_layers: int | None = None) -> Config:
+    """The config of a named size, with fewer decoder blocks or vision layers where asked. A shortened tower reads its
     last layer and, as in the release, the one six below, or its first."""
-    if shape not in SHAPES:
-        raise InputError(f"shape {shape!r} is none of {SHAPES}")
-    c = Config() if shape == RELEASED else read_config(shipped("weights/tiny"))
-    for option, asked, most in (
+    if size not in SIZES:
+        raise InputError(f"size {size!r} is none of {SIZES}")
+    c = Config() if size == RELEASED else read_config(shipped("weights/tiny"))
+    for option, number, most in (
         ("--layers", layers, c.text.num_hidden_layers),
         ("--vision-layers", vision_layers, c.vision_depth),
     ):
-        if asked is not None and not 1 <= asked <= most:
-            raise InputError(f"{option} {asked}: {shape} has 1 to {most}")
+        if number is not None and not 1 <= number <= most:
+            raise InputError(f"{option} {number}: {size} has 1 to {most}")
     if layers is not None:
         c = replace(c, text=replace(c.text, num_hidden_layers=layers))
     if vision_layers is not None:
-        adapter = replace(c.adapter, vit_layers=(-1, max(-7, -vision_layers)))
-        c = replace(c, vision=replace(c.vision, num_hidden_layers=vision_layers), adapter=adapter)
+        connector = replace(c.connector, vit_layers=(-1, max(-7, -vision_layers)))
+        c = replace(c, vision=replace(c.vision, num_hidden_layers=vision_layers), connector=connector)
     return c
 
 
@@ -58,17 +58,17 @@ def init_tensor(name: str, x: Tensor, config: Config, generator: torch.Generator
     return x.normal_(0, std / math.sqrt(2 * config.text.num_hidden_layers) if into_stream else std, generator=generator)
 
 
-def stored_sizes(config: Config) -> dict[str, torch.Size]:
+def stored_shapes(config: Config) -> dict[str, torch.Size]:
     """Every tensor of a checkpoint in the released layout: the network's own, the embedding table in two parts."""
     with torch.device("meta"):
-        sizes = {name: tensor.shape for name, tensor in Molmo2(config).state_dict().items()}
-    rows, width = sizes.pop(WTE + "embedding")
+        shapes = {name: tensor.shape for name, tensor in Molmo2(config).state_dict().items()}
+    rows, width = shapes.pop(WTE + "embedding")
     V = config.text.vocab_size
-    return sizes | {WTE + "embedding": torch.Size((V, width)), WTE + "new_embedding": torch.Size((rows - V, width))}
+    return shapes | {WTE + "embedding": torch.Size((V, width)), WTE + "new_embedding": torch.Size((rows - V, width))}
 
 
 def write_random(
-    out: str | Path, shape: str, config: Config, dtype: torch.dtype, parts: int, seed: int, overwrite: bool = False
+    out: str | Path, size: str, config: Config, dtype: torch.dtype, parts: int, seed: int, overwrite: bool = False
 ) -> None:
     """A checkpoint of random weights in the released layout: config, shards with their index, companions.
 
@@ -76,16 +76,16 @@ def write_random(
     """
     if parts < 1:
         raise InputError(f"--shards {parts}: at least 1")
-    sizes = stored_sizes(config)
-    share, total = sum(size.numel() for size in sizes.values()) / parts, 0
+    shapes = stored_shapes(config)
+    share, total = sum(shape.numel() for shape in shapes.values()) / parts, 0
     names: list[list[str]] = [[] for _ in range(parts)]
-    for name, size in sizes.items():  # a tensor goes where its middle falls
-        names[int((total + size.numel() / 2) / share)].append(name)
-        total += size.numel()
+    for name, shape in shapes.items():  # a tensor goes where its middle falls
+        names[int((total + shape.numel() / 2) / share)].append(name)
+        total += shape.numel()
     generator = torch.Generator().manual_seed(seed)
     with whole_folder(out, overwrite) as new:
         write_settings(config, dtype, new)
-        if shape == RELEASED:
+        if size == RELEASED:
             write_json(new / "preprocessor_config.json", preprocessor_json(ImageConfig()))
             write_json(new / "tokenizer.json", stand_in_tokenizer(config))
         else:
@@ -94,27 +94,27 @@ def write_random(
         files = [f"model-{i:05d}-of-{parts:05d}.safetensors" for i in range(1, parts + 1)]
         with tqdm(total=total * dtype.itemsize, desc="writing", unit="B", unit_scale=True, mininterval=1) as bar:
             for file, some in zip(files, names, strict=True):
-                _write_shard(new / file, {name: sizes[name] for name in some}, config, dtype, generator, bar)
+                _write_shard(new / file, {name: shapes[name] for name in some}, config, dtype, generator, bar)
         weight_map = {name: file for file, some in zip(files, names, strict=True) for name in some}
         index = {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": weight_map}
         write_json(new / "model.safetensors.index.json", index)
 
 
-def _write_shard(path: Path, sizes: dict[str, torch.Size], config: Config, dtype: torch.dtype, generator, bar) -> None:
+def _write_shard(path: Path, shapes: dict[str, torch.Size], config: Config, dtype: torch.dtype, generator, bar) -> None:
     """A safetensors file by hand: the header's length in 8 bytes, the header, the tensors."""
     kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, size in sizes.items():
-        start, end = end, end + size.numel() * dtype.itemsize
-        header[name] = {"dtype": kind, "shape": list(size), "data_offsets": [start, end]}
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     try:
         with open(path, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for name, size in sizes.items():
-                for rows in torch.empty(size, device="meta").split(max(1, 2**24 // max(1, size[1:].numel()))):
+            for name, shape in shapes.items():
+                for rows in torch.empty(shape, device="meta").split(max(1, 2**24 // max(1, shape[1:].numel()))):
                     x = init_tensor(name, torch.empty(rows.shape), config, generator).to(dtype)
                     file.write(x.view(torch.uint8).numpy())
                     bar.update(x.nbytes)

@@ -32,7 +32,7 @@ from tokenizers import Tokenizer as BPE
 from torch import Tensor, nn
 
 from yojo.cli import WEIGHTS, Parser, run, shipped
-from yojo.core.config import AdapterConfig, Config, ImageConfig, Markup, TextConfig, VisionConfig, preprocessor_json
+from yojo.core.config import Config, ConnectorConfig, ImageConfig, Markup, TextConfig, VisionConfig, preprocessor_json
 from yojo.core.data import Batch, collate
 from yojo.core.generate import generate
 from yojo.core.mask import MODES
@@ -46,7 +46,7 @@ from yojo.weights import save_backbone
 
 TEXT = TextConfig(128, 4, 4, 2, 32, 384, 512, 16, 4096, 10_000.0)
 VISION = VisionConfig(96, 3, 4, 24, 256, 14, 36)
-ADAPTER = AdapterConfig(96, 4, 24, 256, (-1, -3))
+CONNECTOR = ConnectorConfig(96, 4, 24, 256, (-1, -3))
 IMAGES = ImageConfig(size=world.GRID * world.CELL, margins=(1, 1), max_crops=1)
 PICTURES, TALKS = 8, 8  # pictures in a micro-batch, conversations about each
 AUXILIARY, FACTS, VERDICT = 0.5, 0.5, 1.0  # weights of the read-outs
@@ -151,14 +151,14 @@ def check(scene: world.Scene, rng: random.Random) -> Talk:
     """A description in which each fact is wrong with probability 0.25 (but never the one the question names)."""
     thing, by = rng.choice(scene.things), rng.choice(("shape", "colour"))
     truth = scene.facts(thing)
-    said = dict(truth)
-    for slot in said:
+    stated = dict(truth)
+    for slot in stated:
         wrong = [v for v in world.SLOTS[slot] if v != truth[slot] and world.may_say(truth, slot, v, held_out=False)]
         if slot != by and rng.random() < 0.25:
-            said[slot] = rng.choice(wrong)
-    errors = [slot for slot in world.SLOTS if said[slot] != truth[slot]]
+            stated[slot] = rng.choice(wrong)
+    errors = [slot for slot in world.SLOTS if stated[slot] != truth[slot]]
     verdict = "wrong " + ", ".join(errors) if errors else "right"
-    return f"{world.ask(thing, by)} {world.describe(said)}{CHECK}", verdict
+    return f"{world.ask(thing, by)} {world.describe(stated)}{CHECK}", verdict
 
 
 # ------------------------------------------------------------------------------------------------------------ batch
@@ -173,12 +173,12 @@ class Rows:
 
     def _encode(self, question: str, answer: str) -> tuple[list[int], int, list[list[float]]]:
         """One conversation, where its answer starts, and each token's `wrong_so_far`."""
-        asked = self.processor.encode(question, []).ids[1:].tolist()  # without BOS
-        said = [*self.processor.tokenizer.encode(answer), self.processor.tokenizer.id(TURN_END)]
+        turn = self.processor.encode(question, []).ids[1:].tolist()  # without BOS
+        reply = [*self.processor.tokenizer.encode(answer), self.processor.tokenizer.id(TURN_END)]
         role = "user\n"
         ends = [end - len(role) for _, end in self.processor.tokenizer.text.encode(role + question).offsets]
-        marks = [NOTHING, *(wrong_so_far(question, answer, end) for end in ends)]  # the turn's first token, its text
-        return asked + said, len(asked), marks + [NOTHING] * (len(asked) + len(said) - len(marks))
+        verdicts = [NOTHING, *(wrong_so_far(question, answer, end) for end in ends)]  # the turn's first token, its text
+        return turn + reply, len(turn), verdicts + [NOTHING] * (len(turn) + len(reply) - len(verdicts))
 
     def picture(self, scene: world.Scene, start: Sequence[int] = ()) -> Encoded:
         """BOS, the scene's picture, and the start of a conversation."""
@@ -235,9 +235,9 @@ def wrong_so_far(question: str, answer: str, end: int) -> list[float]:
 
 def facts_asked_about(scene: world.Scene, question: str) -> list[int]:
     """Each slot's true value as a number, of the thing that "Describe the ..." names; -1 for other questions."""
-    asked = re.match(r"Describe the (\w+)", question)
-    facts = scene.facts(scene.find(asked[1])) if asked else {}
-    return [list(values).index(facts[slot]) if asked else -1 for slot, values in world.SLOTS.items()]
+    found = re.match(r"Describe the (\w+)", question)
+    facts = scene.facts(scene.find(found[1])) if found else {}
+    return [list(values).index(facts[slot]) if found else -1 for slot, values in world.SLOTS.items()]
 
 
 FACT_SIZES = tuple(len(values) for values in world.SLOTS.values())
@@ -308,7 +308,7 @@ def answer_to(model: Molmo2, rows: Rows, scene: world.Scene, question: str, answ
     return generate(model, *inputs, max_new_tokens=20, temperature=0)[0].tolist() == talk[start:]
 
 
-def examine(model: Molmo2, rows: Rows, seed: int, count: int = 200) -> dict[str, float]:
+def evaluate_answers(model: Molmo2, rows: Rows, seed: int, count: int = 200) -> dict[str, float]:
     """Greedy answers about new pictures, the share that is right word for word, by kind of question."""
     figures = {}
     for kind in KINDS:
@@ -340,7 +340,7 @@ def write_companions(folder: Path) -> Processor:
 
 def new_model(tokenizer: Tokenizer, generator: torch.Generator) -> Molmo2:
     end, pad = tokenizer.id(TURN_END), tokenizer.id(TEXT_TOKENS[0])
-    model = Molmo2(Config(TEXT, VISION, ADAPTER, tokenizer.id("<im_patch>"), end, pad))
+    model = Molmo2(Config(TEXT, VISION, CONNECTOR, tokenizer.id("<im_patch>"), end, pad))
     init_weights(model, generator, std=0.05)
     nn.init.normal_(model.model.vision_backbone.image_vit.positional_embedding, std=0.3, generator=generator)
     return model
@@ -358,7 +358,7 @@ def pretrain(out: Path, steps: int, seed: int, overwrite: bool) -> dict[str, flo
         model = new_model(processor.tokenizer, generator)
         loss = PretrainLoss(model, Rows(processor, seed), generator)
         log = fit(loss, loss.parameters(), replace(FIT, steps=steps), title="pretrain")
-        figures = examine(model.eval(), loss.rows, seed)
+        figures = evaluate_answers(model.eval(), loss.rows, seed)
         curve = Path(companions) / "metrics.jsonl"
         lines = [{k: round(v, 4) for k, v in entry.items()} for entry in log[::20] + log[-1:]]
         curve.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

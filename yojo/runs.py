@@ -40,7 +40,7 @@ class SavedRun(RunState):
         self.identity, self.parameters, self.optimizer = {**settings, **self.about}, parameters, optimizer
         log = self._read() if (self.folder / "state.pt").exists() else []
         parallel.wait()  # all have read the state before the first writes again
-        if parallel.first():
+        if parallel.is_main():
             with whole_file(self.folder / "metrics.jsonl") as temporary:
                 temporary.write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
         return log
@@ -70,7 +70,7 @@ class SavedRun(RunState):
         self.before = random_states()
 
     def add(self, entry: dict[str, float]) -> None:
-        if parallel.first():
+        if parallel.is_main():
             add_line(self.folder / "metrics.jsonl", entry)
 
     def save(self, log: Log) -> None:
@@ -84,7 +84,7 @@ class SavedRun(RunState):
             raise NotFinite(error.step, f"{error.args[1]}; {fault}") from None
 
     def _write(self, log: Log, states: dict) -> None:
-        if not parallel.first():
+        if not parallel.is_main():
             return
         state = {
             "about": json.dumps(self.identity, sort_keys=True),
@@ -115,7 +115,7 @@ def train_and_score(
     return {name: score_records(rm, some, seed, title=f"{title}, {name}") for name, some in tests.items()}
 
 
-def place(out: Path, overwrite: bool, resume: bool) -> Path:
+def run_folder(out: Path, overwrite: bool, resume: bool) -> Path:
     """The folder of a run's state; refuses what it was not told to replace."""
     out = out.absolute()
     training = out.with_name(out.name + ".training")

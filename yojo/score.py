@@ -22,7 +22,7 @@ from yojo.core.data import Record, collate, encode, read_records
 from yojo.core.mask import MODES
 from yojo.core.prompt import Encoded
 from yojo.core.reward import RewardModel
-from yojo.drawing import DRAWN_UP_TO, draw
+from yojo.drawing import DRAWN_UP_TO, draw_mask
 from yojo.files import InputError, whole_file
 from yojo.media import FRAMES, INTERVAL, open_video
 from yojo.tiny import world
@@ -55,11 +55,11 @@ def main() -> None:
     parser.add_argument("--compile", **COMPILE)
     parser.add_argument("--draw-mask", type=Path, metavar="FILE", help="draw the first record's mask as a PNG")
     args = parser.parse_args()
-    run(lambda: score(args), parser, args)
+    run(lambda: run_command(args), parser, args)
 
 
-def score(args: argparse.Namespace) -> dict | list[dict]:
-    rm = load(args)
+def run_command(args: argparse.Namespace) -> dict | list[dict]:
+    rm = open_model(args)
     if args.compile:
         rm.backbone.fuse()
     mode = args.mode or rm.mode
@@ -67,9 +67,9 @@ def score(args: argparse.Namespace) -> dict | list[dict]:
     records, facts = prompts(args)
     results, encoded = [], (encode(r, rm.processor) for r in tqdm(records, "scoring", delay=2, leave=False))
     if args.draw_mask:
-        first = next(encoded)
-        save_mask(first, mode, rm, args.draw_mask, records[0].prefix)
-        encoded = chain([first], encoded)
+        row = next(encoded)
+        save_mask(row, mode, rm, args.draw_mask, records[0].prefix)
+        encoded = chain([row], encoded)
     for record, scores in zip(records, rm.score_all(encoded, mode), strict=True):
         if not all(map(math.isfinite, scores)):
             raise FloatingPointError(f"{record.prefix}scores are not finite: {scores}")
@@ -78,7 +78,7 @@ def score(args: argparse.Namespace) -> dict | list[dict]:
     return results if args.data else results[0]
 
 
-def load(args: argparse.Namespace) -> RewardModel:
+def open_model(args: argparse.Namespace) -> RewardModel:
     if args.tiny == (args.model is not None):
         raise InputError("give either --tiny or --model DIR")
     folder = shipped(f"weights/{NAMES[args.mode or 'joint']}") if args.tiny else args.model
@@ -127,7 +127,7 @@ def save_mask(encoded: Encoded, mode: str, rm: RewardModel, path: Path, prefix: 
         raise InputError(f"{prefix}{len(encoded.ids)} tokens are too many to draw: at most {DRAWN_UP_TO}")
     mask, labels = collate([encoded], mode).mask, rm.processor.tokenizer.labels(encoded.ids.tolist())
     with whole_file(path) as temporary:
-        draw(mask, labels=labels).save(temporary, "PNG")
+        draw_mask(mask, labels=labels).save(temporary, "PNG")
     print(f"mask drawn in {path}")
 
 

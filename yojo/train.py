@@ -33,14 +33,14 @@ from yojo.core.reward import RewardModel
 from yojo.core.state import Log
 from yojo.core.training import Recipe
 from yojo.files import InputError
-from yojo.runs import SavedRun, place, start_over, train_and_score
-from yojo.tiny.experiment import TASKS, tiny
+from yojo.runs import SavedRun, run_folder, start_over, train_and_score
+from yojo.tiny.experiment import TASKS, run_tiny
 
 
-def full(args: argparse.Namespace) -> dict:
+def run_files(args: argparse.Namespace) -> dict:
     """Train on a checkpoint and a JSONL file, save, evaluate on records held back."""
-    device = parallel.start()
-    training = place(args.out, args.overwrite, args.resume)
+    device = parallel.join_group()
+    training = run_folder(args.out, args.overwrite, args.resume)
     records, test = split(read_records(args.data), args.test, args.seed)
     recipe = replace(Recipe(), loss=args.loss)
     steps = args.steps or max(1, recipe.epochs * len(records) // (recipe.records * recipe.fit.accumulate))
@@ -52,7 +52,7 @@ def full(args: argparse.Namespace) -> dict:
         rm.backbone.fuse()
     records, sizes = fit_pictures(records, rm.processor, recipe)
     test, _ = fit_pictures(test, rm.processor, recipe)
-    if parallel.first():
+    if parallel.is_main():
         announce(records, sizes, rm, recipe)
         start_over(training, args.resume)
     parallel.wait()
@@ -63,7 +63,7 @@ def full(args: argparse.Namespace) -> dict:
         about["compile"] = True
 
     def save(log: Log) -> None:
-        if not parallel.first():
+        if not parallel.is_main():
             raise SystemExit(0)  # the rest is for one
         rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
         shutil.rmtree(training)
@@ -165,10 +165,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="training steps, where not the recipe's")
     parser.add_argument("--lr", type=float, help="learning rate, where not the recipe's")
     args = parser.parse_args()
-    run(lambda: start(args), parser, args)
+    run(lambda: run_command(args), parser, args)
 
 
-def start(args: argparse.Namespace) -> dict:
+def run_command(args: argparse.Namespace) -> dict:
     ours, theirs = ("task", "paraphrase", "seeds", "sizes"), ("weights", "data", "test", "resume", "compile")
     given = [name for name in (theirs if args.tiny else ours) if getattr(args, name) not in (None, False)]
     if given:
@@ -193,10 +193,10 @@ def start(args: argparse.Namespace) -> dict:
         recipe = replace(recipe, loss=args.loss, fit=replace(recipe.fit, steps=steps, lr=lr))
         modes = [args.mode] if args.mode else MODES
         seeds = range(args.seed, args.seed + seeds)
-        return tiny(task, recipe, args.sizes or [n], modes, seeds, args.out, args.overwrite, args.paraphrase)
+        return run_tiny(task, recipe, args.sizes or [n], modes, seeds, args.out, args.overwrite, args.paraphrase)
     if not (args.weights and args.data and args.out and args.mode):
         raise InputError("give --tiny, or all of --weights, --data, --out and --mode")
-    return full(args)
+    return run_files(args)
 
 
 if __name__ == "__main__":

@@ -54,10 +54,11 @@ class GroupReward:
     def __call__(self, prompts: Sequence, completions: Sequence, **columns) -> list[float | None]:
         if len(prompts) != len(completions):
             raise InputError(f"{len(prompts)} prompts, {len(completions)} completions: one prompt an answer is needed")
-        asked = [(text_of(p), *pictures_of(p, columns, i)) for i, p in enumerate(prompts)]
+        prompts = [(text_of(p), *pictures_of(p, columns, i)) for i, p in enumerate(prompts)]
         answers = [text_of(c) for c in completions]
         rewards: list[float | None] = []
-        for _, run in groupby(range(len(asked)), key=lambda i: (asked[i][0], [id_of(image) for image in asked[i][1:]])):
+        same = [(text, [id_of(image) for image in images]) for text, *images in prompts]
+        for _, run in groupby(range(len(same)), key=lambda i: same[i]):
             run = list(run)
             size = self.generations or len(run)
             if len(run) % size:
@@ -69,31 +70,31 @@ class GroupReward:
                 self.cut += 1
             for start in range(0, len(run), size):
                 group = run[start : start + size]
-                rewards += self.score(asked[group[0]], [answers[i] for i in group])
+                rewards += self.score_group(prompts[group[0]], [answers[i] for i in group])
         return rewards
 
-    def score(self, asked: tuple, answers: list[str]) -> list[float | None]:
+    def score_group(self, prompt: tuple, answers: list[str]) -> list[float | None]:
         """One group, in one pass. An empty answer gets one less than the lowest of the others; alone, None."""
         if self.rm is None:
             self.rm = RewardModel.load(self.model_dir, self.base, device=self.device)
-        prompt, *images = asked
+        text, *images = prompt
         spoken = [text for text in answers if text.strip()]
         if not spoken:
             return [None] * len(answers)
-        scores = self.rm.score(prompt, spoken, images or None, mode=self.mode)
+        scores = self.rm.score(text, spoken, images or None, mode=self.mode)
         self.passes += 1
         given = iter(scores)
         return [next(given) if text.strip() else min(scores) - 1 for text in answers]
 
 
-def text_of(said) -> str:
+def text_of(content) -> str:
     """A string, or the text of a list of messages, turn after turn."""
-    if isinstance(said, str):
-        return said
+    if isinstance(content, str):
+        return content
     parts = []
-    for message in said:
-        content = message["content"]
-        blocks = [content] if isinstance(content, str) else [b["text"] for b in content if b.get("type") == "text"]
+    for message in content:
+        inner = message["content"]
+        blocks = [inner] if isinstance(inner, str) else [b["text"] for b in inner if b.get("type") == "text"]
         parts += blocks
     return "\n\n".join(parts)
 

@@ -362,10 +362,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write preference records")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     args = parser.parse_args()
-    run(lambda: begin(args), parser, args)
+    run(lambda: run_command(args), parser, args)
 
 
-def begin(args) -> dict | list[dict]:
+def run_command(args) -> dict | list[dict]:
     if args.items < 1 or (args.sample is not None and args.sample < 2) or args.ties < 0:
         raise InputError("--items counts from 1, --sample from 2, --ties from 0")
     if args.votes is None:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from yojo.core.config import AdapterConfig, Config, TextConfig, VisionConfig
+from yojo.core.config import Config, ConnectorConfig, TextConfig, VisionConfig
 from yojo.core.molmo2 import Molmo2
 from yojo.files import InputError, check_tensors, open_tensors, read_json, whole_folder, write_json
 
@@ -58,7 +58,7 @@ VISION = {
     "num_position_embeddings": ["image_num_pos", "num_position_embeddings"],
     "layer_norm_eps": ["layer_norm_eps"],
 }
-ADAPTER = {
+CONNECTOR = {
     "hidden_size": ["hidden_size"],
     "num_attention_heads": ["num_attention_heads"],
     "head_dim": ["head_dim"],
@@ -98,8 +98,8 @@ def read_config(folder: str | Path) -> Config:
     text = {**parts["text_config"], **_rope(path, parts["text_config"])}
     ids = {"image_patch_id": raw.get("image_patch_id")}
     generation = Path(folder) / "generation_config.json"
-    said = read_json(generation) if generation.exists() else {}
-    eos, pad = said.get("eos_token_id"), said.get("pad_token_id")
+    given = read_json(generation) if generation.exists() else {}
+    eos, pad = given.get("eos_token_id"), given.get("pad_token_id")
     if isinstance(eos, list):
         if len(eos) != 1:
             raise InputError(f"{generation}: eos_token_id {eos} names {len(eos)} tokens; this network stops at one")
@@ -110,7 +110,7 @@ def read_config(folder: str | Path) -> Config:
     config = Config(
         TextConfig(**_pick(path, text, TEXT, TextConfig)),
         VisionConfig(**_pick(path, parts["vision_config"], VISION, VisionConfig)),
-        AdapterConfig(**_pick(path, parts["adapter_config"], ADAPTER, AdapterConfig)),
+        ConnectorConfig(**_pick(path, parts["adapter_config"], CONNECTOR, ConnectorConfig)),
         **ids,
     )
     if config.text.num_attention_heads % config.text.num_key_value_heads:
@@ -151,7 +151,7 @@ def config_json(c: Config, dtype: torch.dtype) -> dict:
         return {names[k][0]: v for k, v in asdict(values).items()} | FIXED[kind]
 
     side = int(c.vision.num_position_embeddings**0.5) * c.vision.patch_size
-    adapter = {"text_hidden_size": c.text.hidden_size, "num_key_value_heads": c.adapter.num_attention_heads}
+    connector = {"text_hidden_size": c.text.hidden_size, "num_key_value_heads": c.connector.num_attention_heads}
     vision = {"image_default_input_size": [side, side], "num_key_value_heads": c.vision.num_attention_heads}
     text = part(c.text, TEXT, "text_config")
     del text["attention_bias"]  # transformers' word for qkv_bias
@@ -163,7 +163,7 @@ def config_json(c: Config, dtype: torch.dtype) -> dict:
         "tie_word_embeddings": False,
         "text_config": {"model_type": "molmo2_text", **text},
         "vit_config": {"model_type": "molmo2", **part(c.vision, VISION, "vision_config"), **vision},
-        "adapter_config": {"model_type": "molmo2", **part(c.adapter, ADAPTER, "adapter_config"), **adapter},
+        "adapter_config": {"model_type": "molmo2", **part(c.connector, CONNECTOR, "adapter_config"), **connector},
     }
 
 
@@ -314,8 +314,8 @@ def fingerprint(model: Molmo2, tokenizer_file: str | Path) -> dict[str, str]:
     digest = hashlib.sha256()
     for name, p in sorted(base_tensors(model).items()):
         if name != "lm_head.weight":
-            first = p.flatten()[:64].to(torch.bfloat16).cpu().view(torch.int16).numpy()
-            digest.update(f"{name} {list(p.shape)} ".encode() + first.tobytes())
+            values = p.flatten()[:64].to(torch.bfloat16).cpu().view(torch.int16).numpy()
+            digest.update(f"{name} {list(p.shape)} ".encode() + values.tobytes())
     return {"weights": digest.hexdigest(), "tokenizer": hashlib.sha256(Path(tokenizer_file).read_bytes()).hexdigest()}
 
 

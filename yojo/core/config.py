@@ -59,7 +59,7 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
+class ConnectorConfig:
     """Connector between the tower and the decoder."""
 
     hidden_size: int = 1152
@@ -73,7 +73,7 @@ class AdapterConfig:
 class Config:
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     image_patch_id: int = 151938
     eos_id: int | None = 151645  # None: `generate` never stops early
     pad_id: int = 151643
@@ -81,10 +81,10 @@ class Config:
     @property
     def vision_layers(self) -> tuple[int, ...]:
         """The layers whose outputs are read, 0-based. Negative numbers count from the DECLARED depth."""
-        depth = self.vision.num_hidden_layers
-        if not all(-depth <= layer < depth for layer in self.adapter.vit_layers):
-            raise InputError(f"vit_layers {self.adapter.vit_layers} must lie among the {depth} declared vision layers")
-        return tuple(layer % depth for layer in self.adapter.vit_layers)
+        depth, layers = self.vision.num_hidden_layers, self.connector.vit_layers
+        if not all(-depth <= layer < depth for layer in layers):
+            raise InputError(f"vit_layers {layers} must lie among the {depth} declared vision layers")
+        return tuple(layer % depth for layer in layers)
 
     @property
     def vision_depth(self) -> int:

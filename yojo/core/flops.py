@@ -35,7 +35,7 @@ def tower(config: Config, views: int) -> int:
 
 def connector(config: Config, tokens: int, window: int) -> int:
     """`tokens` windows of `window` patches: query and output of one, keys and values of all; then the SwiGLU."""
-    c, D = config.adapter, config.text.hidden_size
+    c, D = config.connector, config.text.hidden_size
     width, heads = config.vision.hidden_size * len(config.vision_layers), c.num_attention_heads * c.head_dim
     pooling = width * heads + 2 * window * width * heads + 2 * window * heads + heads * c.hidden_size
     projector = 2 * c.hidden_size * c.intermediate_size + c.intermediate_size * D

@@ -121,10 +121,10 @@ def _crops(pixels: Tensor, c: ImageConfig) -> tuple[Tensor, Tensor]:
 
     def owners(tiles: int) -> tuple[Tensor, Tensor]:
         """Along one axis: the crop that owns each patch, and the patch's place inside that crop."""
-        first, last = c.margins
-        crop = torch.arange(tiles).repeat_interleave(c.side - first - last)
-        crop = torch.cat([torch.zeros(first, dtype=torch.long), crop, torch.full((last,), tiles - 1)])
-        return crop, torch.arange(len(crop)) - crop * (c.side - first - last)
+        before, after = c.margins
+        crop = torch.arange(tiles).repeat_interleave(c.side - before - after)
+        crop = torch.cat([torch.zeros(before, dtype=torch.long), crop, torch.full((after,), tiles - 1)])
+        return crop, torch.arange(len(crop)) - crop * (c.side - before - after)
 
     (crop_y, y), (crop_x, x) = owners(rows), owners(columns)
     crop = crop_y[:, None] * columns + crop_x

@@ -102,10 +102,10 @@ class AttentionMask:
         runs: list[Run] = []
         for b, kinds in enumerate(torch.stack([self.record, self.response, self.image], dim=-1)):
             changes = (kinds[1:] != kinds[:-1]).any(-1).nonzero().flatten() + 1
-            first = torch.cat([changes.new_zeros(1), changes])
-            spans = list(pairwise([*first.tolist(), len(kinds)]))
-            allowed = self.allow(b, None, first[:, None], first[None, :]).tolist()
-            for i, image in enumerate(self.image[b, first].tolist()):
+            starts = torch.cat([changes.new_zeros(1), changes])
+            spans = list(pairwise([*starts.tolist(), len(kinds)]))
+            allowed = self.allow(b, None, starts[:, None], starts[None, :]).tolist()
+            for i, image in enumerate(self.image[b, starts].tolist()):
                 keys = merged([span for span, yes in zip(spans, allowed[i], strict=True) if yes])
                 run = Run(b, *spans[i], keys, not image)
                 if runs and runs[-1].goes_on_in(run):

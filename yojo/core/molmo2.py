@@ -138,7 +138,7 @@ class VisionBackbone(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        v, a = config.vision, config.adapter
+        v, a = config.vision, config.connector
         self.image_vit = ImageViT(v, config.vision_depth, config.vision_layers)
         read_width = v.hidden_size * len(config.vision_layers)
         self.image_pooling_2d = VisionAttention(read_width, a.hidden_size, a.num_attention_heads, a.head_dim)
@@ -148,17 +148,17 @@ class VisionBackbone(nn.Module):
         """patches [views, P, 3 * patch^2], pooling int [M, window] (-1 = padding) -> features [M', D]."""
         return self.image_projector(self.pool(torch.cat(self.image_vit(patches), dim=-1), pooling))
 
-    def pool(self, seen: Tensor, pooling: Tensor) -> Tensor:
+    def pool(self, outputs: Tensor, pooling: Tensor) -> Tensor:
         """One token per window: the mean of the window's patches asks, the patches answer.
 
-        seen [views, P, W], pooling [M, window] -> [M', width]; windows without any patch are dropped.
+        outputs [views, P, W], pooling [M, window] -> [M', width]; windows without any patch are dropped.
         """
-        seen = seen.flatten(0, 1)
-        if pooling.max() >= len(seen):
-            raise ValueError(f"pooling index {int(pooling.max())} points beyond the {len(seen)} patches given")
+        outputs = outputs.flatten(0, 1)
+        if pooling.max() >= len(outputs):
+            raise ValueError(f"pooling index {int(pooling.max())} points beyond the {len(outputs)} patches given")
         pooling = pooling[(pooling >= 0).any(-1)]
         valid = pooling >= 0  # [M', window]
-        patches = seen[pooling.clamp_min(0)] * valid[..., None]
+        patches = outputs[pooling.clamp_min(0)] * valid[..., None]
         query = patches.sum(1, keepdim=True) / valid.sum(1)[:, None, None].to(patches.dtype)
         return self.image_pooling_2d(query, patches, valid[:, None, None, :]).squeeze(1)
 

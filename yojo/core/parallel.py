@@ -20,7 +20,7 @@ from tqdm import tqdm
 from yojo.files import InputError
 
 
-def start() -> torch.device:
+def join_group() -> torch.device:
     """Join the processes that `torchrun` started, if it did -> the device of this one."""
     if "WORLD_SIZE" not in os.environ:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,26 +36,26 @@ def start() -> torch.device:
     return device
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """(rank, number of processes)"""
     if not distributed.is_initialized():
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def first() -> bool:
-    return place()[0] == 0
+def is_main() -> bool:
+    return rank_and_world()[0] == 0
 
 
 def say(text: str) -> None:
     """Print, in the first process alone."""
-    if first():
+    if is_main():
         print(text)
 
 
 def progress(steps: Iterable, title: str | None, **more) -> tqdm:
     """A progress bar, in the first process alone; title None = none."""
-    return tqdm(steps, title, disable=title is None or not first(), mininterval=1, **more)
+    return tqdm(steps, title, disable=title is None or not is_main(), mininterval=1, **more)
 
 
 def wait() -> None:
@@ -66,7 +66,7 @@ def wait() -> None:
 
 def share(parts: int) -> range:
     """The micro-batches of a step that are this process's."""
-    rank, world = place()
+    rank, world = rank_and_world()
     if parts % world:
         raise InputError(
             f"{parts} micro-batches a step can't be shared by {world} processes: take a divisor of {parts}"
@@ -74,13 +74,13 @@ def share(parts: int) -> range:
     return range(rank, parts, world)
 
 
-def add_up(parameters: Sequence[nn.Parameter], seen: dict[str, float]) -> dict[str, float]:
+def add_up(parameters: Sequence[nn.Parameter], logged: dict[str, float]) -> dict[str, float]:
     """Gradients in place and logged numbers, summed over processes."""
-    if place()[1] == 1:
-        return seen
+    if rank_and_world()[1] == 1:
+        return logged
     for p in parameters:
         distributed.all_reduce(p.grad)
-    names = sorted(seen)
-    numbers = torch.tensor([seen[name] for name in names], dtype=torch.float64, device=parameters[0].device)
+    names = sorted(logged)
+    numbers = torch.tensor([logged[name] for name in names], dtype=torch.float64, device=parameters[0].device)
     distributed.all_reduce(numbers)
     return dict(zip(names, numbers.tolist(), strict=True))

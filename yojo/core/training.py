@@ -82,21 +82,21 @@ class PreferenceLoss:
             batches += [window[k : k + size] for k in range(0, len(window), size)]
         return [record for batch in rng.sample(batches, len(batches)) for record in batch]
 
-    def draw(self, step: int, micro_batch: int) -> list[Record]:
+    def records_of(self, step: int, micro_batch: int) -> list[Record]:
         n, size = len(self.records), self.recipe.records
         start = (step * self.recipe.fit.accumulate + micro_batch) * size
         return [self.epoch(k // n)[k % n] for k in range(start, start + size)]
 
     def culprits(self, step: int) -> list[Record]:
         """The records of a step; where some have scores that are not finite now, only those."""
-        records = [record for part in range(self.recipe.fit.accumulate) for record in self.draw(step, part)]
+        records = [record for k in range(self.recipe.fit.accumulate) for record in self.records_of(step, k)]
         scores = [self.rm.score_encoded([encode(record, self.rm.processor)])[0] for record in records]
         bad = [record for record, row in zip(records, scores, strict=True) if not all(map(math.isfinite, row))]
         return bad or records
 
     def __call__(self, step: int, micro_batch: int) -> tuple[Tensor, dict[str, float]]:
         rng, rm = random.Random(f"{self.seed} shuffle {step} {micro_batch}"), self.rm
-        records = [shuffled(record, rng) for record in self.draw(step, micro_batch)]
+        records = [shuffled(record, rng) for record in self.records_of(step, micro_batch)]
         rows = [encode(record, rm.processor) for record in records]
         batch = collate(rows, rm.mode, rm.backbone.config.pad_id).to(rm.backbone.device)
         scores = pad_sequence(rm(batch).split(batch.counts), batch_first=True)  # [B, N]

@@ -31,7 +31,7 @@ from yojo.store import load_adapter, save_adapter
 from yojo.tiny import world
 from yojo.tiny.experiment import NAMES
 
-START = "start"  # the adapter that it started from
+REFERENCE = "reference"  # the adapter that the policy started from
 START_STEPS = 120  # of --make-start
 STARTS_FROM = WEIGHTS / "tiny-policy"
 
@@ -47,8 +47,8 @@ def quality(q: SceneQuestion, text: str) -> float:
     """Share of the five facts that the question did not give away which are stated and true."""
     word, found = asked_about(q), world.DESCRIPTION.fullmatch(text)
     facts = q.scene.facts(q.scene.find(word))
-    asked = [slot for slot in facts if facts[slot] != word]
-    return sum(found[slot] == facts[slot] for slot in asked) / len(asked) if found else 0.0
+    open_slots = [slot for slot in facts if facts[slot] != word]
+    return sum(found[slot] == facts[slot] for slot in open_slots) / len(open_slots) if found else 0.0
 
 
 def asked_about(q: SceneQuestion) -> str:
@@ -109,7 +109,7 @@ def make_start(out: Path, steps: int, seed: int, overwrite: bool) -> dict:
 
 
 @torch.no_grad()
-def examine(
+def evaluate_policy(
     rm: RewardModel, adapter: str, c: GrpoConfig, seed: int, temperature: float, count: int = 100
 ) -> list[float]:
     """True quality of answers to new questions: greedy ones, or four sampled ones each."""
@@ -127,11 +127,11 @@ REWARDS = ("joint", "isolated")
 CONTROLS = ("random", "oracle")
 
 
-def tiny_run(name: str, seed: int, c: GrpoConfig, threads: int, folder: Path | None) -> dict:
+def run_one(name: str, seed: int, c: GrpoConfig, threads: int, folder: Path | None) -> dict:
     """One policy trained with one reward, in a process of its own."""
     torch.set_num_threads(threads)
     rm = RewardModel.load(shipped(f"weights/{NAMES['isolated' if name == 'isolated' else 'joint']}"), lm_head=True)
-    for adapter in (START, POLICY):
+    for adapter in (REFERENCE, POLICY):
         load_adapter(rm.backbone, adapter, STARTS_FROM)
         for p in lora.parameters(rm.backbone, adapter):
             p.requires_grad_(False)
@@ -155,20 +155,22 @@ def tiny_run(name: str, seed: int, c: GrpoConfig, threads: int, folder: Path | N
         )
 
     result = {"name": name, "seed": seed}
-    for when, adapter in (("before", START), ("after", POLICY)):
+    for when, adapter in (("before", REFERENCE), ("after", POLICY)):
         if when == "after":
-            result["log"] = train_policy(rm, reward, sample_prompts, c, seed, START, report=report, quality=quality)
+            result["log"] = train_policy(rm, reward, sample_prompts, c, seed, REFERENCE, report=report, quality=quality)
         for kind, temperature in (("sampled", c.temperature), ("greedy", 0.0)):
-            result[f"{kind}_{when}"] = examine(rm, adapter, c, seed, temperature)
+            result[f"{kind}_{when}"] = evaluate_policy(rm, adapter, c, seed, temperature)
     if name == "joint":
-        result["cooler"] = examine(rm, START, c, seed, 0.5)
+        result["cooler"] = evaluate_policy(rm, REFERENCE, c, seed, 0.5)
     if folder is not None:
         lines = (json.dumps(entry) for entry in result["log"])
         (folder / f"{name}-{seed}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return result
 
 
-def tiny(c: GrpoConfig, names: Sequence[str], seeds: Sequence[int], out: Path | None, overwrite: bool) -> list[dict]:
+def run_tiny(
+    c: GrpoConfig, names: Sequence[str], seeds: Sequence[int], out: Path | None, overwrite: bool
+) -> list[dict]:
     start = time.monotonic()
     shipped(f"weights/{NAMES['joint']}")  # or no work is begun
     if not (STARTS_FROM / "adapter_config.json").exists():
@@ -180,7 +182,7 @@ def tiny(c: GrpoConfig, names: Sequence[str], seeds: Sequence[int], out: Path | 
     jobs = [(name, seed) for seed in seeds for name in names]
     processes, threads = pool(len(jobs))
     with processes:
-        started = [processes.submit(tiny_run, name, seed, c, threads, out) for name, seed in jobs]
+        started = [processes.submit(run_one, name, seed, c, threads, out) for name, seed in jobs]
         runs = [job.result() for job in started]
     rows = []
     print(f"\ntrue quality of answers to new questions, seeds {list(seeds)}, 95% intervals over questions")

@@ -20,7 +20,7 @@ from yojo.core.held_out import score_records
 from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
 from yojo.tiny import world
-from yojo.tiny.experiment import CORROBORATED, NAMES, tiny, with_features
+from yojo.tiny.experiment import CORROBORATED, NAMES, run_tiny, with_features
 
 GROUPS, ORDERS, NOISE = 1000, 4, 0.45
 SIZES = (2, 4, 8, 16)  # the shipped models were trained on 2 to 8 answers
@@ -84,7 +84,7 @@ def tables(seed: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         print("training two models on corroborated, which are not shipped:")
-        tiny("corroborated", CORROBORATED, [6], MODES, range(seed, seed + 1), folder, True, False)
+        run_tiny("corroborated", CORROBORATED, [6], MODES, range(seed, seed + 1), folder, True, False)
         compared = {mode: folder / NAMES[mode] for mode in MODES}
         print(f"\none set of weights under three masks, accuracy over {GROUPS} groups")
         print(f"{'task':22s}{'trained':10s}" + "".join(f"{name:>24s}" for name in MASKS))

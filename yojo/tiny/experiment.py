@@ -81,7 +81,7 @@ def with_features(records: Sequence[Record], rm: RewardModel, size: int = 64) ->
     return [replace(r, pictures=kept[tuple(r.images), r.video, r.max_crops]) for r in records]
 
 
-def tiny_run(
+def run_one(
     recipe: Recipe, mode: str, seed: int, folder: Path, out: Path | None, overwrite: bool, threads: int
 ) -> dict:
     """Train one mode on the records in `folder` and measure it. Runs in a process of its own."""
@@ -112,7 +112,7 @@ def tiny_run(
     return {"seed": seed, "mode": mode, "figures": figures}
 
 
-def tiny(
+def run_tiny(
     task: str,
     recipe: Recipe,
     sizes: Sequence[int],
@@ -134,7 +134,7 @@ def tiny(
         for seed in seeds:
             folder = Path(temporary) / str(seed)
             write_world(folder, task, recipe, sizes, seed, paraphrase)
-            jobs += [processes.submit(tiny_run, recipe, m, seed, folder, out, overwrite, threads) for m in modes]
+            jobs += [processes.submit(run_one, recipe, m, seed, folder, out, overwrite, threads) for m in modes]
             tests.append(read_records(folder / "test.jsonl"))
         runs = [job.result() for job in jobs]
     result = summary(task, runs, [record for test in tests for record in test])

@@ -242,9 +242,9 @@ def corroborated(scene: Scene, rng: random.Random, paraphrase: bool = False, hel
     """{T, T, U, V, F, F} in random order; best = T. With `paraphrase` the two copies are worded differently, so that
     no comparison of strings finds them. With `held_out`, T is the scene's first thing."""
     t, u, v = (scene.things[0], *rng.sample(scene.things[1:], 2)) if held_out else rng.sample(scene.things, 3)
-    seen = {(x.colour, x.shape) for x in scene.things}
+    there = {(x.colour, x.shape) for x in scene.things}
     taken = {u.colour, v.colour, u.shape, v.shape}
-    f = rng.choice([p for p in PAIRS if (p in HELD_OUT) == held_out and p not in seen and not taken & set(p)])
+    f = rng.choice([p for p in PAIRS if (p in HELD_OUT) == held_out and p not in there and not taken & set(p)])
 
     def say(pair: tuple[str, str], times: int) -> list[str]:
         ways = list(wordings(*pair))
