@@ -320,7 +320,7 @@ def load_ours(folder: Path, args: argparse.Namespace, pipe) -> None:
             backbone(torch.zeros(1, 5, dtype=torch.long, device=device), keep=torch.tensor([[0, 1], [0, 3]]))
         pipe.send({"begin": 1})
         for mode in MODES:
-            batch = collate([encoded], mode).to(device)
+            batch = collate([encoded], mode, device=device)
 
             def one_pass(batch=batch, mode=mode):
                 inputs = batch.input_ids, backbone.encode_images(batch.pictures), batch.mask, batch.positions
@@ -342,7 +342,7 @@ def load_theirs(folder: Path, args: argparse.Namespace, pipe) -> None:
     pipe.send(
         {"phase": "load", "load_s": time.perf_counter() - start, "weights": sum(p.nbytes for p in model.parameters())}
     )
-    batch = collate([encoded], "joint").to(device)
+    batch = collate([encoded], "joint", device=device)
     inputs = dict(
         input_ids=batch.input_ids,
         mm_token_type_ids=batch.mask.image.long(),
@@ -400,7 +400,7 @@ class Setting:
         return self.prompt.continued(responses, self.separator)
 
     def batch(self, records: list[Encoded], mode: str) -> Batch:
-        return collate(records, mode).to(self.device)
+        return collate(records, mode, device=self.device)
 
     def run(self, batch: Batch) -> Tensor:
         inputs = batch.input_ids, batch.pictures.features, batch.mask, batch.positions

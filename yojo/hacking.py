@@ -22,13 +22,13 @@ import torch
 
 from yojo import metrics
 from yojo.cli import Parser, run, shipped
-from yojo.core.data import Record, encode, open_pictures
+from yojo.core.data import Record, encode
 from yojo.core.grpo import POLICY, GrpoConfig, RewardFn, advantages, group_rewards, reward_fn, sample_group
 from yojo.core.prompt import SEPARATOR, Encoded, Tokenizer
 from yojo.core.reward import RewardModel
 from yojo.files import InputError
 from yojo.store import load_adapter
-from yojo.tiny.captions import STARTS_FROM, SceneQuestion, noisy_caption, quality, question
+from yojo.tiny.captions import STARTS_FROM, SceneQuestion, noisy_caption, prompt_row, quality, question
 from yojo.tiny.experiment import NAMES
 
 SPELLED = 0.05  # share of the answers that go on after a separator
@@ -85,8 +85,8 @@ def hack(groups: int, seed: int) -> list[dict]:
     found = {reading: {name: [] for name in (*PLACES, "tau", "tau_others")} for reading in READINGS}
     for _ in range(groups):
         q = question(rng)
-        q = replace(q, pictures=rm.backbone.keep_features(open_pictures(q, rm.processor)))
-        prompt = encode(q, rm.processor)
+        prompt = prompt_row(rm, q)
+        q = replace(q, pictures=prompt.pictures)
         answers = sample_group(rm.backbone, prompt, c.group, c.max_new_tokens, c.temperature, generator)
         honest = [rm.processor.tokenizer.decode(a[a != rm.backbone.config.eos_id].tolist()) for a in answers]
         texts = [cheat(q, text, rng) for text in honest]

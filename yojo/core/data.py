@@ -14,9 +14,11 @@ A batch is rows beside each other. By default a row is a record; several records
 See it: `pytest tests/test_data.py`.
 """
 
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -66,10 +68,15 @@ def encode(record: Record, processor: Processor, pixels: bool = True) -> Encoded
 
 
 def open_pictures(record: Record, processor: Processor, pixels: bool = True) -> Pictures:
+    """What a record shows: what is open already, or its files."""
     if record.pictures is not None:
         return record.pictures
     with record.named():
         return processor.open_pictures(record.images or None, record.video, record.max_crops, pixels)
+
+
+def random_order(record: Record, rng: random.Random) -> list[int]:
+    return rng.sample(range(len(record.responses)), len(record.responses))
 
 
 def in_order(record: Record, order: Sequence[int]) -> Record:
@@ -130,8 +137,9 @@ def _images(raw: dict, where: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows ready for the backbone. input_ids, positions int [B, T]; score_positions int [R, 2], one (row, index) a
-    response, in the order of the records; counts: responses of each record; pictures: those of all rows, in order."""
+    """Rows ready for the backbone, on its device. input_ids, positions int [B, T]; score_positions int [R, 2], one
+    (row, index) a response, in the order of the records; counts: responses of each record; pictures: those of all rows,
+    in order."""
 
     input_ids: Tensor
     mask: AttentionMask
@@ -140,36 +148,31 @@ class Batch:
     counts: list[int]
     pictures: Pictures
 
-    def to(self, device: torch.device) -> "Batch":
-        ids, positions, scores = (x.to(device) for x in (self.input_ids, self.positions, self.score_positions))
-        mask = self.mask.to(device)
-        return replace(self, input_ids=ids, mask=mask, positions=positions, score_positions=scores)
 
-
-def collate(rows: Sequence[Encoded | Sequence[Encoded]], mode: str, pad_id: int = 0) -> Batch:
-    """Encoded records -> one batch, padded on the right. An entry that is itself a list shares one row."""
+def collate(
+    rows: Sequence[Encoded | Sequence[Encoded]], mode: str, pad_id: int = 0, device: str | torch.device = "cpu"
+) -> Batch:
+    """Encoded records -> one batch on a device, padded on the right. An entry that is itself a list shares one row."""
     rows = [[row] if isinstance(row, Encoded) else list(row) for row in rows]
     records = [e for row in rows for e in row]
 
     def pad(columns: Iterable[list[Tensor]], value: int) -> Tensor:
-        return nn.utils.rnn.pad_sequence([torch.cat(c) for c in columns], batch_first=True, padding_value=value)
+        padded = nn.utils.rnn.pad_sequence([torch.cat(c) for c in columns], batch_first=True, padding_value=value)
+        return padded.to(device)
 
+    pictures = join([e.pictures for e in records])
     ids = pad(([e.ids for e in row] for row in rows), pad_id)
     record = pad(([torch.full_like(e.ids, i) for i, e in enumerate(row)] for row in rows), PADDING)
     response = pad(([e.response for e in row] for row in rows), PROMPT)
     image = pad(([e.image for e in row] for row in rows), False)
     positions = pad(([e.positions(mode) for e in row] for row in rows), 0)
-    scores = [(b, start + t) for b, row in enumerate(rows) for start, e in _starts(row) for t in e.score_positions]
-    scores = torch.tensor(scores, dtype=torch.long).view(-1, 2)
+    scores = []
+    for b, row in enumerate(rows):
+        starts = accumulate((len(e.ids) for e in row), initial=0)
+        scores += [(b, start + t) for start, e in zip(starts, row, strict=False) for t in e.score_positions]
+    scores = torch.tensor(scores, dtype=torch.long, device=device).view(-1, 2)
     mask = AttentionMask(record, response, image, mode)
-    return Batch(ids, mask, positions, scores, [len(e.spans) for e in records], join([e.pictures for e in records]))
-
-
-def _starts(row: list[Encoded]) -> Iterable[tuple[int, Encoded]]:
-    start = 0
-    for e in row:
-        yield start, e
-        start += len(e.ids)
+    return Batch(ids, mask, positions, scores, [len(e.spans) for e in records], pictures)
 
 
 def join(pictures: Sequence[Pictures]) -> Pictures:

@@ -79,9 +79,10 @@ def head(config: Config, inner: int, kept: int) -> int:
 def executed(row: Encoded, mode: str) -> tuple[int, int]:
     """Pairs that are computed in a block, and in the last one: all of a short row, else each call's queries with its
     keys; the last block leaves out calls in which no score is read."""
-    T, batch = len(row.ids), collate([row], mode)
+    T = len(row.ids)
     if not ops.by_runs(T):
         return T * T, T * T
+    batch = collate([row], mode)
     kept = batch.score_positions.tolist()
     runs = [(run, (run.stop - run.start) * sum(z - a for a, z in run.keys)) for run in ops.calls(batch.mask)]
     return sum(pairs for _, pairs in runs), sum(pairs for run, pairs in runs if ops.holds(run, kept))

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from yojo.core import lora
-from yojo.core.data import Record, collate, encode, open_pictures
+from yojo.core.data import Record, collate, encode
 from yojo.core.generate import at_least_float32, generate
 from yojo.core.molmo2 import Molmo2
 from yojo.core.prompt import Encoded, Tokenizer
@@ -91,7 +91,7 @@ def log_probs(
 ) -> Tensor:
     """(prompt, answers) of several groups -> log p of every answer token [all tokens], one pass."""
     rows, predicts = zip(*(group_row(prompt, answers) for prompt, answers in groups), strict=True)
-    batch = collate(rows, "isolated").to(model.device)
+    batch = collate(rows, "isolated", device=model.device)
     keep = torch.tensor([(b, t) for b, indices in enumerate(predicts) for t in indices], device=model.device)
     inputs = batch.input_ids, model.encode_images(batch.pictures), batch.mask, batch.positions
     logits = at_least_float32(model.logits(model(*inputs, keep, adapter=adapter))) / temperature
@@ -139,12 +139,12 @@ def rollout(
     processor = replace(rm.processor, layout="default")  # as the policy was trained, however its reward model reads
     for record in prompts:
         start = time.perf_counter()
-        record = replace(record, pictures=model.keep_features(open_pictures(record, processor)))
         prompt = encode(record, processor)
+        prompt = replace(prompt, pictures=model.keep_features(prompt.pictures))
         answers = sample_group(model, prompt, c.group, c.max_new_tokens, c.temperature, generator)
         texts = [processor.tokenizer.decode(a[a != model.config.eos_id].tolist()) for a in answers]
         sampled = time.perf_counter()
-        groups.append((prompt, answers, texts, group_rewards(reward, record, texts)))
+        groups.append((prompt, answers, texts, group_rewards(reward, replace(record, pictures=prompt.pictures), texts)))
         clock["rollout"] = clock.get("rollout", 0) + sampled - start
         clock["scoring"] = clock.get("scoring", 0) + time.perf_counter() - sampled
     start, answered = time.perf_counter(), [group[:2] for group in groups]
@@ -167,7 +167,7 @@ def sample_group(
     room = model.config.text.max_position_embeddings - len(prompt.ids)
     if max_new_tokens > room:
         raise InputError(f"--max-new-tokens {max_new_tokens}: the prompt leaves room for {room}")
-    batch = collate([prompt], "joint").to(model.device)
+    batch = collate([prompt], "joint", device=model.device)
     inputs = batch.input_ids, model.encode_images(batch.pictures), batch.mask
     out = generate(model, *inputs, n, max_new_tokens, temperature, generator, adapter).cpu()
     ends = [(row == model.config.eos_id).nonzero().flatten()[:1].tolist() for row in out]

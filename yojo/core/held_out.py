@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from yojo.core import parallel
-from yojo.core.data import Record, encode, in_order
+from yojo.core.data import Record, encode, in_order, random_order
 from yojo.core.prompt import Encoded
 from yojo.core.reward import RewardModel
 from yojo.files import InputError
@@ -43,7 +43,7 @@ def score_records(
     """Scores of every record, its responses shown in an order drawn from the seed: fed in file order, a joint model can
     turn position into accuracy. `title` names a progress bar."""
     rng = random.Random(f"{seed} evaluate")
-    shown = ((record, rng.sample(range(len(record.responses)), len(record.responses))) for record in records)
+    shown = ((record, random_order(record, rng)) for record in records)
     return list(parallel.progress(score_orders(rm, shown, mode), title, total=length_hint(records) or None))
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from yojo.core.config import ImageConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pictures:
     """What a record shows, from its files to the decoder; `Pictures()` shows nothing.
 

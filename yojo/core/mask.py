@@ -17,7 +17,7 @@ See it: `python -m yojo.score --tiny --draw-mask mask.png`; `pytest tests/test_m
 by hand.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -69,10 +69,6 @@ class AttentionMask:
         if not self.record.shape == self.response.shape == self.image.shape or self.record.ndim != 2:
             shapes = [tuple(x.shape) for x in (self.record, self.response, self.image)]
             raise ValueError(f"record, response and image must share one [B, T] shape, got {shapes}")
-
-    def to(self, device: torch.device) -> "AttentionMask":
-        record, response, image = (x.to(device) for x in (self.record, self.response, self.image))
-        return replace(self, record=record, response=response, image=image)
 
     def allow(self, b, h, q, k) -> Tensor:
         """May query q attend to key k, in row b? Broadcastable index tensors -> bool; h, the head, plays no part."""

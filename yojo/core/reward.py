@@ -127,7 +127,7 @@ class RewardModel(nn.Module):
         """Scores of several encoded records, read in one batch. Long ones, which are computed run by run anyway,
         stand in one row, which needs no padding."""
         rows = [records] if ops.by_runs(max(len(e.ids) for e in records)) else records
-        batch = collate(rows, mode or self.mode, self.backbone.config.pad_id).to(self.backbone.device)
+        batch = collate(rows, mode or self.mode, self.backbone.config.pad_id, self.backbone.device)
         return [s.tolist() for s in self(batch).split(batch.counts)]
 
     def score_all(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from yojo.core import parallel
-from yojo.core.data import Record, collate, encode, in_order
+from yojo.core.data import Record, collate, encode, in_order, random_order
 from yojo.core.lora import LoraConfig
 from yojo.core.loss import LOSSES, best
 from yojo.core.reward import RewardModel
@@ -96,16 +96,12 @@ class PreferenceLoss:
 
     def __call__(self, step: int, micro_batch: int) -> tuple[Tensor, dict[str, float]]:
         rng, rm = random.Random(f"{self.seed} shuffle {step} {micro_batch}"), self.rm
-        records = [shuffled(record, rng) for record in self.records_of(step, micro_batch)]
+        records = [in_order(record, random_order(record, rng)) for record in self.records_of(step, micro_batch)]
         rows = [encode(record, rm.processor) for record in records]
-        batch = collate(rows, rm.mode, rm.backbone.config.pad_id).to(rm.backbone.device)
+        batch = collate(rows, rm.mode, rm.backbone.config.pad_id, rm.backbone.device)
         scores = pad_sequence(rm(batch).split(batch.counts), batch_first=True)  # [B, N]
         ranks = pad_sequence([torch.tensor(record.rankings) for record in records], batch_first=True).to(scores.device)
         return LOSSES[self.recipe.loss](scores, ranks), {"accuracy": accuracy(scores, ranks)}
-
-
-def shuffled(record: Record, rng: random.Random) -> Record:
-    return in_order(record, rng.sample(range(len(record.responses)), len(record.responses)))
 
 
 def accuracy(scores: Tensor, ranks: Tensor) -> float:

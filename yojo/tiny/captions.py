@@ -19,7 +19,7 @@ from torch import Tensor
 from yojo import metrics
 from yojo.cli import WEIGHTS, pool, shipped
 from yojo.core import lora
-from yojo.core.data import Record, encode, open_pictures
+from yojo.core.data import Record, encode
 from yojo.core.grpo import POLICY, GrpoConfig, RewardFn, log_probs, reward_fn, sample_group, train_policy
 from yojo.core.lora import LoraConfig
 from yojo.core.prompt import Encoded
@@ -77,8 +77,8 @@ def noisy_caption(q: SceneQuestion, rng: random.Random, wrong: dict[str, float] 
 
 def prompt_row(rm: RewardModel, q: SceneQuestion) -> Encoded:
     """The question's row, its picture encoded."""
-    pictures = rm.backbone.keep_features(open_pictures(q, rm.processor))
-    return encode(replace(q, pictures=pictures), rm.processor)
+    row = encode(q, rm.processor)
+    return replace(row, pictures=rm.backbone.keep_features(row.pictures))
 
 
 class CaptionLoss:
