@@ -66,7 +66,7 @@ def test_a_size_is_enough_to_know_views_and_windows(size, config):
 
 @pytest.mark.parametrize("max_crops", [None, 1, 3])
 def test_a_record_is_as_long_before_its_pictures_are_opened(rm, records, max_crops, monkeypatch):
-    """And nothing is opened: a picture whose pixels are broken is measured all the same."""
+    """Nothing is opened for it."""
     records = [replace(record, max_crops=max_crops) for record in records]
     opened = [encode(record, rm.processor) for record in records]
     monkeypatch.setattr("yojo.core.prompt.open_picture", None)

@@ -83,9 +83,11 @@ def _pixels(image: Image.Image | Size) -> Tensor:
 
 def _resize(pixels: Tensor, height: int, width: int, c: ImageConfig) -> Tensor:
     """uint8 [3, h, w] -> normalised float32 [3, height, width]. Grey levels are whole before they are scaled."""
+    if pixels.is_meta:  # a shape is known at once; torch would work it out operation by operation
+        return pixels.new_empty(3, height, width, dtype=torch.float32)
     x = F.interpolate(pixels[None].float(), (height, width), mode="bilinear", align_corners=False, antialias=False)[0]
     x = x.round_().clamp_(0, 255) / 255
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (c.mean, c.std))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (c.mean, c.std))
     return (x - mean) / std
 
 
