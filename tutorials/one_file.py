@@ -215,7 +215,7 @@ def layer_norm(j: Judge, name: str, x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], j.weights[f"{name}.weight"], j.weights[f"{name}.bias"], eps)
 
 
-def see(j: Judge, patches: Tensor, windows: Tensor) -> Tensor:
+def encode_images(j: Judge, patches: Tensor, windows: Tensor) -> Tensor:
     """patches [views, P, 588] -> vision tower -> two of its layers side by side -> one vector a window -> [M, D]."""
     vit, connector, name = j.config["vit_config"], j.config["adapter_config"], "vision_backbone.image_vit"
     x = linear(j, f"{name}.patch_embedding", patches.to(j.head[0].dtype)) + j.weights[f"{name}.positional_embedding"]
@@ -276,7 +276,7 @@ def score(j: Judge, rows: list[Row]) -> tuple[Tensor, ...]:
     ids, image, position = (pad_sequence([getattr(r, k) for r in rows], True) for k in ("ids", "image", "position"))
     owner = pad_sequence([r.owner for r in rows], True, PADDING)
     with torch.no_grad():  # the tower is frozen
-        features = torch.cat([see(j, *r.picture) for r in rows])
+        features = torch.cat([encode_images(j, *r.picture) for r in rows])
     hidden = decode(j, ids, features, attention_mask(owner, image, j.isolated), position)
     h = torch.cat([states[r.ends] for states, r in zip(hidden, rows, strict=True)])
     W1, b1, w2, b2 = j.head

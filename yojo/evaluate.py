@@ -215,7 +215,7 @@ class Run:
         rm, record = self.rm, Record(item.prompt, item.responses, None, item.images, item.where, item.video)
         orders = item.orders(self.seed, self.permutations)
         record = replace(record, pictures=rm.backbone.keep_features(open_pictures(record, rm.processor)))
-        scores = list(score_orders(rm, [(record, order) for order in orders], self.mode))
+        scores = list(score_orders(rm, [(record, order) for order in orders], self.mode, tokens=1))
         if bad := [row for row in scores if not all(map(math.isfinite, row))]:
             raise InputError(f"{item.where}: scores are not finite: {bad[0]}")
         return scores

@@ -15,7 +15,7 @@ from torch import nn
 from yojo.core import parallel
 from yojo.core.data import Record
 from yojo.core.held_out import score_records
-from yojo.core.reward import RewardModel
+from yojo.core.reward import BATCH_TOKENS, RewardModel
 from yojo.core.state import UNSAVED, Log, NotFinite, RunState
 from yojo.core.training import Recipe, train
 from yojo.files import InputError, add_line, whole_file
@@ -108,11 +108,14 @@ def train_and_score(
     seed: int,
     save: Callable[[Log], None],
     state: RunState = UNSAVED,
+    tokens: int = BATCH_TOKENS,
     title: str = "train",
 ) -> dict[str, list[list[float]]]:
-    """Train `rm` in place and hand its log to `save`; then score every set of test records."""
+    """Train `rm` in place and hand its log to `save`; then score every set of test records, `tokens` in a batch."""
     save(train(rm, records, recipe, seed, state, title))
-    return {name: score_records(rm, some, seed, title=f"{title}, {name}") for name, some in tests.items()}
+    return {
+        name: score_records(rm, some, seed, tokens=tokens, title=f"{title}, {name}") for name, some in tests.items()
+    }
 
 
 def run_folder(out: Path, overwrite: bool, resume: bool) -> Path:

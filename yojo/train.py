@@ -69,7 +69,7 @@ def run_files(args: argparse.Namespace) -> dict:
         shutil.rmtree(training)
 
     tests, state = {"own": test, **controls(test)}, SavedRun(training, about)
-    scores = train_and_score(rm, records, tests, recipe, args.seed, save, state)
+    scores = train_and_score(rm, records, tests, recipe, args.seed, save, state, tokens=1)  # one at a time
     scores |= {name: [baseline(r.responses) for r in test] for name, baseline in metrics.BASELINES.items()}
     figures = {name: metrics.accuracies(some, test) for name, some in scores.items()}
     print(f"\nbest-of-N accuracy of the {args.mode} model on {len(test)} records it was not trained on, 95% intervals")

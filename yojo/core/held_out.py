@@ -16,15 +16,19 @@ from PIL import Image
 from yojo.core import parallel
 from yojo.core.data import Record, encode, in_order, random_order
 from yojo.core.prompt import Encoded
-from yojo.core.reward import RewardModel
+from yojo.core.reward import BATCH_TOKENS, RewardModel
 from yojo.files import InputError
 from yojo.media import open_video, picture_size
 
 
 def score_orders(
-    rm: RewardModel, shown: Iterable[tuple[Record, Sequence[int]]], mode: str | None = None
+    rm: RewardModel,
+    shown: Iterable[tuple[Record, Sequence[int]]],
+    mode: str | None = None,
+    tokens: int = BATCH_TOKENS,
 ) -> Iterator[list[float]]:
-    """Records, each with an order to show its responses in -> scores of each, in the record's own order."""
+    """Records, each with an order to show its responses in -> scores of each, in the record's own order. mode and
+    tokens: as in `RewardModel.score_all`; with 1 token every record is a batch of its own."""
     orders = deque()
 
     def rows() -> Iterator[Encoded]:
@@ -32,19 +36,24 @@ def score_orders(
             orders.append(order)
             yield encode(in_order(record, order), rm.processor)
 
-    for scores in rm.score_all(rows(), mode):
+    for scores in rm.score_all(rows(), mode, tokens):
         order = orders.popleft()
         yield [scores[order.index(i)] for i in range(len(order))]
 
 
 def score_records(
-    rm: RewardModel, records: Iterable[Record], seed: int, mode: str | None = None, title: str | None = None
+    rm: RewardModel,
+    records: Iterable[Record],
+    seed: int,
+    mode: str | None = None,
+    tokens: int = BATCH_TOKENS,
+    title: str | None = None,
 ) -> list[list[float]]:
     """Scores of every record, its responses shown in an order drawn from the seed: fed in file order, a joint model can
     turn position into accuracy. `title` names a progress bar."""
     rng = random.Random(f"{seed} evaluate")
     shown = ((record, random_order(record, rng)) for record in records)
-    return list(parallel.progress(score_orders(rm, shown, mode), title, total=length_hint(records) or None))
+    return list(parallel.progress(score_orders(rm, shown, mode, tokens), title, total=length_hint(records) or None))
 
 
 def blanked(records: Iterable[Record]) -> Iterator[Record]:
