@@ -103,7 +103,7 @@ def test_drift_counts_what_bfloat16_changes(command, tmp_path):
 
 def test_a_step_of_their_trunk_reaches_every_one_of_its_pairs(setting):
     s, peer = setting[0], copy.deepcopy(setting[1].model)
-    batch = s.batch([s.record([s.random_tokens(5), s.random_tokens(6)])], "joint")
+    batch = s.batch([s.row_of([s.random_tokens(5), s.random_tokens(6)])], "joint")
     config = bench.LoraConfig(r=2, dropout=0.0)
     step, reached = bench.their_step(s, Namespace(model=peer), batch, torch.tensor([[1, 2]]), config), set()
     pairs = {name: p for name, p in peer.named_parameters() if p.requires_grad}

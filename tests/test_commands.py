@@ -112,8 +112,8 @@ def test_help_explains_every_option(command, module, monkeypatch):
         (evaluate, ["--tiny"]),
         (hacking, []),
         (pretrain, ["--out", "{folder}/a"]),
-        (flops, ["--size", "tiny"]),
-        (bench, ["score", "--size", "tiny"]),
+        (flops, ["--shape", "tiny"]),
+        (bench, ["score", "--shape", "tiny"]),
         (checkpoint, ["random", "--shape", "tiny", "--out", "{folder}/b"]),
     ],
 )

@@ -21,7 +21,7 @@ from PIL import Image
 from yojo import evaluate
 from yojo.cli import WEIGHTS
 from yojo.core.reward import RewardModel
-from yojo.evaluate import Item, Run, order_sensitivity, read_items, report
+from yojo.evaluate import Evaluation, Item, order_sensitivity, read_items, report
 from yojo.files import InputError
 
 
@@ -41,7 +41,7 @@ def write(folder, rows):
 def judged(folder, form, rows, mapping=None, habit=0.0):
     """The report, the judge's score being the number after "s=" plus a habit for whatever is shown first."""
     items, _ = read_items(write(folder, rows), form, mapping or {}, False)
-    r = Run(None, items, "joint", 0, 2)
+    r = Evaluation(None, items, "joint", 0, 2)
     scores = []
     for item in items:
         shown = []
@@ -168,7 +168,7 @@ def test_orders_depend_on_seed_and_content_and_a_pair_has_two():
 
 def test_order_sensitivity_by_hand():
     item = Item("?", ["a", "b", "c"], [1, 2, 3], [], None, "all", "", "")
-    r = Run(None, [item], "joint", 0, 3)
+    r = Evaluation(None, [item], "joint", 0, 3)
     got = order_sensitivity(r, [[[3, 2, 1], [1, 2, 3], [3, 1, 1]]])
     assert got["changed"] == 0.5 and got["mean_over_orders"] == 1.0
 
@@ -247,7 +247,7 @@ def words(path, *more):
 KILLED = """
 import os, signal, sys
 from yojo import evaluate
-real, calls = evaluate.Run.score_item, []
+real, calls = evaluate.Evaluation.score_item, []
 def score(self, item):
     calls.append(1)
     if len(calls) == 6:
@@ -255,7 +255,7 @@ def score(self, item):
             file.write("[[0.1, 0.")  # half a line, as a kill in the middle of a write leaves it
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, item)
-evaluate.Run.score_item = score
+evaluate.Evaluation.score_item = score
 evaluate.main()
 """
 
@@ -267,8 +267,8 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_identical_report(command,
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # other sums round otherwise
     done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL and len((folder / "b.jsonl").read_text().splitlines()) == 7
-    calls, real = [], Run.score_item
-    monkeypatch.setattr(Run, "score_item", lambda self, item: calls.append(1) or real(self, item))
+    calls, real = [], Evaluation.score_item
+    monkeypatch.setattr(Evaluation, "score_item", lambda self, item: calls.append(1) or real(self, item))
     assert command(evaluate, *arguments)[0] == 0
     assert len(calls) == 12 - 5, "what was scored before the kill is scored no second time"
     for name in ("json", "jsonl"):
@@ -315,7 +315,7 @@ def test_scores_do_not_depend_on_how_they_are_asked_for(benchmark):
     """The first order's scores are those of `RewardModel.score` on the answers so shown."""
     items, _ = read_items(benchmark, "records", {}, False)
     rm = RewardModel.load(WEIGHTS / "tiny-rm")
-    r = Run(rm, items, "joint", 0, 1)
+    r = Evaluation(rm, items, "joint", 0, 1)
     for item in items[:4]:
         order = item.orders(0, 1)[0]
         shown = rm.score(item.prompt, [item.responses[i] for i in order], image=item.images)

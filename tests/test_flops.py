@@ -140,7 +140,7 @@ def test_needed_pairs_are_the_ones_of_the_mask(name, mode):
 
 def test_pictures_whose_features_were_kept_cost_nothing():
     pictures = ROWS["image"].pictures
-    assert flops.images(TINY, pictures) > 0 == flops.images(TINY, pictures.encoded(torch.zeros(27, 32)))
+    assert flops.images(TINY, pictures) > 0 == flops.images(TINY, pictures.keeping(torch.zeros(27, 32)))
 
 
 def test_the_ratio_is_n_at_first_and_tends_to_the_prompts_share():

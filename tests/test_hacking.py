@@ -20,7 +20,7 @@ CHEAT = ["a red star" + SEPARATOR + "a blue star", "a star", "a small star"]
 
 @pytest.fixture(scope="module")
 def rm():
-    return hacking.open_models()
+    return hacking.open_model()
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_single_pass import make_model, noise
 
-from yojo.core.config import ImageConfig
+from yojo.core.config import ImageConfig, Markup
 from yojo.core.data import Record, collate, encode, open_pictures, read_records
-from yojo.core.held_out import blanked, controls, score_orders, score_records, swapped
+from yojo.core.held_out import Blanked, controls, score_orders, score_records, swapped
 from yojo.core.image import Pictures, choose_tiling, images_to_patches
+from yojo.core.prompt import image_tokens
 from yojo.files import InputError
 from yojo.tiny.experiment import with_features
 
@@ -98,6 +99,26 @@ def test_no_picture_is_a_record_with_nothing_in_it(rm, records):
     assert len(both.pictures.patches) == 2
 
 
+MARKUPS = {  # flags: tokens of an overview of 2 x 3 windows and of a grid of 4 x 5
+    (): ("low_res_im_start", 2 * 3, 4 * (5 + 1)),
+    ("image_use_col_tokens",): ("low_res_im_start", 2 * 3, 4 * 5),
+    ("use_single_crop_col_tokens",): ("low_res_im_start", 2 * (3 + 1), 4 * (5 + 1)),
+    ("use_single_crop_start_token",): ("im_start", 2 * 3, 4 * (5 + 1)),
+    ("image_use_col_tokens", "use_single_crop_col_tokens"): ("low_res_im_start", 2 * 3, 4 * 5),
+}
+
+
+@pytest.mark.parametrize("turned", MARKUPS, ids=" ".join)
+def test_the_tokens_of_a_picture_under_every_flag(turned):
+    """Each flag turned the other way than in the release."""
+    markup = replace(Markup(), **{name: not getattr(Markup(), name) for name in turned})
+    start, low, high = MARKUPS[turned]
+    names = image_tokens((2, 3, 4, 5), markup)
+    assert names[0] == f"<{start}>" and names[low + 1 : low + 3] == ["<im_end>", "<im_start>"]
+    assert len(names) == 4 + low + high and names[-1] == "<im_end>"
+    assert names.count("<im_patch>") == 2 * 3 + 4 * 5
+
+
 # ------------------------------------------------------------------------------------------------------------ features
 
 
@@ -150,12 +171,12 @@ def test_a_batch_has_features_of_all_its_pictures_or_of_none(rm, records):
 
 
 def test_a_blanked_record_shows_grey_and_is_as_long(rm, records):
-    for record, grey in zip(records, blanked(records), strict=True):
+    for record, grey in zip(records, Blanked(records), strict=True):
         shown, blank = (encode(r, rm.processor) for r in (record, grey))
         assert torch.equal(shown.ids, blank.ids) and (grey.prompt, grey.responses) == (record.prompt, record.responses)
         assert len(blank.pictures.patches) == len(shown.pictures.patches)
         assert blank.pictures.patches.unique().numel() <= 1
-    assert next(iter(blanked([kept(rm, records[0])]))).pictures is None, "what was kept is of the own picture"
+    assert Blanked([kept(rm, records[0])])[0].pictures is None, "what was kept is of the own picture"
 
 
 def test_a_swapped_record_shows_what_the_next_one_shows_if_that_is_another(records):
@@ -165,6 +186,18 @@ def test_a_swapped_record_shows_what_the_next_one_shows_if_that_is_another(recor
     assert [(r.images, r.video) for r in swapped([none, video])] == [([], video.video), ([], None)]
     with pytest.raises(InputError, match="no other record has other pictures"):
         swapped([a, a])
+
+
+def test_records_that_bring_open_pictures_only_are_told_apart_by_them_and_not_blanked(rm, records):
+    a, b = (Record("?", ["x"], pictures=kept(rm, record).pictures) for record in records[:2])
+    assert swapped([a, b])[0].pictures is b.pictures and list(controls([a, b])) == ["swapped"]
+    with pytest.raises(InputError, match="open already"):
+        Blanked([a])[0]
+
+
+def test_blanked_records_can_be_scored_twice(rm, records):
+    grey = Blanked(records[:2])
+    assert score_records(rm, grey, 0) == score_records(rm, grey, 0) != []
 
 
 def test_controls_are_those_that_differ_from_the_records(records):
@@ -204,6 +237,9 @@ def test_an_error_names_the_record(rm, records):
             encode(record, rm.processor)
         with pytest.raises(InputError, match=why):
             score_records(rm, [record], 0)
+    for record in (replace(records[1], images=[Path("none.png")]), replace(records[4], video=Path("none"))):
+        with pytest.raises(InputError, match=r"r.jsonl:\d: .*none"):
+            score_records(rm, Blanked([record]), 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- one row
@@ -218,6 +254,8 @@ def test_a_prompt_goes_on_with_responses(rm):
     assert row.positions("isolated").tolist() == [0, 1, 2, 3, 4, 5, 3, 4]
     open_end = start.continued([[7, 8], [9]], separator=1, closed=False)
     assert open_end.ids.tolist() == row.ids.tolist()[:-1] and open_end.spans == row.spans
+    with pytest.raises(ValueError, match="has 2 responses already"):
+        row.continued([[7]])
     bare = start.continued([[7, 8], [9]])
     assert bare.ids.tolist()[3:] == [7, 8, 9] and bare.spans == [(3, 5), (5, 6)]
 

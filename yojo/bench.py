@@ -396,7 +396,7 @@ class Setting:
     def encode_images(self) -> Tensor:
         return self.backbone.encode_images(self.encoded.pictures)
 
-    def record(self, responses: list[list[int]]) -> Encoded:
+    def row_of(self, responses: list[list[int]]) -> Encoded:
         return self.prompt.continued(responses, self.separator)
 
     def batch(self, records: list[Encoded], mode: str) -> Batch:
@@ -410,10 +410,10 @@ class Setting:
 def arms_of(s: Setting, n: int, R: int, peer) -> dict[str, Callable]:
     """What gives N scores, by name. Rows are laid out beforehand; the pictures have been looked at."""
     responses = [s.random_tokens(R) for _ in range(n)]
-    alone = [s.record([r]) for r in responses]
+    alone = [s.row_of([r]) for r in responses]
     each = [s.batch([record], "joint") for record in alone]
     padded = s.batch(alone, "joint")
-    whole = s.record(responses)
+    whole = s.row_of(responses)
     rows = {mode: s.batch([whole], mode) for mode in MODES}
     P = len(s.prompt.ids)
     prompt = s.batch([s.prompt], "joint")
@@ -482,12 +482,12 @@ def load_peer(folder: Path, args: argparse.Namespace, dtype: torch.dtype):
 
 def score_n(s: Setting, n: int, args: argparse.Namespace, peer, dtype: str, looking: float) -> list[dict]:
     R, P = args.response_tokens, len(s.prompt.ids)
-    row = s.record([[0] * R] * n)
+    whole = s.row_of([[0] * R] * n)
     arms = arms_of(s, n, R, peer)
-    seconds, above = take_turns(arms | {"bare": peak_rate(s, len(row.ids))}, args.rounds, s.device, args.seed)
-    bare = sum(2 * len(row.ids) * a * b for a, b in s.config.text.matrices.values())
-    one = {f"one pass, {mode}": sum(flops.one_pass(s.config, row, mode).values()) for mode in MODES}
-    counted = {SEPARATE: flops.separate(s.config, row), **one}
+    seconds, above = take_turns(arms | {"bare": peak_rate(s, len(whole.ids))}, args.rounds, s.device, args.seed)
+    bare = sum(2 * len(whole.ids) * a * b for a, b in s.config.text.matrices.values())
+    one = {f"one pass, {mode}": sum(flops.one_pass(s.config, whole, mode).values()) for mode in MODES}
+    counted = {SEPARATE: flops.separate(s.config, whole), **one}
     rows = [{"arm": name, "seconds": median(seconds[name]), "above": above[name]} for name in arms]
     for row in rows:
         row["tokens_per_s"] = n * R / row["seconds"]
@@ -534,7 +534,7 @@ def train_n(folder: Path, args: argparse.Namespace, name: str, n: int) -> list[d
     config = LoraConfig(dropout=0.0)
     s = Setting(folder, args, getattr(torch, name)).prompted(args.prompt_tokens)
     R = args.response_tokens
-    row = s.record([s.random_tokens(R) for _ in range(n)])
+    row = s.row_of([s.random_tokens(R) for _ in range(n)])
     batch, tokens = s.batch([row], "joint"), len(row.ids)
     ranks = torch.arange(1, n + 1, device=s.device)[None]
     lora.add(s.backbone, ADAPTER, config)
@@ -589,7 +589,7 @@ def train_n(folder: Path, args: argparse.Namespace, name: str, n: int) -> list[d
 # -------------------------------------------------------------------------------------------------------------- batch
 
 
-def tiny_records(rm: RewardModel, count: int, seed: int) -> list[Encoded]:
+def tiny_rows(rm: RewardModel, count: int, seed: int) -> list[Encoded]:
     """Records of the tiny world, of 2 to 8 answers, without or with a picture."""
     rng, records = random.Random(seed), []
     for _ in range(count):
@@ -604,7 +604,7 @@ def tiny_records(rm: RewardModel, count: int, seed: int) -> list[Encoded]:
 def compare_batch(args: argparse.Namespace) -> list[dict]:
     """Many records of unequal length, scored by the shipped model in two ways."""
     rm = RewardModel.load(shipped("weights/tiny-rm"), device=args.device)
-    records = tiny_records(rm, args.n, args.seed)
+    records = tiny_rows(rm, args.n, args.seed)
     scores = {}
 
     def single():
@@ -637,7 +637,7 @@ def compare_drift(args: argparse.Namespace) -> list[dict]:
         scores = []
         for dtype in (torch.float32, torch.bfloat16):
             rm = RewardModel.load(shipped(f"weights/{name}"), dtype=dtype, device=args.device)
-            scores.append(list(rm.score_all(tiny_records(rm, args.n, args.seed))))
+            scores.append(list(rm.score_all(tiny_rows(rm, args.n, args.seed))))
             if not all(math.isfinite(score) for group in scores[-1] for score in group):
                 raise FloatingPointError(f"{name} in {dtype}: scores are not finite")
         pairs = list(zip(*scores, strict=True))

@@ -192,7 +192,7 @@ def _category(
 
 
 @dataclass
-class Run:
+class Evaluation:
     """What is scored, how, and where its scores are kept."""
 
     rm: RewardModel
@@ -222,7 +222,7 @@ class Run:
 
 
 @torch.no_grad()
-def score_items(r: Run, out: Path | None, overwrite: bool) -> list[list[list[float]]]:
+def score_items(r: Evaluation, out: Path | None, overwrite: bool) -> list[list[list[float]]]:
     """Scores of every item; those that `out` holds already are read from it. Items that can't be scored raise, or,
     with `keep_going`, are taken out of the run and listed."""
     done = [] if out is None or overwrite else _resume(r, out)
@@ -246,7 +246,7 @@ def score_items(r: Run, out: Path | None, overwrite: bool) -> list[list[list[flo
     return [scores for scores in done if not isinstance(scores, str)]
 
 
-def _resume(r: Run, out: Path) -> list[list[list[float]]]:
+def _resume(r: Evaluation, out: Path) -> list[list[list[float]]]:
     """The scores of the items that an earlier run finished: whole lines of the same evaluation."""
     if not out.exists():
         return []
@@ -309,7 +309,7 @@ BASELINES = {
 }
 
 
-def report(r: Run, form: str, scores: list[list[list[float]]]) -> dict:
+def report(r: Evaluation, form: str, scores: list[list[list[float]]]) -> dict:
     items, shown = r.items, [s[0] for s in scores]
     values = [right(s, item.rankings) for s, item in zip(shown, items, strict=True)]
     categories = [item.category for item in items]
@@ -351,7 +351,7 @@ def _baseline(rule: Callable[[Sequence[str]], list[float]], items: list[Item], s
     return values
 
 
-def order_sensitivity(r: Run, scores: list[list[list[float]]]) -> dict:
+def order_sensitivity(r: Evaluation, scores: list[list[list[float]]]) -> dict:
     """How often the winner changes with the order, accuracy by the place of the best answer, accuracy of the mean."""
     changed, by_place, averaged = [], {}, []
     for item, rows in zip(r.items, scores, strict=True):
@@ -444,7 +444,7 @@ def run_command(args: argparse.Namespace) -> dict | list[dict]:
     if args.compile:
         about["compile"] = True
         rm.backbone.fuse()
-    r = Run(rm, items, args.mode or rm.mode, args.seed, args.permutations, about, args.keep_going, left_out)
+    r = Evaluation(rm, items, args.mode or rm.mode, args.seed, args.permutations, about, args.keep_going, left_out)
     if r.mode != rm.mode:
         print(f"mode: {r.mode} (trained in {rm.mode})")
     result = report(r, args.format, score_items(r, args.out, args.overwrite))

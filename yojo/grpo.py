@@ -52,11 +52,11 @@ def run_files(args: argparse.Namespace, c: GrpoConfig) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rm = RewardModel.load(args.reward, args.weights, device=device, lm_head=True)
     generator = torch.Generator().manual_seed(args.seed)
-    reward = sum(p.nbytes for p in lora.parameters(rm.backbone, rm.adapter)) if rm.adapter else 0
+    reward_bytes = sum(p.nbytes for p in lora.parameters(rm.backbone, rm.adapter)) if rm.adapter else 0
     lora.add(rm.backbone, POLICY, FULL_LORA, generator)
     rm.backbone.checkpointing = True
     held = memory.training(rm.backbone.config, rm.backbone.dtype, FULL_LORA)
-    held += rm.backbone.lm_head.weight.nbytes + reward
+    held += rm.backbone.lm_head.weight.nbytes + reward_bytes
     print(f"memory, computed, without activations: {held / 1e9:.1f} GB")
     start_over(training, args.resume)
 

@@ -65,7 +65,7 @@ READINGS = {"searched": searched, "constructed": lambda rm: reward_fn(rm, "joint
 # ------------------------------------------------------------------------------------------------------ what it shows
 
 
-def open_models() -> RewardModel:
+def open_model() -> RewardModel:
     """The joint reward model, with the policy of `grpo --tiny`."""
     rm = RewardModel.load(shipped(f"weights/{NAMES['joint']}"), lm_head=True)
     load_adapter(rm.backbone, POLICY, STARTS_FROM)
@@ -79,7 +79,7 @@ PLACES = ("cheats", "before", "behind")
 def hack(groups: int, seed: int) -> list[dict]:
     """Of groups with a cheat in them, by way of reading: the mean advantage of cheats, of the answers before the first
     and of those behind it, and Kendall's tau of reward and truth; that of the other groups beside it."""
-    rm, c = open_models(), GrpoConfig()
+    rm, c = open_model(), GrpoConfig()
     rng, generator = random.Random(f"{seed} hacking"), torch.Generator().manual_seed(seed)
     rewards = {reading: make(rm) for reading, make in READINGS.items()}
     found = {reading: {name: [] for name in (*PLACES, "tau", "tau_others")} for reading in READINGS}

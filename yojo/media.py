@@ -59,6 +59,11 @@ def open_video(source: str | Path, frames: int = FRAMES, interval: float = INTER
     The pictures of a folder are taken in the order of their names, at the seconds that `timestamps.json` beside them
     lists, or else `interval` seconds apart; an animation brings its own times, or else is spaced in the same way.
     """
+    return [(seconds, frame) for seconds, frame in _opened(Path(source), video_plan(source, frames, interval))]
+
+
+def video_plan(source: str | Path, frames: int = FRAMES, interval: float = INTERVAL) -> list[tuple[float, int]]:
+    """Of the frames that `open_video` opens: the second of each, and its number among all."""
     source = Path(source)
     if not 0 < interval < math.inf:
         raise InputError(f"frames {interval} seconds apart: more than 0 is needed")
@@ -69,14 +74,9 @@ def open_video(source: str | Path, frames: int = FRAMES, interval: float = INTER
         )
     if not source.exists():
         raise InputError(f"no video at {source}")
-    return [(seconds, frame) for seconds, frame in _opened(source, video_plan(source, frames, interval))]
-
-
-def video_plan(source: str | Path, frames: int = FRAMES, interval: float = INTERVAL) -> list[tuple[float, int]]:
-    """Of the frames that `open_video` opens: the second of each, and its number among all."""
-    if Path(source).is_dir():
+    if source.is_dir():
         paths = _frames(source)
-        times = _times(Path(source) / TIMES, len(paths))
+        times = _times(source / TIMES, len(paths))
     else:
         with _movie(source) as movie:
             durations = [_seek(movie, i).info.get("duration", 0) for i in range(getattr(movie, "n_frames", 1))]

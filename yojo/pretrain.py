@@ -180,7 +180,7 @@ class Rows:
         verdicts = [NOTHING, *(wrong_so_far(question, answer, end) for end in ends)]  # the turn's first token, its text
         return turn + reply, len(turn), verdicts + [NOTHING] * (len(turn) + len(reply) - len(verdicts))
 
-    def picture(self, scene: world.Scene, start: Sequence[int] = ()) -> Encoded:
+    def start_row(self, scene: world.Scene, start: Sequence[int] = ()) -> Encoded:
         """BOS, the scene's picture, and the start of a conversation."""
         pictures = self.processor.open_pictures(world.render(scene))
         return self.processor.row([self.processor.tokenizer.id(TURN_END), *pictures.ids, *start], pictures)
@@ -208,7 +208,7 @@ class Rows:
     def _row(self, scene: world.Scene, talk: list[Talk]) -> tuple[Encoded, tuple[list, list, list]]:
         """One row, and of each token: where the next one is to be learned its id (else -1), `wrong_so_far`, and what is
         true of the thing that its conversation asks about."""
-        start, pieces = self.picture(scene), []
+        start, pieces = self.start_row(scene), []
         target, wrong = [-1] * len(start.ids), [NOTHING] * len(start.ids)
         true = [[-1] * len(world.SLOTS)] * len(start.ids)
         for pair in talk:
@@ -303,7 +303,7 @@ KINDS = (describe, describe_held_out, look_up, place, presence, check)
 def answer_to(model: Molmo2, rows: Rows, scene: world.Scene, question: str, answer: str) -> bool:
     """Is the greedy answer right, word for word?"""
     talk, start, _ = rows.encode(question, answer)
-    batch = collate([rows.picture(scene, talk[:start])], "joint")
+    batch = collate([rows.start_row(scene, talk[:start])], "joint")
     inputs = batch.input_ids, model.encode_images(batch.pictures), batch.mask
     return generate(model, *inputs, max_new_tokens=20, temperature=0)[0].tolist() == talk[start:]
 

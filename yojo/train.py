@@ -50,10 +50,10 @@ def run_files(args: argparse.Namespace) -> dict:
     rm.backbone.checkpointing = True
     if args.compile:
         rm.backbone.fuse()
-    records, sizes = fit_pictures(records, rm.processor, recipe)
+    records, lengths = fit_pictures(records, rm.processor, recipe)
     test, _ = fit_pictures(test, rm.processor, recipe)
     if parallel.is_main():
-        announce(records, sizes, rm, recipe)
+        announce(records, lengths, rm, recipe)
         start_over(training, args.resume)
     parallel.wait()
     digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
@@ -62,7 +62,7 @@ def run_files(args: argparse.Namespace) -> dict:
     if args.compile:  # sums round otherwise
         about["compile"] = True
 
-    def save(log: Log) -> None:
+    def save(_: Log) -> None:
         if not parallel.is_main():
             raise SystemExit(0)  # the rest is for one
         rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
@@ -78,17 +78,17 @@ def run_files(args: argparse.Namespace) -> dict:
     return {"mode": args.mode, "steps": steps, **{name: metrics.mean(values) for name, values in figures.items()}}
 
 
-Size = tuple[int, int]  # of a record: its tokens, and those of them that are pictures
+Lengths = tuple[int, int]  # of a record: its tokens, and those of them that are pictures
 
 
-def fit_pictures(records: list[Record], processor: Processor, recipe: Recipe) -> tuple[list[Record], list[Size]]:
-    """The records, and the size of each, before a run: one that is too long raises, and pictures that would not fit are
-    cut into fewer crops, which is said."""
+def fit_pictures(records: list[Record], processor: Processor, recipe: Recipe) -> tuple[list[Record], list[Lengths]]:
+    """The records, and the lengths of each, before a run: one that is too long raises, and pictures that would not fit
+    are cut into fewer crops, which is said."""
     limit, most = min(recipe.max_tokens, processor.max_tokens), processor.images.max_crops
-    processor, fitted, sizes = replace(processor, max_tokens=sys.maxsize), [], []
+    processor, fitted, lengths = replace(processor, max_tokens=sys.maxsize), [], []
     for record in tqdm(records, "measuring", delay=2, leave=False):
-        for crops in range(most, 0, -1):
-            fitting = record if crops == most else replace(record, max_crops=crops)
+        fewer = range((record.max_crops or most) - 1, 0, -1) if record.images else ()  # a video is not cut
+        for fitting in (record, *(replace(record, max_crops=crops) for crops in fewer)):
             row = encode(fitting, processor, pixels=False)
             tokens, pictures = len(row.ids), len(row.pictures.ids)
             if tokens <= limit and pictures <= recipe.max_picture_tokens:
@@ -99,23 +99,23 @@ def fit_pictures(records: list[Record], processor: Processor, recipe: Recipe) ->
                 f"{recipe.max_picture_tokens} are the most: shorten or drop responses"
             )
         fitted.append(fitting)
-        sizes.append((tokens, pictures))
-    if cut := [record for record in fitted if record.max_crops is not None]:
+        lengths.append((tokens, pictures))
+    if cut := [after for before, after in zip(records, fitted, strict=True) if after is not before]:
         parallel.say(
             f"to fit into {limit} tokens, pictures of {len(cut)} record(s) are cut into fewer than {most} "
             f"crops; the first is {cut[0].where}: at most {cut[0].max_crops}"
         )
-    return fitted, sizes
+    return fitted, lengths
 
 
-def announce(records: list[Record], sizes: list[Size], rm: RewardModel, recipe: Recipe) -> None:
+def announce(records: list[Record], lengths: list[Lengths], rm: RewardModel, recipe: Recipe) -> None:
     """What the run will need, said before it starts."""
     config, dtype, steps = rm.backbone.config, rm.backbone.dtype, recipe.fit.steps
-    tokens, pictures = (metrics.mean(column) for column in zip(*sizes, strict=True))
-    longest = max(range(len(records)), key=lambda i: sizes[i][0])
+    tokens, pictures = (metrics.mean(column) for column in zip(*lengths, strict=True))
+    longest = max(range(len(records)), key=lambda i: lengths[i][0])
     print(
         f"{len(records)} records of {tokens:,.0f} tokens on average, {pictures:,.0f} of them pictures, "
-        f"and {sizes[longest][0]:,} at most; {steps} steps of {recipe.records * recipe.fit.accumulate} records"
+        f"and {lengths[longest][0]:,} at most; {steps} steps of {recipe.records * recipe.fit.accumulate} records"
     )
     held = memory.training(config, dtype, recipe.lora, recipe.inner)
     row = encode(records[longest], rm.processor, pixels=False)

@@ -16,6 +16,7 @@ See it: `pytest tests/test_trainers.py`.
 """
 
 from collections.abc import Sequence
+from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class GroupReward:
     def __call__(self, prompts: Sequence, completions: Sequence, **columns) -> list[float | None]:
         if len(prompts) != len(completions):
             raise InputError(f"{len(prompts)} prompts, {len(completions)} completions: one prompt an answer is needed")
-        prompts = [(text_of(p), *pictures_of(p, columns, i)) for i, p in enumerate(prompts)]
+        prompts = [(text_of(p), *images_of(p, columns, i)) for i, p in enumerate(prompts)]
         answers = [text_of(c) for c in completions]
         rewards: list[float | None] = []
         same = [(text, [id_of(image) for image in images]) for text, *images in prompts]
@@ -99,7 +100,7 @@ def text_of(content) -> str:
     return "\n\n".join(parts)
 
 
-def pictures_of(prompt, columns: dict, i: int) -> list:
+def images_of(prompt, columns: dict, i: int) -> list:
     """The pictures beside prompt i: image blocks that carry one, else the row's `images` or `image`."""
     if not isinstance(prompt, str):
         blocks = [b for m in prompt if not isinstance(m["content"], str) for b in m["content"]]
@@ -113,5 +114,5 @@ def pictures_of(prompt, columns: dict, i: int) -> list:
 
 
 def id_of(image) -> object:
-    """What tells one picture from another: its path, or its size and pixels."""
-    return str(image) if isinstance(image, (str, Path)) else (image.size, image.tobytes())
+    """What tells one picture from another: its path, or its size and a digest of its pixels."""
+    return str(image) if isinstance(image, (str, Path)) else (image.size, sha256(image.tobytes()).digest())

@@ -10,7 +10,7 @@
     * molmo2.py     the network
       generate.py   cache and sampling, for a policy only
       data.py       records, and rows collated into a batch
-    * reward.py     the vectors where responses end become scores
+    * reward.py     the hidden state at each response's last token becomes a score
     * loss.py       scores and a known ranking become a loss
       parallel.py   a step shared by several devices
       state.py      what is kept of an unfinished run

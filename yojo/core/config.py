@@ -159,7 +159,7 @@ def read_image_config(folder: str | Path) -> ImageConfig:
 
 
 def preprocessor_json(c: ImageConfig) -> dict:
-    """What `read_image_config` reads back to `c`."""
+    """What `read_image_config` reads back to `c`, but for the window of videos, which has a file of its own."""
     return {
         "size": {"height": c.size, "width": c.size},
         "patch_size": c.patch,

@@ -125,12 +125,12 @@ def recomputation(config: Config, r: int, tokens: int, kept: int, pairs: tuple[i
 
 
 def row_of_lengths(
-    prompt: int, responses: Sequence[int], image_tokens: int = 0, views: int = 0, pooled: int = 0, window: int = 4
+    prompt: int, responses: Sequence[int], image_tokens: int = 0, views: int = 0, pooled: int = 0
 ) -> Encoded:
     """A row in numbers, which is all that counting asks of it: prompt tokens, tokens of each response with its
-    separator, picture tokens (after BOS), views, <im_patch> tokens, patches in the window of each."""
+    separator, picture tokens (after BOS), views, <im_patch> tokens (of windows of 2 x 2)."""
     ids, place = torch.zeros(prompt, dtype=torch.long), torch.arange(prompt)
-    patches, pooling = torch.empty(views, 0, 0), torch.empty(pooled, window, dtype=torch.long)
+    patches, pooling = torch.empty(views, 0, 0), torch.empty(pooled, 4, dtype=torch.long)
     image = (place >= 1) & (place <= image_tokens)
     start = Encoded(ids, torch.full_like(ids, PROMPT), image, [], Pictures(patches, pooling))
     return start.continued([[0] * (R - 1) for R in responses], separator=0)

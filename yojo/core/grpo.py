@@ -5,7 +5,8 @@ Two verbs. `rollout`: G answers to every prompt, the prompt read once; their rew
 
     A_i = (r_i - mean r) / (std r + eps)                       inside the group; 0 where all rewards are equal
     L   = - 1/T sum_t [ min(q_t A, clip(q_t, 1 - c, 1 + c) A) - beta KL_t ]      T = all answer tokens of the batch
-    q_t = p(token) / p_old(token),   KL_t = p_ref / p - log(p_ref / p) - 1       at every answer token
+    q_t = p(token) / p_old(token),   KL_t = p_ref / p - log(p_ref / p) - 1       at every answer token; p at the
+                                                                                 temperature that answers are sampled at
 
 One backbone plays three parts: adapter "policy" learns, adapter "reward" judges, and the reference is the adapter the
 policy started from, or no adapter. The log-probabilities of a whole group come from one isolated row (`mask.py`): the
@@ -83,7 +84,7 @@ def group_row(prompt: Encoded, answers: Sequence[Tensor]) -> tuple[Encoded, list
     """A prompt and the answers to it in one row, and for every answer token the index of the token that predicts it:
     the last of the prompt for the first of each answer."""
     row, last = prompt.continued([answer.tolist() for answer in answers]), len(prompt.ids) - 1
-    return row, [t for start, stop in row.spans for t in (last, *range(start, stop - 1))]
+    return row, [t for start, stop in row.spans for t in (last, *range(start, stop - 1))[: stop - start]]
 
 
 def log_probs(
@@ -188,7 +189,7 @@ def objective(now: Tensor, r: Rollout, c: GrpoConfig) -> tuple[Tensor, Tensor, T
 def update_policy(
     model: Molmo2, rollouts: Sequence[Rollout], optimizer: torch.optim.Optimizer, c: GrpoConfig
 ) -> dict[str, float]:
-    """`inner` steps on one rollout."""
+    """`inner` updates on what was sampled. Logged: the KL at the last one, the clipped share over all."""
     parameters = lora.parameters(model, POLICY)
     tokens = sum(len(r.old) for r in rollouts)
     logged = {"kl": 0.0, "clipped": 0.0}
@@ -199,11 +200,11 @@ def update_policy(
         (-sum(total for total, _, _ in parts) / tokens).backward()
         norm = nn.utils.clip_grad_norm_(parameters, c.max_norm)
         if not bool(norm.isfinite()):
-            raise FloatingPointError(f"the gradient's norm is {norm.item()}; the policy is untouched")
+            raise FloatingPointError(f"the gradient's norm is {norm.item()}: this update was not made")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         logged["kl"] = sum(kl.sum().item() for _, kl, _ in parts) / tokens
-        logged["clipped"] += sum(held.sum().item() for _, _, held in parts) / tokens / c.inner
+        logged["clipped"] += sum(clipped.sum().item() for _, _, clipped in parts) / tokens / c.inner
     return logged
 
 
@@ -233,6 +234,7 @@ def train_policy(
     for p in parameters:
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=c.lr, weight_decay=0.0)
+    optimizer.zero_grad(set_to_none=True)  # an update that was broken off may have left a gradient
     log = state.resume({**asdict(c), "seed": seed}, parameters, optimizer)
     for step in range(len(log), c.steps):
         generator, clock = torch.Generator().manual_seed(1_000_003 * seed + step), {}

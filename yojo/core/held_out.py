@@ -1,4 +1,4 @@
-"""Records that were held out of training, scored; and controls, which are other records: `blanked` ones show grey,
+"""Records that were held out of training, scored; and controls, which are other records: `Blanked` ones show grey,
 `swapped` ones another record's pictures. A model that reads the picture must fall to chance on both.
 
 See it: `pytest tests/test_pictures.py`.
@@ -7,7 +7,7 @@ See it: `pytest tests/test_pictures.py`.
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import length_hint
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from yojo.media import open_video, picture_size
 
 def score_orders(
     rm: RewardModel,
-    shown: Iterable[tuple[Record, Sequence[int]]],
+    ordered: Iterable[tuple[Record, Sequence[int]]],
     mode: str | None = None,
     tokens: int = BATCH_TOKENS,
 ) -> Iterator[list[float]]:
@@ -32,7 +32,7 @@ def score_orders(
     orders = deque()
 
     def rows() -> Iterator[Encoded]:
-        for record, order in shown:
+        for record, order in ordered:
             orders.append(order)
             yield encode(in_order(record, order), rm.processor)
 
@@ -52,20 +52,37 @@ def score_records(
     """Scores of every record, its responses shown in an order drawn from the seed: fed in file order, a joint model can
     turn position into accuracy. `title` names a progress bar."""
     rng = random.Random(f"{seed} evaluate")
-    shown = ((record, random_order(record, rng)) for record in records)
-    return list(parallel.progress(score_orders(rm, shown, mode, tokens), title, total=length_hint(records) or None))
+    ordered = ((record, random_order(record, rng)) for record in records)
+    return list(parallel.progress(score_orders(rm, ordered, mode, tokens), title, total=length_hint(records) or None))
 
 
-def blanked(records: Iterable[Record]) -> Iterator[Record]:
-    """The same records, every picture and frame of them grey. One at a time, or they would fill memory."""
+@dataclass(frozen=True)
+class Blanked(Sequence[Record]):
+    """The same records, every picture and frame of them grey; made as they are asked for, or they would fill memory."""
 
-    def grey(size: tuple[int, int]) -> Image.Image:
-        return Image.new("RGB", size, (128, 128, 128))
+    records: Sequence[Record]
 
-    for record in records:
-        video = open_video(record.video) if isinstance(record.video, Path) else record.video
-        frames = video and [(seconds, grey(frame.size)) for seconds, frame in video]
-        yield replace(record, images=[grey(picture_size(i)) for i in record.images], video=frames, pictures=None)
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> Record:
+        record = self.records[i]
+        with record.named():
+            if record.pictures is not None and record.pictures.ids and not (record.images or record.video):
+                raise InputError("its pictures are open already: what is to be blanked must bring its files")
+            video = open_video(record.video) if isinstance(record.video, (str, Path)) else record.video
+            frames = video and [(seconds, grey(frame.size)) for seconds, frame in video]
+            return replace(record, images=[grey(picture_size(i)) for i in record.images], video=frames, pictures=None)
+
+
+def grey(size: tuple[int, int]) -> Image.Image:
+    return Image.new("RGB", size, (128, 128, 128))
+
+
+def shown(record: Record) -> tuple:
+    """What tells its pictures from another record's: its files, or what is open."""
+    files = record.images, record.video
+    return files if any(files) else (record.pictures,)
 
 
 def swapped(records: Sequence[Record]) -> list[Record]:
@@ -73,19 +90,19 @@ def swapped(records: Sequence[Record]) -> list[Record]:
     swaps = []
     for i, record in enumerate(records):
         others = (records[(i + k) % len(records)] for k in range(1, len(records)))
-        other = next((o for o in others if (o.images, o.video) != (record.images, record.video)), None)
+        other = next((o for o in others if shown(o) != shown(record)), None)
         if other is None:
             raise InputError("no other record has other pictures: there is nothing to swap")
-        shown = {name: getattr(other, name) for name in ("images", "video", "max_crops", "pictures")}
-        swaps.append(replace(record, **shown))
+        theirs = {name: getattr(other, name) for name in ("images", "video", "max_crops", "pictures")}
+        swaps.append(replace(record, **theirs))
     return swaps
 
 
-def controls(records: Sequence[Record]) -> dict[str, Iterable[Record]]:
+def controls(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
     """Those that differ from the records themselves: none where there are no pictures."""
-    made: dict[str, Iterable[Record]] = {}
+    made: dict[str, Sequence[Record]] = {}
     if any(record.images or record.video for record in records):
-        made["blank"] = blanked(records)
-    if any((r.images, r.video) != (records[0].images, records[0].video) for r in records):
+        made["blank"] = Blanked(records)
+    if any(shown(record) != shown(records[0]) for record in records):
         made["swapped"] = swapped(records)
     return made

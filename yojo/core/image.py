@@ -40,7 +40,7 @@ class Pictures:
     ids: list[int] = field(default_factory=list)
     features: Tensor | None = None
 
-    def encoded(self, features: Tensor) -> "Pictures":
+    def keeping(self, features: Tensor) -> "Pictures":
         """The same, with features in place of patches."""
         return replace(self, patches=self.patches[:0], features=features)
 

@@ -1,6 +1,8 @@
 """Who may attend to whom.
 
-One predicate, and three forms of it: dense, runs, block-sparse. (`drawing.py` makes a picture of it.)
+One predicate, and three forms of it. Rows of up to 512 tokens take `dense`, longer ones `runs`, which say the same with
+fewer pairs (`ops.attention`; leave them out at a first reading); `block_sparse` is for `flex_attention`. `drawing.py`
+makes a picture.
 
     allow(q, k) = neither is padding
               AND same record
@@ -27,7 +29,7 @@ from torch import Tensor
 
 MODES = ("joint", "isolated")
 PROMPT = -1  # value in `response`
-PADDING = -1  # value in `record`
+PADDING = -1  # value in `record`, which alone says what is padding
 
 
 class Run(NamedTuple):

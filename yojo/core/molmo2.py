@@ -13,8 +13,9 @@ Attribute names are the checkpoint's tensor names, so loading is one strict `loa
 Precision: norms, rotary angles and softmax run in at least float32 (bf16 goes up, float64 stays). How the arithmetic is
 made fast, and where that rounds otherwise, is in `ops.py`: here stands what is computed.
 
-Shape alphabet, the same in all files: B batch rows, T tokens, N responses, R kept positions, P patches of a view,
-M pooled picture tokens, D decoder width, H query heads, K key/value heads, d head width, V vocabulary.
+Shape alphabet: B batch rows, T tokens, N responses, R kept positions, P patches of a view,
+M pooled picture tokens, D decoder width, H query heads, K key/value heads, d head width, V vocabulary. Of
+attention: Q queries, S keys.
 
 See it run: `pytest tests/test_molmo2.py` holds every part against `transformers`.
 """
@@ -342,18 +343,18 @@ class Molmo2(nn.Module):
         if not len(pictures.pooling):
             return torch.empty(0, self.config.text.hidden_size, device=self.device, dtype=self.dtype)
         if pictures.features is not None and not self.tower_learns():
-            return pictures.features
+            return pictures.features.to(self.device, self.dtype)
         if not len(pictures.patches):
             raise ValueError("of these pictures only features were kept, which no longer hold: open them again")
         return self.model.vision_backbone(pictures.patches.to(self.device), pictures.pooling.to(self.device))
 
     @torch.no_grad()
     def keep_features(self, pictures: Pictures) -> Pictures:
-        """The same pictures with their features in place of their patches, so that the tower need not run again. Where
-        it learns, they stay as they are."""
+        """The same pictures with their features in place of their patches, so that the tower need not run again as long
+        as its weights stay. Where it learns, the pictures stay as they are."""
         if self.tower_learns():
             return pictures
-        return pictures.encoded(self.encode_images(pictures))
+        return pictures.keeping(self.encode_images(pictures))
 
     def tower_learns(self) -> bool:
         return any(p.requires_grad for p in self.model.vision_backbone.parameters())
@@ -400,8 +401,8 @@ class Molmo2(nn.Module):
         recompute = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(decoder.blocks):
             # the last block computes only what is kept: beyond it no token attends to another
-            last = keep if i == len(decoder.blocks) - 1 else None
-            args = (x, context, None if cache is None else cache.layers[i], last)
+            keep_here = keep if i == len(decoder.blocks) - 1 else None
+            args = (x, context, None if cache is None else cache.layers[i], keep_here)
             x = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         return decoder.ln_f(x)
 

@@ -5,7 +5,7 @@
                                               ^ read here             ^                          ^
 
 The ids are built piece by piece, so every position is known because it was put there: nothing is ever searched for in
-the finished ids. Each response is tokenized alone, hence encoded the same wherever it stands, and its score is read at
+the finished ids. Each response is tokenized alone, so its ids are the same wherever it stands, and its score is read at
 its last token, just before the separator that closes it.
 
 Markup (turns, picture tokens, the separator) enters as ids, looked up by name. Text goes through a copy of the
@@ -47,7 +47,7 @@ from yojo.files import InputError, read_json
 from yojo.media import open_picture, open_video, picture_size, video_plan
 
 SEPARATOR = "<|resp_sep|>"
-BOS = TURN_END = "<|im_end|>"
+BOS = TURN_END = "<|im_end|>"  # one token, two uses: the release opens rows with it
 TURN_START = "<|im_start|>"
 PATCH = "<im_patch>"
 # All image tokens of a record see each other; these are image tokens.
@@ -170,13 +170,16 @@ class Encoded:
         positions = torch.arange(len(self.ids))
         if mode == "joint":
             return positions
-        lengths = torch.bincount(self.response - PROMPT)  # of the prompt and of each response
-        skipped = (lengths.cumsum(0) - lengths - lengths[0]).clamp_min(0)  # the responses before each
-        return positions - skipped[self.response - PROMPT]
+        part = self.response + 1  # 0 = the prompt
+        lengths = torch.bincount(part)  # 5, 3, 2: a prompt of 5 tokens, responses of 3 and 2
+        before = (lengths.cumsum(0) - lengths - lengths[0]).clamp_min(0)  # 0, 0, 3: tokens of the responses before each
+        return positions - before[part]
 
     def continued(self, responses: Sequence[list[int]], separator: int | None = None, closed: bool = True) -> "Encoded":
         """A prompt, and after it responses, each followed by the separator, if any; the last one only if `closed`. The
         separator belongs to its response."""
+        if self.spans:
+            raise ValueError(f"a prompt can be continued, and this row has {len(self.spans)} responses already")
         ids, owner, spans = self.ids.tolist(), self.response.tolist(), []
         for i, response in enumerate(responses):
             end = [separator] if separator is not None and (closed or i + 1 < len(responses)) else []

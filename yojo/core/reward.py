@@ -1,10 +1,11 @@
 """The reward model: a backbone with an adapter, and a small head that reads one number per response.
 
     hidden = backbone(prompt + responses)             encode: one pass over all N responses
-    h_i    = hidden at the last token of response i   gather: positions known from the prompt, never searched
+    h_i    = hidden at the last token of response i   gather: positions are constructed, never searched
     s_i    = (w2 silu(W1 h_i + b1) + b2) / sqrt(D)    score: in at least float32
 
-No logits are ever computed. `collate` in `data.py` makes the batch and says which tokens are read. `new`, `load` and
+The gather happens inside the last block (`keep` in `molmo2.py`), since nothing else is needed beyond it. No logits are
+ever computed. `collate` in `data.py` makes the batch and says where scores are read. `new`, `load` and
 `save` ask `store.py`, which knows the files; nowhere else does `core/` use more than `files.py` and `media.py`.
 
     rm = RewardModel.load("weights/tiny-rm")
@@ -29,12 +30,12 @@ from yojo.core.prompt import Encoded, Processor
 from yojo.files import InputError
 
 ADAPTER = "reward"
-WINDOW, WINDOW_TOKENS = 256, 32_768  # among so many records, or so many tokens of them, those of like length are found
+WINDOW, WINDOW_TOKENS = 256, 32_768  # rows, or their tokens, that are read ahead and sorted by length
 BATCH_TOKENS = 4096
 
 
 class ValueHead(nn.Sequential):
-    """hidden [..., D] -> score [...]; an MLP with SiLU over sqrt(D)."""
+    """hidden [..., D] -> score [...]; an MLP with SiLU, its output divided by sqrt(D)."""
 
     def __init__(self, width: int, inner: int, generator: torch.Generator | None = None):
         super().__init__(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, 1))
@@ -98,8 +99,7 @@ class RewardModel(nn.Module):
         self.adapter = None
 
     def forward(self, batch: Batch) -> Tensor:
-        """Scores [R] in at least float32, one a response, in the order of the batch's records. The last block of the
-        backbone gathers: beyond it only what stands at the score positions goes on."""
+        """Scores [R] in at least float32, one a response, in the order of the batch's records."""
         inputs = batch.input_ids, self.backbone.encode_images(batch.pictures), batch.mask, batch.positions
         return self.head(self.backbone(*inputs, keep=batch.score_positions, adapter=self.adapter))
 
@@ -123,26 +123,26 @@ class RewardModel(nn.Module):
         return self.score_encoded([self.processor.encode(prompt, responses, image, video)], mode)[0]
 
     @torch.no_grad()
-    def score_encoded(self, records: Sequence[Encoded], mode: str | None = None) -> list[list[float]]:
-        """Scores of several encoded records, read in one batch. Long ones, which are computed run by run anyway,
+    def score_encoded(self, rows: Sequence[Encoded], mode: str | None = None) -> list[list[float]]:
+        """Scores of several records' rows, in one batch. Long ones, which are computed run by run anyway,
         stand in one row, which needs no padding."""
-        rows = [records] if ops.by_runs(max(len(e.ids) for e in records)) else records
-        batch = collate(rows, mode or self.mode, self.backbone.config.pad_id, self.backbone.device)
+        together = [rows] if ops.by_runs(max(len(row.ids) for row in rows)) else rows
+        batch = collate(together, mode or self.mode, self.backbone.config.pad_id, self.backbone.device)
         return [s.tolist() for s in self(batch).split(batch.counts)]
 
     def score_all(
-        self, records: Iterable[Encoded], mode: str | None = None, tokens: int = BATCH_TOKENS
+        self, rows: Iterable[Encoded], mode: str | None = None, tokens: int = BATCH_TOKENS
     ) -> Iterator[list[float]]:
-        """Scores of any number of records, in their order: records of like length share a batch of at most `tokens`
-        tokens, padding counted. At most WINDOW records are held at a time, and fewer of many tokens; where the next
+        """Scores of any number of rows, in their order: rows of like length share a batch of at most `tokens`
+        tokens, padding counted. At most WINDOW rows are held at a time, and fewer of many tokens; where the next
         one can't be had, those before it are scored first."""
-        records, error = iter(records), None
+        rows, error = iter(rows), None
         while error is None:
             window: list[Encoded] = []
             held = 0
             try:
                 while len(window) < WINDOW and held < WINDOW_TOKENS:
-                    window.append(next(records))
+                    window.append(next(rows))
                     held += len(window[-1].ids)
             except (StopIteration, InputError) as end:
                 error = end
@@ -153,8 +153,8 @@ class RewardModel(nn.Module):
     def _score_window(self, window: list[Encoded], mode: str | None, tokens: int) -> list[list[float]]:
         scores: list[list[float]] = [[]] * len(window)
         for batch in batches([len(e.ids) for e in window], tokens):
-            for i, row in zip(batch, self.score_encoded([window[i] for i in batch], mode), strict=True):
-                scores[i] = row
+            for i, scored in zip(batch, self.score_encoded([window[i] for i in batch], mode), strict=True):
+                scores[i] = scored
         return scores
 
     def save(self, folder: str | Path, overwrite: bool = False, also: Sequence[Path] = ()) -> None:

@@ -1,4 +1,5 @@
-"""What the loops of `training.py` and `grpo.py` tell of an unfinished run: where it stands, and what stopped it.
+"""What the loops of `training.py` and `grpo.py` keep of an unfinished run. (GRPO saves after every step, so it never
+asks for the state before one.)
 
 `RunState` keeps nothing; the one that keeps a run in a folder, from which it goes on, is in `runs.py`.
 

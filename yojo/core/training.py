@@ -4,8 +4,8 @@
     g = mean over micro-batches of grad L;  clip |g|;  AdamW with lr(step)                             `train_step`
 
 `fit` is the loop round any `loss(step, micro_batch)`, which returns the loss of one micro-batch and what to log about
-it. It must be a function of its arguments (and of torch's random state), so that a run can go on from a saved state as
-if it had never stopped. Of a reward model only the LoRA adapter and the value head learn.
+it. `loss` must be a function of its arguments (and of torch's random state), so that a run can go on from a saved state
+as if it had never stopped. Of a reward model only the LoRA adapter and the value head learn.
 
 See it: `python -m yojo.train --tiny`; `pytest tests/test_fit.py`.
 """
@@ -61,11 +61,11 @@ class Recipe:
 
 # ------------------------------------------------------------------------------------------------------ records to loss
 
-WINDOW = 16  # micro-batches among which records are sorted by their number of responses
+SORTED_AMONG = 16  # micro-batches among which records are sorted by their number of responses
 
 
 class PreferenceLoss:
-    """`loss(step, micro_batch)`: records, the responses of each shuffled, scored in one pass; and how well."""
+    """`loss(step, micro_batch)`: records, the responses of each shuffled, scored in one pass; and their accuracy."""
 
     def __init__(self, rm: RewardModel, records: Sequence[Record], recipe: Recipe, seed: int):
         self.rm, self.records, self.recipe, self.seed = rm, records, recipe, seed
@@ -77,8 +77,8 @@ class PreferenceLoss:
         rng, size = random.Random(f"{self.seed} epoch {number}"), self.recipe.records
         order = rng.sample(self.records, len(self.records))
         batches = []
-        for start in range(0, len(order), WINDOW * size):
-            window = sorted(order[start : start + WINDOW * size], key=lambda record: len(record.responses))
+        for start in range(0, len(order), SORTED_AMONG * size):
+            window = sorted(order[start : start + SORTED_AMONG * size], key=lambda record: len(record.responses))
             batches += [window[k : k + size] for k in range(0, len(window), size)]
         return [record for batch in rng.sample(batches, len(batches)) for record in batch]
 

@@ -114,11 +114,12 @@ def evaluate_policy(
 ) -> list[float]:
     """True quality of answers to new questions: greedy ones, or four sampled ones each."""
     rng, generator, values = random.Random(f"{seed} examine"), torch.Generator().manual_seed(seed), []
-    n, tokenizer, end = 1 if temperature == 0 else 4, rm.processor.tokenizer, rm.backbone.config.eos_id
+    n, tokenizer = 1 if temperature == 0 else 4, rm.processor.tokenizer
+    end, pad = rm.backbone.config.eos_id, rm.backbone.config.pad_id
     for _ in range(count):
         q = question(rng)
         answers = sample_group(rm.backbone, prompt_row(rm, q), n, c.max_new_tokens, temperature, generator, adapter)
-        texts = [tokenizer.decode(answer[answer != end].tolist()) for answer in answers]
+        texts = [tokenizer.decode([t for t in answer.tolist() if t not in (end, pad)]) for answer in answers]
         values.append(metrics.mean([quality(q, text) for text in texts]))
     return values
 
@@ -136,11 +137,11 @@ def run_one(name: str, seed: int, c: GrpoConfig, threads: int, folder: Path | No
         for p in lora.parameters(rm.backbone, adapter):
             p.requires_grad_(False)
     rng = random.Random(f"{seed} {name}")
-    controls: dict[str, RewardFn] = {
+    control_rewards: dict[str, RewardFn] = {
         "random": lambda q, texts: [rng.gauss(0, 1) for _ in texts],
         "oracle": lambda q, texts: [quality(q, text) for text in texts],
     }
-    reward = controls.get(name) or reward_fn(rm, name)
+    reward = control_rewards.get(name) or reward_fn(rm, name)
 
     def sample_prompts(step: int) -> list[SceneQuestion]:
         drawn = random.Random(f"{seed} questions {step}")

@@ -23,7 +23,7 @@ from yojo.tiny import world
 from yojo.tiny.experiment import CORROBORATED, NAMES, run_tiny, with_features
 
 GROUPS, ORDERS, NOISE = 1000, 4, 0.45
-SIZES = (2, 4, 8, 16)  # the shipped models were trained on 2 to 8 answers
+ANSWERS = (2, 4, 8, 16)  # the shipped models were trained on 2 to 8 answers
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def masks(models: dict[str, Path], test: World, folder: Path, seed: int) -> list
 
 def sizes(models: dict[str, Path], folder: Path, seed: int) -> list[dict]:
     rows = []
-    for n in SIZES:
+    for n in ANSWERS:
         records = World("absolute", n).write(folder, seed)
         row: dict = {
             "n": n,

@@ -48,7 +48,7 @@ TASKS = {
     "corroborated": (CORROBORATED, 6),
 }
 SCENES, TEST, HELD_OUT = 2400, 2000, 1000
-CONTROLS = 1000  # of the test groups, shown with other pictures
+CONTROLLED = 1000  # of the test groups, shown with other pictures
 NAMES = {"joint": "tiny-rm", "isolated": "tiny-rm-isolated"}
 
 
@@ -77,7 +77,7 @@ def with_features(records: Sequence[Record], rm: RewardModel, size: int = 64) ->
         some = sources[start : start + size]
         pictures = [open_pictures(record, rm.processor) for _, record in some]
         features = rm.backbone.encode_images(join(pictures)).split([len(p.pooling) for p in pictures])
-        kept |= {key: p.encoded(f) for (key, _), p, f in zip(some, pictures, features, strict=True)}
+        kept |= {key: p.keeping(f) for (key, _), p, f in zip(some, pictures, features, strict=True)}
     return [replace(r, pictures=kept[tuple(r.images), r.video, r.max_crops]) for r in records]
 
 
@@ -99,12 +99,12 @@ def run_one(
             rm.save(out / NAMES[mode], overwrite, also=[curve])
         rm.merge()  # faster, and nothing more is learned
 
-    tests = {"own": test, **controls(test[:CONTROLS]), "heldout": heldout}
+    tests = {"own": test, **controls(test[:CONTROLLED]), "heldout": heldout}
     scores = train_and_score(rm, records, tests, recipe, seed, save, title=f"{mode} seed {seed}")
     rng, own = random.Random(f"{seed} noise"), scores["own"]
     scores["vote"] = [metrics.vote(s, r.responses) for s, r in zip(own, test, strict=True)]
     scores["noise"] = [metrics.with_noise(s, rng) for s in own]
-    ranked = {"blank": test[:CONTROLS], "swapped": test[:CONTROLS], "heldout": heldout}
+    ranked = {"blank": test[:CONTROLLED], "swapped": test[:CONTROLLED], "heldout": heldout}
     figures = {
         mode if name == "own" else f"{mode}_{name}": metrics.accuracies(some, ranked.get(name, test))
         for name, some in scores.items()
