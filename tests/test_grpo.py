@@ -135,6 +135,7 @@ def test_the_row_of_a_group_written_out(policy):
     assert row.ids[P:].tolist() == [5, 6, 7, 8, 9] and row.response[P - 1 :].tolist() == [-1, 0, 0, 1, 1, 1]
     assert row.positions("isolated")[P:].tolist() == [P, P + 1, P, P + 1, P + 2]
     assert predicts == [P - 1, P, P - 1, P + 2, P + 3]
+    assert group_row(r.prompt, [torch.tensor([5]), torch.tensor([]).long()])[1] == [P - 1], "no token, no prediction"
 
 
 def test_the_policy_is_asked_in_its_own_layout_however_its_judge_reads(policy):

@@ -159,6 +159,8 @@ def test_an_image_and_a_video_exclude_each_other(processor):
     picture = Image.new("RGB", (9, 9))
     with pytest.raises(InputError, match="images or a video, not both"):
         processor.encode("?", ["x"], image=picture, video=[(0.0, picture)])
+    with pytest.raises(InputError, match="open already"):
+        processor.encode("?", ["x"], image=picture, pictures=processor.open_pictures(picture))
     for nothing in ({"image": []}, {"video": []}):
         with pytest.raises(InputError, match="empty|no frames"):
             processor.encode("?", ["x"], **nothing)

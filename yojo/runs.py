@@ -1,5 +1,5 @@
-"""Runs of training, from records to the scores of those held out. `--out runs/rm` is written when it is
-complete; until then `runs/rm.training` holds its state, from which `--resume` goes on.
+"""Runs of training, from records to the scores of those held out. `--out runs/rm` is written when a run is complete;
+until then `runs/rm.training` holds its state, from which `--resume` goes on.
 
 See it: `pytest tests/test_fit.py tests/test_faults.py`.
 """

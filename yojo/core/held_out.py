@@ -72,7 +72,8 @@ class Blanked(Sequence[Record]):
                 raise InputError("its pictures are open already: what is to be blanked must bring its files")
             video = open_video(record.video) if isinstance(record.video, (str, Path)) else record.video
             frames = video and [(seconds, grey(frame.size)) for seconds, frame in video]
-            return replace(record, images=[grey(picture_size(i)) for i in record.images], video=frames, pictures=None)
+            images = [grey(picture_size(image)) for image in record.images]
+            return replace(record, images=images, video=frames, pictures=None)
 
 
 def grey(size: tuple[int, int]) -> Image.Image:

@@ -13,9 +13,8 @@ Attribute names are the checkpoint's tensor names, so loading is one strict `loa
 Precision: norms, rotary angles and softmax run in at least float32 (bf16 goes up, float64 stays). How the arithmetic is
 made fast, and where that rounds otherwise, is in `ops.py`: here stands what is computed.
 
-Shape alphabet: B batch rows, T tokens, N responses, R kept positions, P patches of a view,
-M pooled picture tokens, D decoder width, H query heads, K key/value heads, d head width, V vocabulary. Of
-attention: Q queries, S keys.
+Shape alphabet: B batch rows, T tokens, N responses, R kept positions, P patches of a view, M pooled picture tokens,
+D decoder width, H query heads, K key/value heads, d head width, V vocabulary; in attention Q queries, S keys.
 
 See it run: `pytest tests/test_molmo2.py` holds every part against `transformers`.
 """

@@ -225,7 +225,10 @@ class Processor:
         (seconds, frame); pictures: in place of both, what `open_pictures` made of them. More than 64 responses, an
         empty one, or more tokens than the model has positions for raise `InputError`: nothing is ever cut.
         """
-        pictures = self.open_pictures(image, video) if pictures is None else pictures
+        if pictures is None:
+            pictures = self.open_pictures(image, video)
+        elif image is not None or video is not None:
+            raise InputError("pictures that are open already stand in place of image and video: give one of them")
         check_texts(prompt, responses)
         encode, token, layout = self.tokenizer.encode, self.tokenizer.id, LAYOUTS[self.layout]
         bos = [token(BOS)] if layout.always_bos or pictures.ids else []
@@ -254,14 +257,13 @@ class Processor:
         False: from the sizes of the files alone, which is all that a row's length depends on."""
         if image is not None and video is not None:
             raise InputError("a record shows images or a video, not both")
-        opened = open_picture if pixels else picture_size
         if video is not None:
             if isinstance(video, (str, Path)):
                 video = open_video(video) if pixels else video_plan(video)
             if not video:
                 raise InputError("the video has no frames")
             square = (self.images.size, self.images.size)  # a frame's own size plays no part
-            shown = frames_to_patches([opened(frame) if pixels else square for _, frame in video], self.images)
+            shown = frames_to_patches([open_picture(frame) if pixels else square for _, frame in video], self.images)
             return replace(shown, ids=self._video_ids([seconds for seconds, _ in video], shown.grids))
         if image is None:
             return Pictures()
@@ -269,7 +271,7 @@ class Processor:
         if not images:
             raise InputError("the list of images is empty: leave it out where there is no picture")
         config = replace(self.images, max_crops=self.images.max_crops if max_crops is None else max_crops)
-        shown = images_to_patches([opened(i) for i in images], config)
+        shown = images_to_patches([open_picture(i) if pixels else picture_size(i) for i in images], config)
         return replace(shown, ids=self._images_ids(shown.grids))
 
     def _images_ids(self, grids: list[tuple[int, ...]]) -> list[int]:
@@ -293,9 +295,8 @@ class Processor:
 def check_texts(prompt: str, responses: Sequence[str]) -> None:
     if isinstance(responses, str) or not all(isinstance(text, str) for text in [prompt, *responses]):
         raise InputError("prompt must be a string and responses a list of strings")
-    if len(responses) > MAX_RESPONSES:
-        over = len(responses) - MAX_RESPONSES
-        raise InputError(f"{len(responses)} responses are {over} more than the limit of {MAX_RESPONSES}")
+    if (n := len(responses)) > MAX_RESPONSES:
+        raise InputError(f"{n} responses are {n - MAX_RESPONSES} more than the limit of {MAX_RESPONSES}")
     if empty := [i for i, text in enumerate(responses, 1) if not text.strip()]:
         raise InputError(f"response {empty[0]} is empty: there is nothing to score")
 
