@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,13 +25,18 @@ from yojo.core.reward import RewardModel
 from yojo.evaluate import Evaluation, Item, order_sensitivity, read_items, report
 from yojo.files import InputError
 
+CASES = json.loads((Path(__file__).parent / "data/evaluate.json").read_text())
+CASES["habit of position"]["rows"] = [
+    {"id": str(i), "prompt": f"{i}?", "chosen": "s=0", "rejected": "s=0 b"} for i in range(400)
+]
+
 
 @pytest.fixture
 def folder(tmp_path):
     for name in ("mcq", "long"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (40, 40), "red").save(tmp_path / name / "p.png")
-    return tmp_path
+        (tmp_path / "files" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40), "red").save(tmp_path / "files" / name / "p.png")
+    return tmp_path / "files"
 
 
 def write(folder, rows):
@@ -38,37 +44,31 @@ def write(folder, rows):
     return folder / "d.jsonl"
 
 
-def judged(folder, form, rows, mapping=None, habit=0.0):
+def judged(folder, name):
     """The report, the judge's score being the number after "s=" plus a habit for whatever is shown first."""
-    items, _ = read_items(write(folder, rows), form, mapping or {}, False)
+    case = CASES[name]
+    items, _ = read_items(write(folder, case["rows"]), case["format"], case["map"], False)
     r = Evaluation(None, items, "joint", 0, 2)
     scores = []
     for item in items:
         shown = []
         for order in item.orders(0, 2):
             own = [float(text.split("s=")[1].split()[0]) for text in item.responses]
-            shown.append([s + habit * (order[0] == i) for i, s in enumerate(own)])
+            shown.append([s + case["habit"] * (order[0] == i) for i, s in enumerate(own)])
         scores.append(shown)
-    return report(r, form, scores)
+    return report(r, case["format"], scores)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_whole_report_is_as_it_was(folder, name):
+    """Frozen when the figures below had been worked by hand: intervals, baselines and orders, too."""
+    assert json.loads(json.dumps(judged(folder, name))) == CASES[name]["report"]
 
 
 def test_vl_rewardbench_by_hand(folder):
-    """Ids repeat, rankings start at 0 and come in both orders; macro = mean of three category means."""
-    rows = [
-        {"id": "wildvision-1", "query": "?", "response": ["good s=2", "bad s=1"], "human_ranking": [0, 1]},  # right
-        {"id": "wildvision-1", "query": "?", "response": ["bad s=2", "good s=1"], "human_ranking": [1, 0]},  # wrong
-        {"id": "VLFeedback-7", "query": "?", "response": ["bad s=1", "good s=2"], "human_ranking": [1, 0]},  # right
-        {"id": "RLAIF-V-3", "query": "?", "response": ["good s=1", "bad s=1"], "human_ranking": [0, 1]},  # tie: wrong
-        {
-            "id": "rlhf-v-3",
-            "query": "?",
-            "response": ["good s=2", "bad s=1"],
-            "human_ranking": [0, 1],
-            "image": "mcq/p.png",
-        },
-        {"id": "mathverse_9", "query": "?", "response": ["good s=3", "bad s=1"], "human_ranking": [0, 1]},  # right
-    ]
-    got = judged(folder, "vl-rewardbench", rows)
+    """Ids repeat, rankings start at 0 and come in both orders; macro = mean of three category means. In the file's
+    order: right, wrong; right; a tie, which is wrong; right; right."""
+    got = judged(folder, "vl-rewardbench")
     assert got["accuracy"] == pytest.approx(4 / 6)
     assert {k: v["accuracy"] for k, v in got["categories"].items()} == pytest.approx(
         {"general": 2 / 3, "hallucination": 1 / 2, "reasoning": 1}
@@ -78,78 +78,40 @@ def test_vl_rewardbench_by_hand(folder):
 
 
 def test_multimodal_rewardbench_by_hand(folder):
-    def row(i, better, first, second, category, **more):
-        return {"ID": i, "Text": "?", "Output1": f"s={first}", "Output2": f"s={second} b", "Better": better} | {
-            "Category": category,
-            **more,
-        }
-
-    rows = [row("1", "Output1", 2, 1, "safety"), row("1", "Output2", 2, 1, "safety"), row("2", "Output2", 1, 2, "vqa")]
-    rows += [
-        row("3", "Output1", 1, 1, "vqa"),
-        row("4", "Output1", 9, 1, "vqa", Image="mcq/p.png"),
-        row("5", "Output2", 0, 1, "vqa", Image=None),
-    ]
-    got = judged(folder, "multimodal-rewardbench", rows)
+    got = judged(folder, "multimodal-rewardbench")
     assert got["accuracy"] == pytest.approx(4 / 6)
     assert got["categories"]["safety"] == {"items": 2, "accuracy": 0.5} and got["categories"]["vqa"]["accuracy"] == 0.75
 
 
 def test_mm_rlhf_by_hand(folder):
     """ACC counts pairs, ACC+ an id only where all its pairs are right; the category is the picture's folder."""
-
-    def row(i, chosen, rejected, **more):
-        return {"id": i, "prompt": "?", "chosen": f"s={chosen}", "rejected": f"s={rejected} b", **more}
-
-    rows = [row("a", 2, 1, image="mcq/p.png"), row("a", 3, 1, image="mcq/p.png"), row("b", 2, 1, image="long/p.png")]
-    rows += [row("b", 1, 1, image="long/p.png"), row("c", 0, 1), row("d", 1, 0, video="long")]
-    got = judged(folder, "mm-rlhf", rows)
+    got = judged(folder, "mm-rlhf")
     assert got["accuracy"] == pytest.approx(4 / 6)
     assert got["acc_plus"] == pytest.approx(2 / 4) and got["ids"] == 4
-    assert {k: v["items"] for k, v in got["categories"].items()} == {"mcq": 2, "long": 2, "text": 1, folder.name: 1}
+    assert {k: v["items"] for k, v in got["categories"].items()} == {"mcq": 2, "long": 2, "text": 1, "files": 1}
 
 
 def test_videorewardbench_by_hand(folder):
-    def row(chosen, rejected, category):
-        return {
-            "video": "mcq",
-            "prompt": "?",
-            "chosen": f"s={chosen}",
-            "rejected": f"s={rejected} b",
-            "category": category,
-        }
-
-    rows = [row(2, 1, "x"), row(2, 1, "x"), row(2, 1, "x"), row(1, 2, "x"), row(1, 2, "y"), row(2, 2, "y")]
-    got = judged(folder, "videorewardbench", rows)
+    got = judged(folder, "videorewardbench")
     assert got["accuracy"] == pytest.approx(3 / 6) and got["macro"] == pytest.approx((3 / 4 + 0) / 2)
 
 
 def test_records_by_hand(folder):
-    """Best-of-N counts tied tops by their share; pairs and tau-b leave tied ranks out."""
-    rows = [
-        {"prompt": "1", "responses": ["s=3", "s=2 b", "s=1 c"], "rankings": [1, 2, 3]},  # 1
-        {"prompt": "2", "responses": ["s=3", "s=3 b", "s=1 c"], "rankings": [1, 2, 3]},  # tied top: 1/2
-        {"prompt": "3", "responses": ["s=1", "s=2 b", "s=3 c"], "rankings": [1, 1, 2]},  # 0
-        {"prompt": "4", "responses": ["s=2", "s=1 b"], "rankings": [1, 2]},  # 1
-        {"prompt": "5", "responses": ["s=1", "s=1 b"], "rankings": [1, 2]},  # a pair's tie: 0
-        {"prompt": "6", "responses": ["s=2", "s=1 b"], "rankings": [1, 1]},  # both are best: 1
-    ]
-    got = judged(folder, "records", rows)
+    """Best-of-N counts tied tops by their share; pairs and tau-b leave tied ranks out. In the file's order: 1; a tied
+    top, 1/2; 0; 1; a pair's tie, 0; both are best, 1."""
+    got = judged(folder, "records")
     assert got["accuracy"] == pytest.approx((1 + 0.5 + 0 + 1 + 0 + 1) / 6)
     assert got["pairwise"] == pytest.approx((1 + 2.5 / 3 + 0 + 1 + 0.5) / 5)
     assert got["tau_b"] == pytest.approx((1 + 2 / (2 * 3) ** 0.5 - 2 / (3 * 2) ** 0.5 + 1) / 4)
 
 
 def test_fields_are_mapped(folder):
-    rows = [{"q": "?", "good": "s=2", "bad": "s=1 b", "video": "mcq", "kind": "x"}]
-    mapping = {"prompt": "q", "chosen": "good", "rejected": "bad", "category": "kind"}
-    assert judged(folder, "videorewardbench", rows, mapping)["categories"] == {"x": {"items": 1, "accuracy": 1.0}}
+    assert judged(folder, "fields mapped")["categories"] == {"x": {"items": 1, "accuracy": 1.0}}
 
 
 def test_a_habit_of_position_is_not_accuracy_and_shows(folder):
     """A judge that prefers whatever stands first. Chosen stands first in the file, and still it scores about half."""
-    rows = [{"id": str(i), "prompt": f"{i}?", "chosen": "s=0", "rejected": "s=0 b"} for i in range(400)]
-    got = judged(folder, "mm-rlhf", rows, habit=1.0)
+    got = judged(folder, "habit of position")
     assert 0.4 < got["accuracy"] < 0.6
     assert got["order"]["changed"] == 1.0 and got["order"]["by_place"] == {"1": 1.0, "2": 0.0}
     assert got["order"]["mean_over_orders"] == 0.0  # averaged, all pairs are ties
