@@ -14,7 +14,6 @@ See it: `pytest tests/test_reward.py tests/test_released.py tests/test_lora.py`.
 """
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -54,38 +53,18 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 def save_adapter(model: nn.Module, name: str, folder: str | Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into a folder that exists."""
     c = lora.config_of(model, name)
-    peft = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "r": c.r,
-        "lora_alpha": c.alpha,
-        "lora_dropout": c.dropout,
-        "target_modules": list(c.targets),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
+    peft = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None}
+    peft |= {"r": c.r, "lora_alpha": c.alpha, "lora_dropout": c.dropout, "target_modules": list(c.targets)}
+    peft |= {"bias": "none", "fan_in_fan_out": False, "inference_mode": True}
     tensors = {k: v.contiguous() for k, v in adapter_tensors(model, name).items()}
     save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
-    (Path(folder) / "adapter_config.json").write_text(json.dumps(peft, indent=2) + "\n")
+    write_json(Path(folder) / "adapter_config.json", peft)
 
 
 # What PEFT can write and `lora.py` does not compute, with the value under which both mean the same.
-PLAIN = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "use_rslora": False,
-    "use_dora": False,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layers_to_transform": None,
-    "layer_replication": None,
-    "exclude_modules": None,
-    "alora_invocation_tokens": None,
-}
+OFF = "modules_to_save layers_to_transform layer_replication exclude_modules alora_invocation_tokens".split()
+PLAIN = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False}
+PLAIN |= {"rank_pattern": {}, "alpha_pattern": {}, **dict.fromkeys(OFF)}
 
 
 def read_adapter_config(folder: str | Path) -> LoraConfig:
@@ -154,49 +133,31 @@ def save_reward_model(rm: RewardModel, folder: str | Path, overwrite: bool, also
             shutil.copy(path, new)
 
 
-def load_reward_model(
-    kind: type[RewardModel],
-    folder: str | Path,
-    base: str | Path | None,
-    dtype: torch.dtype | None,
-    device: str | torch.device | None,
-    lm_head: bool,
-) -> RewardModel:
-    """`RewardModel.load`; kind: the class that is made."""
+def load_reward_model(kind: type[RewardModel], folder: str | Path, base: str | Path | None, **how) -> RewardModel:
+    """`RewardModel.load`; kind: the class that is made; how: dtype, device and lm_head, as in `load_backbone`."""
     folder = Path(folder)
     config = read_json(folder / CONFIG)
     if "value_head_type" in config:
-        return _load_released(kind, folder, config, base, dtype, device, lm_head)
+        return _load_released(kind, folder, config, base, **how)
     _check_ours(folder / CONFIG, config)
     base = folder / config["base"] if base is None else Path(base)
     if not base.is_dir():
         raise InputError(f"{folder} was trained on a base at {base}, and there is none: pass its folder as `base`")
-    backbone, processor, digest = open_base(base, dtype, device, config["layout"], lm_head)
+    backbone, processor, digest = open_base(base, config["layout"], **how)
     for part in ("weights", "tokenizer"):
         if digest[part] != config["fingerprint"].get(part):
             raise InputError(
                 f"{folder} was trained on another base: the {part} in {base} are not the ones it remembers"
             )
-    if processor.tokenizer.separator_id != config["separator_id"]:
-        raise InputError(
-            f"{folder} uses separator id {config['separator_id']}, the tokenizer in {base} gives "
-            f"{processor.tokenizer.separator_id}"
-        )
+    if (ours := processor.tokenizer.separator_id) != config["separator_id"]:
+        raise InputError(f"{folder} uses separator id {config['separator_id']}, the tokenizer in {base} gives {ours}")
     load_adapter(backbone, ADAPTER, folder)
     head = _empty_head(backbone, config["value_head_hidden_dim"])
     head.load_state_dict(read_tensors(folder / HEAD, {k: v.shape for k, v in head.state_dict().items()}))
     return kind(backbone, processor, head, config["mode"], base, digest).requires_grad_(False).eval()
 
 
-def _load_released(
-    kind: type[RewardModel],
-    folder: Path,
-    config: dict,
-    base: str | Path | None,
-    dtype: torch.dtype | None,
-    device: str | torch.device | None,
-    lm_head: bool,
-) -> RewardModel:
+def _load_released(kind: type[RewardModel], folder: Path, config: dict, base: str | Path | None, **how) -> RewardModel:
     for key, only in RELEASED.items():
         if config.get(key) != only:
             raise InputError(f"{folder / CONFIG}: {key} = {config.get(key)!r} is not supported, only {only!r}")
@@ -210,7 +171,7 @@ def _load_released(
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") if unmerged else folder
     if base is None or not Path(base).is_dir():
         raise InputError(f"{folder} is an adapter for {base}, which is no folder here: pass its folder as `base`")
-    backbone, processor, digest = open_base(base, dtype, device, "released", lm_head)
+    backbone, processor, digest = open_base(base, "released", **how)
     if unmerged:
         load_adapter(backbone, ADAPTER, folder)
     head = _empty_head(backbone, inner)
@@ -219,8 +180,8 @@ def _load_released(
 
 
 def _check_ours(path: Path, config: dict) -> None:
-    kinds = {"base": str, "fingerprint": dict, "separator_id": int, "mode": str, "value_head_hidden_dim": int}
-    kinds |= {"layout": str}
+    kinds = {"base": str, "layout": str, "mode": str, "fingerprint": dict, "separator_id": int}
+    kinds["value_head_hidden_dim"] = int
     wrong = [key for key, kind in kinds.items() if type(config.get(key)) is not kind]
     wrong += [key for key in ("separator_id", "value_head_hidden_dim") if key not in wrong and config[key] < 1]
     if config.get("format") != "yojo" or wrong:
@@ -234,15 +195,9 @@ def _empty_head(backbone: Molmo2, inner: int) -> ValueHead:
     return head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
 
 
-def open_base(
-    base: str | Path,
-    dtype: torch.dtype | None,
-    device: str | torch.device | None,
-    layout: str = "default",
-    lm_head: bool = False,
-) -> tuple[Molmo2, Processor, dict[str, str]]:
-    """Backbone with a row for the separator, processor, fingerprint."""
-    backbone = load_backbone(base, dtype, device or "cpu", lm_head)
+def open_base(base: str | Path, layout: str = "default", **how) -> tuple[Molmo2, Processor, dict[str, str]]:
+    """Backbone with a row for the separator, processor, fingerprint. how: as in `load_backbone`."""
+    backbone = load_backbone(base, **how)
     processor = Processor.from_folder(base, backbone.config.text.max_position_embeddings, layout)
     views, tower = processor.images, backbone.config.vision
     if (views.patch, views.side**2) != (tower.patch_size, tower.num_position_embeddings):
@@ -261,9 +216,8 @@ def place_separator(backbone: Molmo2, separator_id: int) -> None:
     wte, c = backbone.model.transformer.wte, backbone.config
     height = len(wte.embedding)
     if separator_id > height:
-        raise InputError(
-            f"the separator's id {separator_id} lies {separator_id - height} beyond the {height} embedding rows"
-        )
+        over = separator_id - height
+        raise InputError(f"the separator's id {separator_id} lies {over} beyond the {height} embedding rows")
     if separator_id == height:
         grown = torch.cat([wte.embedding.detach(), torch.zeros_like(wte.embedding[:1])])
         wte.embedding = nn.Parameter(grown, requires_grad=False)

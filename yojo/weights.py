@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -34,45 +34,21 @@ COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.js
 
 # --------------------------------------------------------------------------------------------------------------- config
 
-# Our field -> the names it has in files, released dialect first.
-TEXT = {
-    "hidden_size": ["hidden_size"],
-    "num_hidden_layers": ["num_hidden_layers"],
-    "num_attention_heads": ["num_attention_heads"],
-    "num_key_value_heads": ["num_key_value_heads"],
-    "head_dim": ["head_dim"],
-    "intermediate_size": ["intermediate_size"],
-    "vocab_size": ["vocab_size"],
-    "additional_vocab_size": ["additional_vocab_size"],
-    "max_position_embeddings": ["max_position_embeddings"],
-    "rope_theta": ["rope_theta"],
-    "rms_norm_eps": ["layer_norm_eps", "rms_norm_eps"],
+# Our fields carry the names of config.json; where its two dialects differ from ours or from one another:
+RELEASED = {
+    "rms_norm_eps": "layer_norm_eps",
+    "patch_size": "image_patch_size",
+    "num_position_embeddings": "image_num_pos",
 }
-VISION = {
-    "hidden_size": ["hidden_size"],
-    "num_hidden_layers": ["num_hidden_layers"],
-    "num_attention_heads": ["num_attention_heads"],
-    "head_dim": ["head_dim"],
-    "intermediate_size": ["intermediate_size"],
-    "patch_size": ["image_patch_size", "patch_size"],
-    "num_position_embeddings": ["image_num_pos", "num_position_embeddings"],
-    "layer_norm_eps": ["layer_norm_eps"],
-}
-CONNECTOR = {
-    "hidden_size": ["hidden_size"],
-    "num_attention_heads": ["num_attention_heads"],
-    "head_dim": ["head_dim"],
-    "intermediate_size": ["intermediate_size"],
-    "vit_layers": ["vit_layers", "vision_feature_layer"],
-}
+TRANSFORMERS = {"vit_layers": "vision_feature_layer"}
+KINDS = {"text_config": TextConfig, "vision_config": VisionConfig, "adapter_config": ConnectorConfig}
 # Switches of the family that this network does not have, with the only value it computes.
+QUERIES = {"qk_norm_type": "qwen3", "use_qk_norm": True, "qkv_bias": False}
 FIXED = {
     "text_config": {
         "hidden_act": "silu",
-        "qk_norm_type": "qwen3",
-        "use_qk_norm": True,
+        **QUERIES,
         "norm_after": False,
-        "qkv_bias": False,
         "attention_bias": False,
         "rope_scaling": None,
     },
@@ -87,83 +63,75 @@ def read_config(folder: str | Path) -> Config:
     raw = read_json(path)
     if raw.get("model_type") != "molmo2":
         raise InputError(f"{path}: model_type is {raw.get('model_type')!r}, this network is 'molmo2'")
-    parts = {"text_config": raw.get("text_config"), "adapter_config": raw.get("adapter_config")}
-    parts["vision_config"] = raw.get("vit_config") or raw.get("vision_config")
-    for name, part in parts.items():
-        if not isinstance(part, dict):
-            raise InputError(f"{path} has no {name}")
-        for key, value in FIXED[name].items():
-            if part.get(key, value) != value:
-                raise InputError(f"{path}: {name}.{key} = {part[key]!r}; this network computes {value!r} only")
-    text = {**parts["text_config"], **_rope(path, parts["text_config"])}
-    ids = {"image_patch_id": raw.get("image_patch_id")}
-    generation = Path(folder) / "generation_config.json"
-    given = read_json(generation) if generation.exists() else {}
-    eos, pad = given.get("eos_token_id"), given.get("pad_token_id")
-    if isinstance(eos, list):
-        if len(eos) != 1:
-            raise InputError(f"{generation}: eos_token_id {eos} names {len(eos)} tokens; this network stops at one")
-        eos = eos[0]
-    ids |= {"eos_id": eos, "pad_id": eos or 0 if pad is None else pad}  # what fills a row that has ended is never read
-    if not isinstance(ids["image_patch_id"], int):
-        raise InputError(f"{path}: image_patch_id must be a token id, got {ids['image_patch_id']!r}")
-    config = Config(
-        TextConfig(**_pick(path, text, TEXT, TextConfig)),
-        VisionConfig(**_pick(path, parts["vision_config"], VISION, VisionConfig)),
-        ConnectorConfig(**_pick(path, parts["adapter_config"], CONNECTOR, ConnectorConfig)),
-        **ids,
-    )
-    if config.text.num_attention_heads % config.text.num_key_value_heads:
-        raise InputError(f"{path}: key/value heads must divide the query heads, got {config.text}")
+    parts = raw | {"vision_config": raw.get("vit_config") or raw.get("vision_config")}
+    text, vision, connector = (_part(path, name, parts.get(name), kind) for name, kind in KINDS.items())
+    patch_id = raw.get("image_patch_id")
+    if type(patch_id) is not int:
+        raise InputError(f"{path}: image_patch_id must be a token id, got {patch_id!r}")
+    if text.num_attention_heads % text.num_key_value_heads:
+        raise InputError(f"{path}: key/value heads must divide the query heads, got {text}")
+    config = Config(text, vision, connector, patch_id, *_ends(Path(folder) / "generation_config.json"))
     _ = config.vision_layers  # raises where these do not fit the declared depth
     return config
 
 
-def _rope(path: Path, text: dict) -> dict:
-    rope = text.get("rope_parameters") or {}
+def _ends(path: Path) -> tuple[int | None, int]:
+    """The id that ends an answer, None where none does, and the one that fills its row up and is never read."""
+    given = read_json(path) if path.exists() else {}
+    eos, pad = given.get("eos_token_id"), given.get("pad_token_id")
+    if isinstance(eos, list):
+        if len(eos) != 1:
+            raise InputError(f"{path}: eos_token_id {eos} names {len(eos)} tokens; this network stops at one")
+        eos = eos[0]
+    return eos, eos or 0 if pad is None else pad
+
+
+def _part(path: Path, name: str, part: object, kind: type):
+    """One of the three configs in the file; a value must be of the kind that the field's default is."""
+    if not isinstance(part, dict):
+        raise InputError(f"{path} has no {name}")
+    for key, value in FIXED[name].items():
+        if part.get(key, value) != value:
+            raise InputError(f"{path}: {name}.{key} = {part[key]!r}; this network computes {value!r} only")
+    rope = part.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, only 'default'")
-    return {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-
-
-def _pick(path: Path, part: dict, names: dict[str, list[str]], kind: type) -> dict:
-    """Our fields from their names; a value must be of the kind that the field's default is."""
-    picked = {}
-    for ours, theirs in names.items():
-        values = [part[name] for name in theirs if part.get(name) is not None]
+    part, picked = part | rope, {}
+    for field in fields(kind):
+        theirs = dict.fromkeys((RELEASED.get(field.name, field.name), TRANSFORMERS.get(field.name, field.name)))
+        values, like = [part[key] for key in theirs if part.get(key) is not None], field.default
         if not values:
             raise InputError(f"{path} lacks {' or '.join(theirs)}")
-        value, like = values[0], getattr(kind, ours)
         if isinstance(like, tuple):
-            good = isinstance(value, list) and value and all(type(v) is int for v in value)
+            good = isinstance(values[0], list) and values[0] and all(type(v) is int for v in values[0])
         else:
-            good = type(value) in ((int,) if isinstance(like, int) else (int, float)) and value > 0
-        if not good and not (ours == "additional_vocab_size" and value == 0):
-            raise InputError(f"{path}: {theirs[0]} must be like {like}, got {value!r}")
-        picked[ours] = tuple(value) if isinstance(like, tuple) else value
-    return picked
+            good = type(values[0]) in ((int,) if isinstance(like, int) else (int, float)) and values[0] > 0
+        if not good and not (field.name == "additional_vocab_size" and values[0] == 0):
+            raise InputError(f"{path}: {next(iter(theirs))} must be like {like}, got {values[0]!r}")
+        picked[field.name] = tuple(values[0]) if isinstance(like, tuple) else values[0]
+    return kind(**picked)
 
 
 def config_json(c: Config, dtype: torch.dtype) -> dict:
     """The released dialect of `config.json`; `read_config` reads it back to `c`."""
 
-    def part(values: object, names: dict[str, list[str]], kind: str) -> dict:
-        return {names[k][0]: v for k, v in asdict(values).items()} | FIXED[kind]
+    def part(values: object, name: str, **more) -> dict:
+        return {RELEASED.get(key, key): value for key, value in asdict(values).items()} | FIXED[name] | more
 
     side = int(c.vision.num_position_embeddings**0.5) * c.vision.patch_size
-    connector = {"text_hidden_size": c.text.hidden_size, "num_key_value_heads": c.connector.num_attention_heads}
-    vision = {"image_default_input_size": [side, side], "num_key_value_heads": c.vision.num_attention_heads}
-    text = part(c.text, TEXT, "text_config")
+    text = part(c.text, "text_config", model_type="molmo2_text")
     del text["attention_bias"]  # transformers' word for qkv_bias
+    vision = {"image_default_input_size": [side, side], "num_key_value_heads": c.vision.num_attention_heads}
+    connector = {"text_hidden_size": c.text.hidden_size, "num_key_value_heads": c.connector.num_attention_heads}
     return {
         "architectures": ["Molmo2ForConditionalGeneration"],
         "model_type": "molmo2",
         "dtype": str(dtype).removeprefix("torch."),
         "image_patch_id": c.image_patch_id,
         "tie_word_embeddings": False,
-        "text_config": {"model_type": "molmo2_text", **text},
-        "vit_config": {"model_type": "molmo2", **part(c.vision, VISION, "vision_config"), **vision},
-        "adapter_config": {"model_type": "molmo2", **part(c.connector, CONNECTOR, "adapter_config"), **connector},
+        "text_config": text,
+        "vit_config": part(c.vision, "vision_config", model_type="molmo2", **vision),
+        "adapter_config": part(c.connector, "adapter_config", model_type="molmo2", **connector),
     }
 
 
@@ -225,7 +193,7 @@ def open_weights(path: str | Path, config: Config, lm_head: bool = True) -> Iter
 def load_backbone(
     path: str | Path,
     dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     lm_head: bool = True,
 ) -> Molmo2:
     """A checkpoint folder -> the network in eval mode, its weights frozen.
@@ -235,7 +203,7 @@ def load_backbone(
     mapped file. Without `lm_head` the vocabulary matrix is not read: scoring never needs it. What does not fit raises
     `InputError` with its name.
     """
-    device = torch.device(device)
+    device = torch.device(device or "cpu")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     config = read_config(path)
     with torch.device("meta"):

@@ -83,7 +83,7 @@ class RewardModel(nn.Module):
         from yojo import store
 
         generator = torch.Generator().manual_seed(seed)
-        backbone, processor, digest = store.open_base(base, dtype, device)
+        backbone, processor, digest = store.open_base(base, dtype=dtype, device=device, lm_head=False)
         lora.add(backbone, ADAPTER, config, generator)
         head = ValueHead(backbone.config.text.hidden_size, inner, generator)
         head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
@@ -180,7 +180,7 @@ class RewardModel(nn.Module):
         """
         from yojo import store
 
-        return store.load_reward_model(cls, folder, base, dtype, device, lm_head)
+        return store.load_reward_model(cls, folder, base, dtype=dtype, device=device, lm_head=lm_head)
 
 
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
