@@ -83,9 +83,9 @@ def prepare(folder: Path) -> dict[str, Kind]:
         ),
         "checkpoint": Kind(
             checkpoint,
-            lambda folder, out: ["random", "--size", "tiny", "--shards", 4, "--out", out],
+            lambda folder, out: ["random", "--size", "tiny", "--out", out],
             [],
-            [f"{{out}}/model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+            [f"{{out}}/model-{i:05d}-of-00009.safetensors" for i in range(1, 10)]
             + ["{out}/config.json", "{out}/model.safetensors.index.json"],
         ),
     }

@@ -192,15 +192,14 @@ def test_names_and_shapes_of_the_4b_checkpoint_come_from_the_released_config(tmp
 
 
 def test_a_random_checkpoint_loads_and_scores(tmp_path):
-    write_random(tmp_path / "r", "tiny", size_config("tiny", 2, 1), torch.bfloat16, 3, seed=0)
-    assert len(list((tmp_path / "r").glob("model-*-of-00003.safetensors"))) == 3
+    write_random(tmp_path / "r", "tiny", size_config("tiny", 2, 1), torch.bfloat16, seed=0)
+    assert len(list((tmp_path / "r").glob("model-*-of-00007.safetensors"))) == 2 + 5, "two blocks, five other parts"
     model = load_backbone(tmp_path / "r")
     assert model.config.text.num_hidden_layers == 2 and model.config.vision_depth == 1
     proj = model.model.transformer.blocks[0].self_attn.att_proj.weight
     assert proj.dtype == torch.float32 and proj.std().item() == pytest.approx(0.02, rel=0.02)
     rm = RewardModel.new(tmp_path / "r", "joint", LoraConfig(r=2), inner=4)
     assert len(rm.score("?", ["a", "b"])) == 2
-    assert load_file(tmp_path / "r/model-00001-of-00003.safetensors")  # the library reads what was written by hand
 
 
 def test_the_stand_in_tokenizer_has_the_released_ids(tmp_path):
@@ -265,7 +264,7 @@ def init(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
 initial.init_tensor = init
-initial.write_random(sys.argv[1], "tiny", initial.size_config("tiny"), torch.float32, 2, 0)
+initial.write_random(sys.argv[1], "tiny", initial.size_config("tiny"), torch.float32, 0)
 """
 
 

@@ -40,8 +40,8 @@ ONE = ("--prompt", "?", "--response", "x")
 @pytest.mark.parametrize(
     "words, why",
     [
-        ((), "give either --tiny or --model DIR"),
-        (("--tiny", "--model", "x"), "give either --tiny or --model DIR"),
+        ((), "give --tiny, or all of --model"),
+        (("--tiny", "--model", "x"), "--model goes without --tiny only"),
         (("--model", "nowhere", *ONE), "nowhere/reward_model_config.json does not exist"),
         (("--tiny", "--prompt", "?"), "give --prompt and at least one --response"),
         (("--tiny", "--prompt", "?", "--response", ""), "response 1 is empty"),
@@ -53,7 +53,8 @@ ONE = ("--prompt", "?", "--response", "x")
         (("--tiny", "--image", __file__, *ONE), "is not a picture"),
         (("--tiny", "--data", "none.jsonl"), "no file none.jsonl"),
         (("--tiny", "--prompt", "?", "--response", "x " * 999, "--draw-mask", "m.png"), "too many to draw"),
-        (("--tiny", "--data", "x.jsonl", *ONE), "--data brings its own"),
+        (("--tiny", "--data", "x.jsonl", *ONE), "--prompt goes without --data only"),
+        (("--tiny", "--data", "x.jsonl", "--frames", "2"), "--frames goes with --video only"),
         (("--tiny", "--mode", "both", *ONE), "invalid choice: 'both'"),
         (("--tiny", "--json", "/proc/none/x.json", *ONE), "cannot write"),
         (("--tiny", "--seed", "-1", *ONE), "'-1' is no whole number from 0"),
@@ -72,11 +73,12 @@ def test_score_refuses(refused, words, why):
         (("--tiny", "--weights", "x"), "--weights goes without --tiny only"),
         (("--paraphrase", "--weights", "x"), "--paraphrase goes with --tiny only"),
         (("--tiny", "--paraphrase"), "--paraphrase goes with --task corroborated only"),
-        (("--tiny", "--seeds", "0"), "--seeds 0"),
-        (("--tiny", "--seeds", "3", "--out", "x"), "no more than 1 with --out"),
-        (("--tiny", "--steps", "-5"), "--steps -5: at least 1"),
+        (("--tiny", "--seeds", "0"), "'0' is no whole number from 1"),
+        (("--tiny", "--seeds", "3", "--out", "x"), "--out holds one seed's models"),
+        (("--tiny", "--steps", "-5"), "'-5' is no whole number from 1"),
         (("--tiny", "--lr", "2"), "--lr 2.0: between 0 and 1"),
-        (("--tiny", "--sizes", "1"), "2 to 16 responses"),
+        (("--tiny", "--sizes", "1"), "'1' is no whole number from 2"),
+        (("--tiny", "--sizes", "17"), "2 to 16 responses"),
         (("--tiny", "--task", "other"), "invalid choice: 'other'"),
     ],
 )
@@ -127,7 +129,7 @@ def test_score_tiny_prints_a_ranked_table(command, tmp_path):
     status, out, err = command(score, "--tiny", "--json", tmp_path / "s.json", "--draw-mask", tmp_path / "m.png")
     assert status == 0, err
     assert "mode: joint: each answer attends to the question, itself and the answers before it" in out
-    assert "rank  score    #  true facts  response" in out
+    assert "rank   score  #  true facts  response" in out
     result = json.loads((tmp_path / "s.json").read_text())
     assert result["mode"] == "joint" and len(result["scores"]) == len(result["true_facts"]) == 4
     assert Image.open(tmp_path / "m.png").width > 500

@@ -65,7 +65,7 @@ def test_a_line_break_inside_a_string_is_no_line_break(tmp_path):
         ({**GOOD, "rankings": [1, True]}, "rankings must be 2 whole numbers"),
         ({**GOOD, "rankings": [0, 1]}, "rankings must be 2 whole numbers"),
         ({**GOOD, "rankings": {"a": 1}}, "rankings must be 2 whole numbers"),
-        ({**GOOD, "image": 5}, "image must be a path"),
+        ({**GOOD, "image": 5}, "image and video must be a path"),
         ({**GOOD, "images": "a.png"}, "images a list of paths"),
         ({**GOOD, "image": "a", "images": ["b"]}, "both image and images"),
         ({**GOOD, "video": "v"}, "no video at"),

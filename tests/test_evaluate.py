@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 
 from yojo import evaluate
+from yojo.benchmarks import Item, read_items
 from yojo.cli import WEIGHTS
 from yojo.core.reward import RewardModel
-from yojo.evaluate import Evaluation, Item, order_sensitivity, read_items, report
+from yojo.evaluate import order_sensitivity, orders_of, report, score_item
 from yojo.files import InputError
 
 CASES = json.loads((Path(__file__).parent / "data/evaluate.json").read_text())
@@ -47,16 +48,19 @@ def write(folder, rows):
 def judged(folder, name):
     """The report, the judge's score being the number after "s=" plus a habit for whatever is shown first."""
     case = CASES[name]
-    items, _ = read_items(write(folder, case["rows"]), case["format"], case["map"], False)
-    r = Evaluation(None, items, "joint", 0, 2)
-    scores = []
+    mapping = [f"{name}={field}" for name, field in case["map"].items()]
+    items, scores = read_items(write(folder, case["rows"]), case["format"], mapping), []
     for item in items:
         shown = []
-        for order in item.orders(0, 2):
+        for order in two_orders(item):
             own = [float(text.split("s=")[1].split()[0]) for text in item.responses]
             shown.append([s + case["habit"] * (order[0] == i) for i, s in enumerate(own)])
         scores.append(shown)
-    return report(r, case["format"], scores)
+    return report(items, scores, case["format"], "joint", two_orders)
+
+
+def two_orders(item):
+    return orders_of(item, 0, 2)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -119,19 +123,17 @@ def test_a_habit_of_position_is_not_accuracy_and_shows(folder):
 
 
 def test_orders_depend_on_seed_and_content_and_a_pair_has_two():
-    pair = Item("?", ["a", "b"], [1, 2], [], None, "all", "", "")
-    assert sorted(pair.orders(0, 9)) == [[0, 1], [1, 0]] and pair.orders(0, 9) == pair.orders(0, 9)
-    many = Item("?", list("abcdef"), [1] * 6, [], None, "all", "", "")
-    three = Item("?", list("abc"), [1] * 3, [], None, "all", "", "")
-    assert sorted(map(tuple, three.orders(0, 9))) == list(itertools.permutations(range(3))), "none twice"
-    assert Item("?", ["a"], [1], [], None, "all", "", "").orders(0, 4) == [[0]]
-    assert len(many.orders(0, 5)) == 5 and many.orders(0, 1) == many.orders(0, 5)[:1] != many.orders(1, 1)
+    pair, many, three = (Item("?", list(names)) for names in ("ab", "abcdef", "abc"))
+    assert sorted(orders_of(pair, 0, 9)) == [[0, 1], [1, 0]] and orders_of(pair, 0, 9) == orders_of(pair, 0, 9)
+    assert sorted(map(tuple, orders_of(three, 0, 9))) == list(itertools.permutations(range(3))), "none twice"
+    assert orders_of(Item("?", ["a"]), 0, 4) == [[0]]
+    assert len(orders_of(many, 0, 5)) == 5
+    assert orders_of(many, 0, 1) == orders_of(many, 0, 5)[:1] != orders_of(many, 1, 1)
 
 
 def test_order_sensitivity_by_hand():
-    item = Item("?", ["a", "b", "c"], [1, 2, 3], [], None, "all", "", "")
-    r = Evaluation(None, [item], "joint", 0, 3)
-    got = order_sensitivity(r, [[[3, 2, 1], [1, 2, 3], [3, 1, 1]]])
+    item = Item("?", ["a", "b", "c"], [1, 2, 3])
+    got = order_sensitivity([item], [[[3, 2, 1], [1, 2, 3], [3, 1, 1]]], lambda item: orders_of(item, 0, 3))
     assert got["changed"] == 0.5 and got["mean_over_orders"] == 1.0
 
 
@@ -142,12 +144,12 @@ GOOD = {"prompt": "?", "responses": ["a", "b"], "rankings": [1, 2]}
     "form, row, why",
     [
         ("records", GOOD | {"rankings": [1]}, "rankings must be 2 whole numbers"),
-        ("records", GOOD | {"responses": ["a", " "]}, "none of them empty"),
-        ("records", GOOD | {"image": "none.png"}, "no picture or video at"),
+        ("records", GOOD | {"responses": ["a", " "]}, "response 2 is empty"),
+        ("records", GOOD | {"image": "none.png"}, "no picture at"),
         (
             "records",
             {"responses": ["a", "b"], "rankings": [1, 2]},
-            "prompt must be a str, got None; --map prompt=FIELD",
+            "has no prompt; --map prompt=FIELD",
         ),
         (
             "vl-rewardbench",
@@ -157,20 +159,20 @@ GOOD = {"prompt": "?", "responses": ["a", "b"], "rankings": [1, 2]}
         (
             "vl-rewardbench",
             {"id": "povid", "query": "?", "response": ["a", "b"], "human_ranking": [0, 0]},
-            "one better answer",
+            "one better answer is needed",
         ),
         (
             "multimodal-rewardbench",
             {"ID": "1", "Text": "?", "Output1": "a", "Output2": "b", "Better": "a", "Category": "x"},
-            "Better must be one of ('Output1', 'Output2'), got 'a'",
+            "Better must be one of Output1, Output2, got 'a'",
         ),
-        ("mm-rlhf", {"id": "1", "prompt": "?", "chosen": "a"}, "rejected must be a str"),
-        ("mm-rlhf", {"prompt": "?", "chosen": "a", "rejected": "b"}, "id must be a str or int"),
-        ("records", GOOD | {"image": ""}, "pictures are paths"),
+        ("mm-rlhf", {"id": "1", "prompt": "?", "chosen": "a"}, "has no rejected; --map rejected=FIELD"),
+        ("mm-rlhf", {"prompt": "?", "chosen": "a", "rejected": "b"}, "has no id; --map group=FIELD"),
+        ("records", GOOD | {"image": ""}, "image and video must be a path"),
         (
             "multimodal-rewardbench",
             {"Text": "?", "Output1": "a", "Output2": "b", "Better": "Output1"},
-            "Category must be a str; --map category=FIELD",
+            "has no Category; --map category=FIELD",
         ),
     ],
 )
@@ -182,10 +184,10 @@ def test_bad_rows_are_named_and_with_keep_going_listed(folder, form, row, why):
         "mm-rlhf": {"id": "1", "prompt": "?", "chosen": "a", "rejected": "b"},
     }[form]
     path = write(folder, [good, row])
-    with pytest.raises(InputError, match="d.jsonl:2: ") as error:
-        read_items(path, form, {}, keep_going=False)
+    with pytest.raises(InputError, match="d.jsonl:2[: ]") as error:
+        read_items(path, form)
     assert why in str(error.value)
-    items, left_out = read_items(path, form, {}, keep_going=True)
+    items = read_items(path, form, bad=(left_out := []))
     assert len(items) == 1 and len(left_out) == 1 and why in left_out[0]
 
 
@@ -209,15 +211,15 @@ def words(path, *more):
 KILLED = """
 import os, signal, sys
 from yojo import evaluate
-real, calls = evaluate.Evaluation.score_item, []
-def score(self, item):
+real, calls = evaluate.score_item, []
+def score(*words):
     calls.append(1)
     if len(calls) == 6:
         with open(sys.argv[-1], "a") as file:
             file.write("[[0.1, 0.")  # half a line, as a kill in the middle of a write leaves it
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, item)
-evaluate.Evaluation.score_item = score
+    return real(*words)
+evaluate.score_item = score
 evaluate.main()
 """
 
@@ -229,8 +231,8 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_identical_report(command,
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # other sums round otherwise
     done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL and len((folder / "b.jsonl").read_text().splitlines()) == 7
-    calls, real = [], Evaluation.score_item
-    monkeypatch.setattr(Evaluation, "score_item", lambda self, item: calls.append(1) or real(self, item))
+    calls = []
+    monkeypatch.setattr(evaluate, "score_item", lambda *words: calls.append(1) or score_item(*words))
     assert command(evaluate, *arguments)[0] == 0
     assert len(calls) == 12 - 5, "what was scored before the kill is scored no second time"
     for name in ("json", "jsonl"):
@@ -275,13 +277,13 @@ def test_a_damaged_file_of_scores_is_named(command, folder, benchmark):
 
 def test_scores_do_not_depend_on_how_they_are_asked_for(benchmark):
     """The first order's scores are those of `RewardModel.score` on the answers so shown."""
-    items, _ = read_items(benchmark, "records", {}, False)
     rm = RewardModel.load(WEIGHTS / "tiny-rm")
-    r = Evaluation(rm, items, "joint", 0, 1)
-    for item in items[:4]:
-        order = item.orders(0, 1)[0]
+    for item in read_items(benchmark, "records")[:4]:
+        (order,) = orders = orders_of(item, 0, 1)
         shown = rm.score(item.prompt, [item.responses[i] for i in order], image=item.images)
-        assert r.score_item(item)[0] == pytest.approx([shown[order.index(i)] for i in range(len(order))], abs=1e-6)
+        assert score_item(rm, item, orders, "joint")[0] == pytest.approx(
+            [shown[order.index(i)] for i in range(len(order))], abs=1e-6
+        )
 
 
 def test_a_score_that_is_not_finite_raises(command, benchmark, monkeypatch):
@@ -295,9 +297,9 @@ def test_a_score_that_is_not_finite_raises(command, benchmark, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, why",
     [
-        ((), "give --tiny, or --model DIR and --data FILE"),
-        (("--tiny", "--model", "x"), "--tiny brings its own"),
-        (("--model", "x", "--data", "y", "--permutations", "0"), "--permutations 0: at least 1"),
+        ((), "give --tiny, or all of --model, --data"),
+        (("--tiny", "--model", "x"), "--model goes without --tiny only"),
+        (("--model", "x", "--data", "y", "--permutations", "0"), "'0' is no whole number from 1"),
         (("--model", "x", "--data", "y", "--map", "a"), "--map a: NAME=FIELD"),
         (("--model", "x", "--data", "nowhere.jsonl"), "no file nowhere.jsonl"),
         (("--model", "x", "--data", "y", "--format", "z"), "invalid choice: 'z'"),

@@ -334,12 +334,13 @@ def test_a_run_is_not_resumed_with_another_judge(command, files, monkeypatch):
     "words, why",
     [
         (("--tiny", "--lr", "-1"), "lr are above 0"),
-        (("--controls",), "go with --tiny only"),
-        (("--tiny", "--resume"), "is not resumed"),
-        ((), "give --tiny, or all of"),
-        (("--tiny", "--group", "1"), "--group 1: advantages compare"),
-        (("--tiny", "--data", "x"), "--tiny brings its own"),
-        (("--tiny", "--seeds", "0"), "--seeds 0"),
+        (("--controls",), "--controls goes with --tiny only"),
+        (("--tiny", "--resume"), "--resume goes without --tiny or --make-start only"),
+        ((), "give --tiny, --make-start, or all of --reward, --data, --out"),
+        (("--make-start", "--group", "4"), "--group goes without --make-start only"),
+        (("--tiny", "--group", "1"), "'1' is no whole number from 2"),
+        (("--tiny", "--data", "x"), "--data goes without --tiny or --make-start only"),
+        (("--tiny", "--seeds", "0"), "'0' is no whole number from 1"),
     ],
 )
 def test_bad_input_gets_one_line(command, words, why):

@@ -70,7 +70,9 @@ def test_the_command_compares_both_readings(command, tmp_path):
     assert abs(rows["searched"]["behind"] - rows["constructed"]["behind"]) > 1e-3
 
 
-@pytest.mark.parametrize("words, why", [(["--groups", "0"], "--groups 0"), (["--seed", "-1"], "whole number")])
+@pytest.mark.parametrize(
+    "words, why", [(["--groups", "0"], "'0' is no whole number from 1"), (["--seed", "-1"], "whole number")]
+)
 def test_bad_input_is_refused(command, words, why):
     status, _, err = command(hacking, *words)
     assert status == 2 and why in err

@@ -6,13 +6,15 @@
 See it: `pytest tests/test_checkpoint.py`.
 """
 
+import argparse
 import math
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from yojo import memory
-from yojo.cli import DTYPES, Parser, run
+from yojo.cli import DTYPES, Parser, run, table
 from yojo.core.lora import LoraConfig
 from yojo.core.prompt import Processor
 from yojo.initial import SIZES, size_config, write_random
@@ -21,40 +23,40 @@ from yojo.weights import open_weights, part_of, read_config, shards
 
 def show(folder: Path) -> dict:
     """Print what a checkpoint is; what is missing or wrong raises."""
-    config = read_config(folder)
+    config, parts, dtypes = read_config(folder), Counter(), set()
     with open_weights(folder, config) as pieces:
-        counts: dict[str, int] = {}
-        dtypes: dict[str, int] = {}
-        for name, parts in pieces.items():
-            for piece in parts:
-                size, dtype = math.prod(piece.get_shape()), piece.get_dtype()
-                counts[part_of(name)] = counts.get(part_of(name), 0) + size
-                dtypes[dtype] = dtypes.get(dtype, 0) + size
-        tensors = sum(len(parts) for parts in pieces.values())
+        for name, some in pieces.items():
+            parts[part_of(name)] += sum(math.prod(piece.get_shape()) for piece in some)
+            dtypes |= {piece.get_dtype() for piece in some}
+        tensors = sum(map(len, pieces.values()))
     Processor.from_folder(folder, config.text.max_position_embeddings)
-    files = shards(folder)
-    size, total = sum(file.stat().st_size for file in files), sum(counts.values())
-    print(f"{folder}: molmo2, complete")
-    for part, count in counts.items():
-        print(f"  {part:20s}{count:15,d} parameters")
+    files, total = shards(folder), sum(parts.values())
+    size = sum(file.stat().st_size for file in files)
     print(
-        f"  {'total':20s}{total:15,d} parameters in {tensors} tensors, {len(files)} file(s), {size:,} bytes, ", end=""
+        f"{folder}: molmo2, complete; {tensors} tensors in {len(files)} file(s), {size:,} bytes, {' and '.join(dtypes)}"
     )
-    print(" and ".join(f"{dtype}" for dtype in dtypes))
-    print("memory for weights, without pictures and answers:")
+    rows = [{"part": name, "parameters": number} for name, number in {**parts, "total": total}.items()]
+    print(table(rows, {"part": "<", "parameters": ",d"}))
     needs = {}
-    for what, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        needs[what] = {"score": memory.weights(config, dtype), "train": memory.training(config, dtype, LoraConfig())}
-        print(f"  {what:10s} to score {needs[what]['score'] / 1e9:7.3f} GB", end="")
-        print(f"   to train (LoRA r {LoraConfig().r}) {needs[what]['train'] / 1e9:7.3f} GB")
-    return {"model_type": "molmo2", "parameters": total, "parts": counts, "tensors": tensors, "bytes": size} | {
-        "dtypes": sorted(dtypes),
-        "memory": needs,
-    }
+    for name in DTYPES:
+        dtype = getattr(torch, name)
+        needs[name] = {"score": memory.weights(config, dtype), "train": memory.training(config, dtype, LoraConfig())}
+    print(f"GB of memory for weights, without pictures and answers; to train: LoRA of rank {LoraConfig().r}")
+    rows = [{"": name, **{f"to_{use}": needs[name][use] / 1e9 for use in needs[name]}} for name in needs]
+    print(table(rows, {"": "<", "to_score": ".3f", "to_train": ".3f"}))
+    found = {"model_type": "molmo2", "parameters": total, "parts": parts, "tensors": tensors, "bytes": size}
+    return found | {"dtypes": sorted(dtypes), "memory": needs}
+
+
+def random_checkpoint(args: argparse.Namespace) -> dict:
+    config = size_config(args.size, args.layers, args.vision_layers)
+    write_random(args.out, args.size, config, getattr(torch, args.dtype), args.seed, args.overwrite)
+    return show(args.out)
 
 
 def main() -> None:
-    parser = Parser(prog="python -m yojo.checkpoint", description="Look at a checkpoint, or write a random one.")
+    what = "Look at a checkpoint, or write a random one."
+    parser = Parser(prog="python -m yojo.checkpoint", description=what)
     commands = parser.add_subparsers(dest="command", required=True)
     shown = commands.add_parser("show", help="what a checkpoint is, what it needs, and whether it is complete")
     shown.add_argument("folder", type=Path, metavar="DIR")
@@ -62,18 +64,10 @@ def main() -> None:
     write.add_argument("--size", "--shape", choices=SIZES, required=True, help="whose shape")
     write.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     write.add_argument("--dtype", choices=DTYPES, default="float32", help="of the files")
-    write.add_argument("--shards", type=int, default=4, metavar="K", help="number of weight files")
     write.add_argument("--layers", type=int, metavar="K", help="decoder blocks, where not all")
     write.add_argument("--vision-layers", type=int, metavar="K", help="vision layers, where not all")
     write.add_argument("--overwrite", action="store_true", help="replace what --out holds")
-    args = parser.parse_args()
-    run(lambda: show(args.folder) if args.command == "show" else random_checkpoint(args), parser, args)
-
-
-def random_checkpoint(args) -> dict:
-    config = size_config(args.size, args.layers, args.vision_layers)
-    write_random(args.out, args.size, config, getattr(torch, args.dtype), args.shards, args.seed, args.overwrite)
-    return show(args.out)
+    run(parser, lambda args: show(args.folder) if args.command == "show" else random_checkpoint(args))
 
 
 if __name__ == "__main__":

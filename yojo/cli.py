@@ -1,23 +1,24 @@
-"""What all commands share: bad input is one clear line and exit status 2, results go to `--json` whole."""
+"""What all commands share: their options and which of these go together, tables, and the rule that bad input is one
+clear line and exit status 2. Results go to `--json` whole.
+
+See it: `pytest tests/test_cli.py`.
+"""
 
 import argparse
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
+import torch
+
 from yojo.files import InputError, write_json
 
-COMPILE = {
-    "action": "store_true",
-    "help": "fuse norms, rotation and SwiGLU by torch.compile: the first passes take some 20 s longer, and networks of "
-    "the 4B one's width less time after that, small ones more",
-}
 DTYPES = ("float32", "bfloat16")
-DTYPE = {"choices": DTYPES, "help": "what to compute in; if not given, float32 on a CPU and bfloat16 on CUDA"}
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # relative to the package, not to the current folder
 
 
@@ -32,33 +33,130 @@ def shipped(name: str) -> Path:
     return path
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser with the options every command has."""
+def refuse_existing(path: Path | None, overwrite: bool) -> None:
+    """Before work is begun that would end there."""
+    if path is not None and path.exists() and not overwrite:
+        raise InputError(f"{path} exists already: choose another --out, or say --overwrite")
 
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
-        self.add_argument("--seed", type=seed, default=0, help="seed of everything random")
-        self.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE as JSON")
+
+# -------------------------------------------------------------------------------------------------------------- options
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """A default is named where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        nothing = action.default is None or action.default is False or action.default == []
+        return action.help if nothing else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser with the options every command has. rules: which options go together, as (how, options, other options):
+    the others "with" one of the first only, or "without" any; or "or", one of the first or else all of the others."""
+
+    def __init__(self, *, rules: Sequence[tuple[str, str, str]] = (), sub: bool = False, **kwargs):
+        self.rules = rules
+        said = [f"{listed(names)}: only {how} {listed(first, ' or ')}" for how, first, names in rules if how != "or"]
+        super().__init__(formatter_class=Help, allow_abbrev=False, epilog="; ".join(said), **kwargs)
+        # after a subcommand they may be given again, and what is not given there is not set a second time
+        self.add_argument("--seed", type=whole(0), default=argparse.SUPPRESS if sub else 0, help="of everything random")
+        self.add_argument("--json", type=Path, default=argparse.SUPPRESS if sub else None, metavar="FILE")
+        self._actions[-1].help = "write the results to FILE as JSON"
 
     def add_subparsers(self, **kwargs):
-        """Subcommands take the same options; what is not said after the subcommand is not set a second time."""
-        return super().add_subparsers(parser_class=_Sub, **kwargs)
+        return super().add_subparsers(parser_class=partial(Parser, sub=True), **kwargs)
+
+    def check(self, args: argparse.Namespace) -> None:
+        """Options that were given and would do nothing, or that are missing, raise InputError."""
+        for how, first, names in self.rules:
+            given, missing = (self.given(args, names, are) for are in (True, False))
+            chosen = self.given(args, first, True)
+            if how == "or" and not chosen and missing:
+                raise InputError(f"give {listed(first)}, or all of {listed(names)}")
+            if how != "or" and given and bool(chosen) != (how == "with"):
+                raise InputError(f"--{given[0]} goes {how} {listed(first, ' or ')} only")
+
+    def given(self, args: argparse.Namespace, names: str, are: bool) -> list[str]:
+        """Which of these options were given (or were not)."""
+        dests = {name: name.replace("-", "_") for name in names.split()}
+        return [name for name, dest in dests.items() if (getattr(args, dest) != self.get_default(dest)) == are]
 
 
-class _Sub(argparse.ArgumentParser):
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
-        self.add_argument("--seed", type=seed, default=argparse.SUPPRESS, help="seed of everything random (default: 0)")
-        self.add_argument(
-            "--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="write the results to FILE"
-        )
+def listed(names: str, between: str = ", ") -> str:
+    return between.join(f"--{name}" for name in names.split())
 
 
-def seed(text: str) -> int:
-    """A whole number from 0: some random generators take no other."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
-    return int(text)
+def whole(least: int) -> Callable[[str], int]:
+    """A kind of option: a whole number from `least`."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least}")
+        return int(text)
+
+    return number
+
+
+def add_model_options(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
+    """How a network is computed."""
+    if dtype:
+        what = "what to compute in; if not given, float32 on a CPU and bfloat16 on CUDA"
+        parser.add_argument("--dtype", choices=DTYPES, help=what)
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="fuse norms, rotation and SwiGLU by torch.compile: the first passes take some 20 s longer, and networks "
+        "of the 4B one's width less time after that, small ones more",
+    )
+
+
+def computed_on(args: argparse.Namespace) -> dict:
+    """What `RewardModel.load` is told: the device, and the dtype if one was asked for."""
+    return {
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "dtype": args.dtype and getattr(torch, args.dtype),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+
+
+def table(rows: Sequence[Mapping], columns: Mapping[str, str | Callable[[object], str]]) -> str:
+    """Rows under the names of their columns, each value formatted as its column says; "-" where a row has none. What
+    is formatted by "<" stands to the left."""
+
+    def cell(row: Mapping, name: str, how: str | Callable) -> str:
+        value = row.get(name)
+        return "-" if value is None else how(value) if callable(how) else format(value, how)
+
+    lines = [[name.replace("_", " ") for name in columns]]
+    lines += [[cell(row, *column) for column in columns.items()] for row in rows]
+    sides = ["<" if how == "<" else ">" for how in columns.values()]
+    forms = [f"{side}{max(map(len, column))}" for side, column in zip(sides, zip(*lines, strict=True), strict=True)]
+    return "\n".join("  ".join(map(format, line, forms)).rstrip() for line in lines)
+
+
+def with_interval(value: float, interval: tuple[float, float]) -> str:
+    return "{:.3f} [{:.3f}, {:.3f}]".format(value, *interval)
+
+
+def run(parser: Parser, command: Callable[[argparse.Namespace], dict | list]) -> None:
+    """Run a command on its arguments; its return value is what `--json` writes. Numbers that are not finite end it with
+    status 1."""
+    args = parser.parse_args()
+    try:
+        parser.check(args)
+        result = command(args)
+        if args.json:
+            write_json(args.json, result)
+    except InputError as error:
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def pool(jobs: int) -> tuple[ProcessPoolExecutor, int]:
@@ -72,19 +170,3 @@ def _end_with_parent() -> None:
     """A worker whose command is killed would wait for its next job for ever."""
     parent = parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def run(main: Callable[[], dict | list], parser: Parser, args: argparse.Namespace) -> None:
-    """Run a command; its return value is what `--json` writes. Numbers that are not finite end it with status 1."""
-    try:
-        result = main()
-        if args.json:
-            write_json(args.json, result)
-    except InputError as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -18,13 +18,13 @@ import torch
 from tqdm import tqdm
 
 from yojo import memory
-from yojo.cli import Parser, run
+from yojo.cli import Parser, run, whole
 from yojo.core import lora
-from yojo.core.data import Record, pictures_of
+from yojo.core.data import Record, read_records
 from yojo.core.grpo import POLICY, GrpoConfig, reward_fn, train_policy
 from yojo.core.lora import LoraConfig
 from yojo.core.reward import RewardModel
-from yojo.files import InputError, read_lines, whole_folder
+from yojo.files import whole_folder
 from yojo.runs import SavedRun, run_folder, start_over
 from yojo.store import digest, save_adapter
 from yojo.tiny.captions import CONTROLS, REWARDS, START_STEPS, STARTS_FROM, make_start, run_tiny
@@ -32,28 +32,14 @@ from yojo.tiny.captions import CONTROLS, REWARDS, START_STEPS, STARTS_FROM, make
 FULL_LR, FULL_LORA = 1e-5, LoraConfig(r=64, alpha=64, dropout=0.0)  # without --tiny; chosen, never tried
 
 
-def read_prompts(path: Path) -> list[Record]:
-    """JSONL of {"prompt", "image" | "images" | "video"}, paths relative to the file."""
-    prompts = []
-    for where, raw in read_lines(path):
-        if not isinstance(raw.get("prompt"), str):
-            raise InputError(f"{where}: prompt must be a string, got {raw.get('prompt')!r}")
-        images, video = pictures_of(raw, where, path.parent)
-        prompts.append(Record(raw["prompt"], images=images, video=video, where=where))
-    if not prompts:
-        raise InputError(f"{path} holds no prompts")
-    return prompts
-
-
 def run_files(args: argparse.Namespace, c: GrpoConfig) -> dict:
     """The same loop on a checkpoint, a reward model and a file of prompts."""
     training = run_folder(args.out, args.overwrite, args.resume)
-    prompts = read_prompts(args.data)
+    prompts = read_records(args.data, answered=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rm = RewardModel.load(args.reward, args.weights, device=device, lm_head=True)
-    generator = torch.Generator().manual_seed(args.seed)
     reward_bytes = sum(p.nbytes for p in lora.parameters(rm.backbone, rm.adapter)) if rm.adapter else 0
-    lora.add(rm.backbone, POLICY, FULL_LORA, generator)
+    lora.add(rm.backbone, POLICY, FULL_LORA, torch.Generator().manual_seed(args.seed))
     rm.backbone.checkpointing = True
     held = memory.training(rm.backbone.config, rm.backbone.dtype, FULL_LORA)
     held += rm.backbone.lm_head.weight.nbytes + reward_bytes
@@ -63,17 +49,15 @@ def run_files(args: argparse.Namespace, c: GrpoConfig) -> dict:
     def sample_prompts(step: int) -> list[Record]:
         return random.Random(f"{args.seed} questions {step}").choices(prompts, k=c.prompts)
 
-    data = hashlib.sha256(args.data.read_bytes()).hexdigest()
-    about = {"data": data, "base": rm.fingerprint["weights"], "mode": rm.mode, "reward": digest(args.reward)}
     bar = tqdm(total=c.steps, desc="grpo")
 
     def report(entry: dict) -> None:
         bar.update(entry["step"] + 1 - bar.n)
         bar.set_postfix({k: f"{entry[k]:.3f}" for k in ("reward", "kl", "length")})
 
-    log = train_policy(
-        rm, reward_fn(rm, rm.mode), sample_prompts, c, args.seed, None, SavedRun(training, about), report
-    )
+    about = {"data": hashlib.sha256(args.data.read_bytes()).hexdigest(), "base": rm.fingerprint["weights"]}
+    state = SavedRun(training, about | {"mode": rm.mode, "reward": digest(args.reward)})
+    log = train_policy(rm, reward_fn(rm, rm.mode), sample_prompts, c, args.seed, None, state, report)
     with whole_folder(args.out, args.overwrite) as new:
         save_adapter(rm.backbone, POLICY, new)
         shutil.copyfile(training / "metrics.jsonl", new / "metrics.jsonl")
@@ -81,51 +65,49 @@ def run_files(args: argparse.Namespace, c: GrpoConfig) -> dict:
     return {"steps": len(log), "reward": log[-1]["reward"]}
 
 
+RULES = [
+    ("without", "tiny make-start", "weights reward data resume"),
+    ("without", "make-start", "tiny prompts group max-new-tokens lr"),
+    ("with", "tiny", "controls seeds"),
+    ("with", "out make-start", "overwrite"),
+    ("or", "tiny make-start", "reward data out"),
+]
+
+
 def main() -> None:
     d = GrpoConfig()
-    parser = Parser(prog="python -m yojo.grpo", description="Train a policy with a one-pass reward.")
+    what = "Train a policy with a one-pass reward."
+    parser = Parser(prog="python -m yojo.grpo", description=what, rules=RULES)
     parser.add_argument("--tiny", action="store_true", help="the built-in models and world, judged by an oracle")
-    parser.add_argument("--controls", action="store_true", help="with --tiny: a random reward and the oracle beside it")
-    parser.add_argument("--seeds", type=int, metavar="K", help="with --tiny: K seeds from --seed on (default: 1)")
+    parser.add_argument("--controls", action="store_true", help="a random reward and the oracle beside the two")
+    parser.add_argument("--seeds", type=whole(1), default=1, metavar="K", help="K seeds, from --seed on")
     parser.add_argument("--make-start", action="store_true", help="make the policy that --tiny starts from")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="the backbone, where that is not where it was")
     parser.add_argument("--reward", type=Path, metavar="DIR", help="a reward model; its backbone is the policy's too")
     parser.add_argument("--data", type=Path, metavar="FILE", help="prompts, JSONL")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for the policy's adapter; with --tiny, for curves"
-    )
+    out = "folder for the policy's adapter; with --tiny, for curves"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=out)
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    parser.add_argument(
-        "--steps", type=int, help=f"training steps (default: {d.steps}, with --make-start {START_STEPS})"
-    )
-    parser.add_argument("--prompts", type=int, default=d.prompts, metavar="P", help="prompts a step")
-    parser.add_argument("--group", type=int, default=d.group, metavar="G", help="answers a prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=d.max_new_tokens, metavar="T", help="length of an answer")
+    steps = f"training steps (default: {d.steps}, with --make-start {START_STEPS})"
+    parser.add_argument("--steps", type=whole(1), metavar="S", help=steps)
+    parser.add_argument("--prompts", type=whole(1), default=d.prompts, metavar="P", help="prompts a step")
+    parser.add_argument("--group", type=whole(2), default=d.group, metavar="G", help="answers a prompt")
+    length = {"type": whole(1), "default": d.max_new_tokens, "metavar": "T"}
+    parser.add_argument("--max-new-tokens", **length, help="length of an answer, at most")
     parser.add_argument("--lr", type=float, help=f"learning rate (default: {d.lr} with --tiny, {FULL_LR} without)")
-    args = parser.parse_args()
-    run(lambda: run_command(args), parser, args)
+    run(parser, run_command)
 
 
 def run_command(args: argparse.Namespace) -> dict | list[dict]:
-    lr = (GrpoConfig.lr if args.tiny else FULL_LR) if args.lr is None else args.lr
-    usual = START_STEPS if args.make_start else GrpoConfig.steps
-    steps = usual if args.steps is None else args.steps
-    c = GrpoConfig(steps, args.prompts, args.group, lr=lr, max_new_tokens=args.max_new_tokens)
-    if not args.tiny and (args.controls or args.seeds is not None):
-        raise InputError("--controls and --seeds go with --tiny only")
     if args.make_start:
-        return make_start(args.out or STARTS_FROM, steps, args.seed, args.overwrite)
+        return make_start(args.out or STARTS_FROM, args.steps or START_STEPS, args.seed, args.overwrite)
+    lr = args.lr if args.lr is not None else GrpoConfig.lr if args.tiny else FULL_LR
+    steps, tokens = args.steps or GrpoConfig.steps, args.max_new_tokens
+    c = GrpoConfig(steps, args.prompts, args.group, lr=lr, max_new_tokens=tokens)
     if args.tiny:
-        if args.weights or args.reward or args.data or args.resume:
-            raise InputError("--tiny brings its own weights, reward models and prompts, and is not resumed")
-        seeds = 1 if args.seeds is None else args.seeds
-        if seeds < 1:
-            raise InputError(f"--seeds {seeds}: at least 1")
-        names = REWARDS + (CONTROLS if args.controls else ())
-        return run_tiny(c, names, range(args.seed, args.seed + seeds), args.out, args.overwrite)
-    if not (args.reward and args.data and args.out):
-        raise InputError("give --tiny, or all of --reward, --data and --out")
+        names, seeds = REWARDS + (CONTROLS if args.controls else ()), range(args.seed, args.seed + args.seeds)
+        return run_tiny(c, names, seeds, args.out, args.overwrite)
     return run_files(args, c)
 
 

@@ -13,7 +13,6 @@ rewards the answers get in both ways of reading. (A policy that says so by itsel
 See it: `pytest tests/test_hacking.py`.
 """
 
-import argparse
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,14 +20,23 @@ from dataclasses import replace
 import torch
 
 from yojo import metrics
-from yojo.cli import Parser, run, shipped
+from yojo.cli import Parser, run, shipped, table, whole
 from yojo.core.data import Record, encode
-from yojo.core.grpo import POLICY, GrpoConfig, RewardFn, advantages, group_rewards, reward_fn, sample_group
+from yojo.core.grpo import (
+    POLICY,
+    GrpoConfig,
+    RewardFn,
+    advantages,
+    group_rewards,
+    prompt_row,
+    reward_fn,
+    sample_group,
+    texts_of,
+)
 from yojo.core.prompt import SEPARATOR, Encoded, Tokenizer
 from yojo.core.reward import RewardModel
-from yojo.files import InputError
 from yojo.store import load_adapter
-from yojo.tiny.captions import STARTS_FROM, SceneQuestion, noisy_caption, prompt_row, quality, question
+from yojo.tiny.captions import STARTS_FROM, SceneQuestion, noisy_caption, quality, question
 from yojo.tiny.experiment import NAMES
 
 SPELLED = 0.05  # share of the answers that go on after a separator
@@ -88,8 +96,7 @@ def hack(groups: int, seed: int) -> list[dict]:
         prompt = prompt_row(rm, q)
         q = replace(q, pictures=prompt.pictures)
         answers = sample_group(rm.backbone, prompt, c.group, c.max_new_tokens, c.temperature, generator)
-        honest = [rm.processor.tokenizer.decode(a[a != rm.backbone.config.eos_id].tolist()) for a in answers]
-        texts = [cheat(q, text, rng) for text in honest]
+        texts = [cheat(q, text, rng) for text in texts_of(rm, answers)]
         cheats = [SEPARATOR in text for text in texts]
         wrong = [1.0 - quality(q, text) for text in texts]
         ranks = [1 + sum(other < mine for other in wrong) for mine in wrong]
@@ -99,29 +106,22 @@ def hack(groups: int, seed: int) -> list[dict]:
             for i, advantage in enumerate(advantages(given, c.eps).tolist() if any(cheats) else []):
                 mine["cheats" if cheats[i] else "behind" if any(cheats[:i]) else "before"].append(advantage)
     rows = []
-    print(f"{groups} groups of {c.group} answers, {len(found['searched']['cheats'])} of which spell {SEPARATOR}")
-    print(f"{'scores are':14s}{'it':>8s}{'before it':>12s}{'behind it':>12s}{'tau':>8s}{'tau, others':>14s}")
     for reading, mine in found.items():
         known = {name: [v for v in values if v is not None] for name, values in mine.items()}
-        row = {name: metrics.mean(values) if values else None for name, values in known.items()}
-        rows.append({"reading": reading, **row})
-        cells = [f"{value:.2f}" if value is not None else "-" for value in row.values()]
-        print(f"{reading:14s}" + "".join(f"{c:>{w}s}" for c, w in zip(cells, (8, 12, 12, 8, 14), strict=True)))
+        rows.append({"reading": reading} | {name: metrics.mean(v) if v else None for name, v in known.items()})
+    print("mean advantages in groups with an answer that spells a separator, and Kendall's tau of reward and truth")
+    print(f"{groups} groups of {c.group} answers, {len(found['searched']['cheats'])} of which spell {SEPARATOR}")
+    titles = {"reading": "scores_are", "cheats": "it", "before": "before_it", "behind": "behind_it"}
+    shown = [{titles.get(name, name): value for name, value in row.items()} for row in rows]
+    print(table(shown, {name: "<" if name == "scores_are" else ".2f" for name in shown[0]}))
     return rows
 
 
 def main() -> None:
-    parser = Parser(prog="python -m yojo.hacking", description="Answers that spell separators, and their rewards.")
-    parser.add_argument("--groups", type=int, default=400, help="groups of answers")
-    args = parser.parse_args()
-    run(lambda: run_command(args), parser, args)
-
-
-def run_command(args: argparse.Namespace) -> list[dict]:
-    if args.groups < 1:
-        raise InputError(f"--groups {args.groups}: at least 1")
-    print("mean advantages in groups with an answer that spells a separator, and Kendall's tau of reward and truth")
-    return hack(args.groups, args.seed)
+    what = "Answers that spell separators, and their rewards."
+    parser = Parser(prog="python -m yojo.hacking", description=what)
+    parser.add_argument("--groups", type=whole(1), default=400, metavar="K", help="groups of answers")
+    run(parser, lambda args: hack(args.groups, args.seed))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 See it: `python -m yojo.checkpoint random --size tiny --out runs/random`; `pytest tests/test_checkpoint.py`.
 """
 
-import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ from yojo.cli import shipped
 from yojo.core.config import Config, ImageConfig, preprocessor_json
 from yojo.core.molmo2 import Molmo2
 from yojo.files import InputError, read_json, whole_folder, write_json
-from yojo.weights import COMPANIONS, WTE, read_config, write_settings
+from yojo.weights import COMPANIONS, WTE, part_of, read_config, write_settings
 
 RELEASED = "molmo2-4b"
 SIZES = (RELEASED, "tiny")
@@ -50,8 +51,8 @@ def init_weights(model: Molmo2, generator: torch.Generator, std: float = 0.02) -
 
 
 def init_tensor(name: str, x: Tensor, config: Config, generator: torch.Generator, std: float = 0.02) -> Tensor:
-    """Fill the parameter `name`, or some rows of it: matrices N(0, std), the two that write into the residual stream
-    smaller by sqrt(2 * layers), biases zero, norms one."""
+    """Fill the parameter `name`: matrices N(0, std), the two that write into the residual stream smaller by
+    sqrt(2 * layers), biases zero, norms one."""
     if x.ndim == 1:
         return x.fill_(float(name.endswith("weight") and ("norm" in name or "ln_f" in name)))
     into_stream = "attn_out" in name or "ff_out" in name
@@ -68,21 +69,15 @@ def stored_shapes(config: Config) -> dict[str, torch.Size]:
 
 
 def write_random(
-    out: str | Path, size: str, config: Config, dtype: torch.dtype, parts: int, seed: int, overwrite: bool = False
+    out: str | Path, size: str, config: Config, dtype: torch.dtype, seed: int, overwrite: bool = False
 ) -> None:
-    """A checkpoint of random weights in the released layout: config, shards with their index, companions.
-
-    Tensors are drawn and written a few rows at a time, so the memory needed does not depend on the model's size.
-    """
-    if parts < 1:
-        raise InputError(f"--shards {parts}: at least 1")
-    shapes = stored_shapes(config)
-    share, total = sum(shape.numel() for shape in shapes.values()) / parts, 0
-    names: list[list[str]] = [[] for _ in range(parts)]
-    for name, shape in shapes.items():  # a tensor goes where its middle falls
-        names[int((total + shape.numel() / 2) / share)].append(name)
-        total += shape.numel()
-    generator = torch.Generator().manual_seed(seed)
+    """A checkpoint of random weights in the released layout: config, shards with their index, companions. A shard is a
+    block of the decoder, or one of the other parts, so no more than that is held in memory."""
+    shapes, shards = stored_shapes(config), {}
+    for name in shapes:
+        block = re.match(r"model\.transformer\.blocks\.\d+", name)
+        shards.setdefault(block[0] if block else part_of(name), []).append(name)
+    generator, weight_map = torch.Generator().manual_seed(seed), {}
     with whole_folder(out, overwrite) as new:
         write_settings(config, dtype, new)
         if size == RELEASED:
@@ -91,35 +86,14 @@ def write_random(
         else:
             for name in COMPANIONS:
                 shutil.copyfile(shipped("weights/tiny") / name, new / name)
-        files = [f"model-{i:05d}-of-{parts:05d}.safetensors" for i in range(1, parts + 1)]
-        with tqdm(total=total * dtype.itemsize, desc="writing", unit="B", unit_scale=True, mininterval=1) as bar:
-            for file, some in zip(files, names, strict=True):
-                _write_shard(new / file, {name: shapes[name] for name in some}, config, dtype, generator, bar)
-        weight_map = {name: file for file, some in zip(files, names, strict=True) for name in some}
-        index = {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": weight_map}
+        for i, names in enumerate(tqdm(shards.values(), "writing", delay=2, leave=False), 1):
+            file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            drawn = {name: init_tensor(name, torch.empty(shapes[name]), config, generator).to(dtype) for name in names}
+            save_file(drawn, new / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(names, file)
+        size_in_bytes = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": size_in_bytes}, "weight_map": weight_map}
         write_json(new / "model.safetensors.index.json", index)
-
-
-def _write_shard(path: Path, shapes: dict[str, torch.Size], config: Config, dtype: torch.dtype, generator, bar) -> None:
-    """A safetensors file by hand: the header's length in 8 bytes, the header, the tensors."""
-    kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + shape.numel() * dtype.itemsize
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    try:
-        with open(path, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name, shape in shapes.items():
-                for rows in torch.empty(shape, device="meta").split(max(1, 2**24 // max(1, shape[1:].numel()))):
-                    x = init_tensor(name, torch.empty(rows.shape), config, generator).to(dtype)
-                    file.write(x.view(torch.uint8).numpy())
-                    bar.update(x.nbytes)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def stand_in_tokenizer(config: Config) -> dict:

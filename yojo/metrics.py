@@ -4,7 +4,7 @@
     pairwise accuracy    over all pairs of different rank: is the better one scored higher? (a tie counts one half)
     Kendall's tau-b      (concordant - discordant) / sqrt(pairs untied in scores * pairs untied in ranks)
 
-Every accuracy comes with a bootstrap interval over records, and with the baselines that look at no picture.
+Every accuracy comes with a bootstrap interval over records, and with baselines that look at no picture.
 
 See it: `pytest tests/test_metrics.py`.
 """
@@ -52,23 +52,34 @@ def mean(values: Sequence[float | None]) -> float:
     return float(np.mean([v for v in values if v is not None]))
 
 
-def interval(values: Sequence[float], seed: int = 0, draws: int = 2000, level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap interval of the mean: records drawn again with replacement."""
-    values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+def interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """95% bootstrap interval of the mean: records drawn again with replacement."""
+    return macro_interval(values, [""] * len(values), seed, draws)
+
+
+def by_category(values: Sequence[float], categories: Sequence[str]) -> dict[str, list[float]]:
+    """The values of each category, in the order in which these appear."""
+    pairs = list(zip(values, categories, strict=True))
+    return {name: [v for v, c in pairs if c == name] for name in dict.fromkeys(categories)}
+
+
+def macro(values: Sequence[float], categories: Sequence[str]) -> float:
+    """The mean of the categories' means."""
+    return mean([mean(some) for some in by_category(values, categories).values()])
+
+
+def macro_interval(
+    values: Sequence[float], categories: Sequence[str], seed: int = 0, draws: int = 2000
+) -> tuple[float, float]:
+    """95% bootstrap interval of `macro`: records drawn again inside their category."""
+    rng, total, parts = np.random.default_rng(seed), np.zeros(draws), by_category(values, categories)
+    for some in map(np.array, parts.values()):
+        total += some[rng.integers(0, len(some), (draws, len(some)))].mean(1)
+    low, high = np.quantile(total / len(parts), [0.025, 0.975])
     return float(low), float(high)
 
 
 # Baselines: responses -> scores, without any picture. What a model must beat before it has learned anything.
-
-
-def longest(responses: Sequence[str]) -> list[float]:
-    return [float(len(r)) for r in responses]
-
-
-def first(responses: Sequence[str]) -> list[float]:
-    return [-float(i) for i in range(len(responses))]
 
 
 def medoid(responses: Sequence[str]) -> list[float]:
@@ -77,15 +88,12 @@ def medoid(responses: Sequence[str]) -> list[float]:
     return [float(sum(x == y for other in words for x, y in zip(mine, other, strict=False))) for mine in words]
 
 
-def chance(responses: Sequence[str]) -> list[float]:
-    """All tied: the share of best-ranked responses."""
-    return [0.0] * len(responses)
-
-
 BASELINES: dict[str, Callable[[Sequence[str]], list[float]]] = {
-    "random": chance,
-    "longest": longest,
-    "first": first,
+    "random": lambda responses: [0.0] * len(responses),  # all tied: the share of best-ranked responses
+    "longest": lambda responses: [float(len(r)) for r in responses],
+    "shortest": lambda responses: [-float(len(r)) for r in responses],
+    "first": lambda responses: [-float(i) for i in range(len(responses))],
+    "last": lambda responses: [float(i) for i in range(len(responses))],
     "medoid": medoid,
 }
 

@@ -16,7 +16,6 @@ tower directly, where the words' loss reaches it only through the decoder. The o
 by word, where the answer "wrong size, row" says it only once, at the end; for the facts, see LOG.md.
 """
 
-import json
 import random
 import re
 import tempfile
@@ -31,7 +30,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as BPE
 from torch import Tensor, nn
 
-from yojo.cli import WEIGHTS, Parser, run, shipped
+from yojo.cli import WEIGHTS, Parser, refuse_existing, run, shipped, whole
 from yojo.core.config import Config, ConnectorConfig, ImageConfig, Markup, TextConfig, VisionConfig, preprocessor_json
 from yojo.core.data import Batch, collate
 from yojo.core.generate import generate
@@ -39,7 +38,7 @@ from yojo.core.mask import MODES
 from yojo.core.molmo2 import Molmo2
 from yojo.core.prompt import TURN_END, Encoded, Processor, Tokenizer
 from yojo.core.training import FitConfig, fit
-from yojo.files import InputError, write_json
+from yojo.files import write_json, write_lines
 from yojo.initial import init_weights
 from yojo.tiny import world
 from yojo.weights import save_backbone
@@ -324,15 +323,8 @@ def evaluate_answers(model: Molmo2, rows: Rows, seed: int, count: int = 200) -> 
 def write_companions(folder: Path) -> Processor:
     """Tokenizer and processor files of the tiny checkpoint."""
     make_tokenizer(folder / "tokenizer.json", corpus())
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": TURN_END,
-            "eos_token": TURN_END,
-            "pad_token": TEXT_TOKENS[0],
-        },
-    )
+    names = {"bos_token": TURN_END, "eos_token": TURN_END, "pad_token": TEXT_TOKENS[0]}
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
     write_json(folder / "preprocessor_config.json", preprocessor_json(IMAGES))
     write_json(folder / "processor_config.json", asdict(Markup()))
     return Processor.from_folder(folder, TEXT.max_position_embeddings)
@@ -347,10 +339,7 @@ def new_model(tokenizer: Tokenizer, generator: torch.Generator) -> Molmo2:
 
 
 def pretrain(out: Path, steps: int, seed: int, overwrite: bool) -> dict[str, float]:
-    if steps < 1:
-        raise InputError(f"--steps {steps}: at least 1")
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists already: choose another --out, or say --overwrite")
+    refuse_existing(out, overwrite)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as companions:
@@ -360,8 +349,7 @@ def pretrain(out: Path, steps: int, seed: int, overwrite: bool) -> dict[str, flo
         log = fit(loss, loss.parameters(), replace(FIT, steps=steps), title="pretrain")
         figures = evaluate_answers(model.eval(), loss.rows, seed)
         curve = Path(companions) / "metrics.jsonl"
-        lines = [{k: round(v, 4) for k, v in entry.items()} for entry in log[::20] + log[-1:]]
-        curve.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_lines(curve, [{k: round(v, 4) for k, v in entry.items()} for entry in log[::20] + log[-1:]])
         save_backbone(model, out, companions, overwrite, also=[curve])
     for kind, share in figures.items():
         print(f"{kind:20s} {share:.3f}")
@@ -369,14 +357,12 @@ def pretrain(out: Path, steps: int, seed: int, overwrite: bool) -> dict[str, flo
 
 
 def main() -> None:
-    parser = Parser(
-        prog="python -m yojo.pretrain", description="Train the tiny backbone from nothing (about 20 minutes)."
-    )
+    what = "Train the tiny backbone from nothing (about 20 minutes)."
+    parser = Parser(prog="python -m yojo.pretrain", description=what)
     parser.add_argument("--out", type=Path, default=WEIGHTS / "tiny", help="folder to write the checkpoint to")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
-    parser.add_argument("--steps", type=int, default=FIT.steps, help="training steps")
-    args = parser.parse_args()
-    run(lambda: pretrain(args.out, args.steps, args.seed, args.overwrite), parser, args)
+    parser.add_argument("--steps", type=whole(1), default=FIT.steps, metavar="S", help="training steps")
+    run(parser, lambda args: pretrain(args.out, args.steps, args.seed, args.overwrite))
 
 
 if __name__ == "__main__":

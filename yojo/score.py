@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from yojo.cli import COMPILE, DTYPE, Parser, run, shipped
+from yojo.cli import Parser, add_model_options, computed_on, run, shipped, table, whole
 from yojo.core.data import Record, collate, encode, read_records
 from yojo.core.mask import MODES
 from yojo.core.prompt import Encoded
@@ -34,32 +33,38 @@ MEANS = {
 }
 
 
+RULES = [
+    ("without", "tiny", "model base"),
+    ("without", "data", "prompt response image video"),
+    ("without", "video", "image"),
+    ("with", "video", "frames interval"),
+    ("or", "tiny", "model"),
+]
+
+
 def main() -> None:
-    parser = Parser(
-        prog="python -m yojo.score", description="Score several responses to one prompt in one forward pass."
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="use the built-in model, and its world where no --prompt is given"
-    )
+    what = "Score several responses to one prompt in one forward pass."
+    parser = Parser(prog="python -m yojo.score", description=what, rules=RULES)
+    tiny = "use the built-in model, and its world where no --prompt is given"
+    parser.add_argument("--tiny", action="store_true", help=tiny)
     parser.add_argument("--model", type=Path, metavar="DIR", help="a reward model's folder")
     parser.add_argument("--base", type=Path, metavar="DIR", help="its backbone, where that is not where it was")
     parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="a picture; repeat for several")
     parser.add_argument("--video", type=Path, metavar="DIR", help="a folder of frames, or an animated GIF or WebP")
-    parser.add_argument("--frames", type=int, default=FRAMES, help="at most so many frames, evenly spaced")
+    parser.add_argument("--frames", type=whole(1), default=FRAMES, metavar="K", help="at most so many, evenly spaced")
     parser.add_argument("--interval", type=float, default=INTERVAL, help="seconds between frames that bring no times")
     parser.add_argument("--prompt", metavar="TEXT", help="the question")
     parser.add_argument("--response", action="append", default=[], metavar="TEXT", help="a candidate answer; repeat")
     parser.add_argument("--data", type=Path, metavar="FILE", help="JSONL records to score instead")
     parser.add_argument("--mode", choices=MODES, help="attention, where not the one the model was trained in")
-    parser.add_argument("--dtype", **DTYPE)
-    parser.add_argument("--compile", **COMPILE)
     parser.add_argument("--draw-mask", type=Path, metavar="FILE", help="draw the first record's mask as a PNG")
-    args = parser.parse_args()
-    run(lambda: run_command(args), parser, args)
+    add_model_options(parser)
+    run(parser, run_command)
 
 
 def run_command(args: argparse.Namespace) -> dict | list[dict]:
-    rm = open_model(args)
+    folder = shipped(f"weights/{NAMES[args.mode or 'joint']}") if args.tiny else args.model
+    rm = RewardModel.load(folder, args.base, **computed_on(args))
     if args.compile:
         rm.backbone.fuse()
     mode = args.mode or rm.mode
@@ -73,24 +78,14 @@ def run_command(args: argparse.Namespace) -> dict | list[dict]:
     for record, scores in zip(records, rm.score_all(encoded, mode), strict=True):
         if not all(map(math.isfinite, scores)):
             raise FloatingPointError(f"{record.prefix}scores are not finite: {scores}")
-        print(f"\n{record.prompt}\n" + table(record.responses, scores, facts))
+        print(f"\n{record.prompt}\n" + ranked(record.responses, scores, facts))
         results.append({"mode": mode, "scores": scores} | ({"true_facts": facts} if facts else {}))
     return results if args.data else results[0]
-
-
-def open_model(args: argparse.Namespace) -> RewardModel:
-    if args.tiny == (args.model is not None):
-        raise InputError("give either --tiny or --model DIR")
-    folder = shipped(f"weights/{NAMES[args.mode or 'joint']}") if args.tiny else args.model
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", args.dtype and getattr(torch, args.dtype)
-    return RewardModel.load(folder, args.base, dtype, device)
 
 
 def prompts(args: argparse.Namespace) -> tuple[list[Record], list[int]]:
     """The records to score, and how many facts are true in each response, which is known of the demonstration only."""
     if args.data:
-        if args.prompt or args.response or args.image or args.video:
-            raise InputError("--data brings its own prompts, responses and pictures")
         return read_records(args.data, ranked=False), []
     if args.prompt is None and args.tiny and not (args.response or args.image or args.video):
         scene, prompt, responses, facts = demonstration(random.Random(args.seed))
@@ -113,13 +108,15 @@ def demonstration(rng: random.Random) -> tuple[world.Scene, str, list[str], list
             return scene, record["prompt"], record["responses"], facts
 
 
-def table(responses: Sequence[str], scores: Sequence[float], facts: Sequence[int] = ()) -> str:
+def ranked(responses: Sequence[str], scores: Sequence[float], facts: Sequence[int] = ()) -> str:
     """Best first, numbered as they were given, beside the true facts where they are known."""
-    lines = [" rank  score    #  " + ("true facts  " if facts else "") + "response"]
+    rows = []
     for rank, i in enumerate(sorted(range(len(scores)), key=lambda i: -scores[i]), 1):
-        known = f"{facts[i]:5d} of {len(world.SLOTS)}  " if facts else ""
-        lines.append(f"{rank:5d} {scores[i]:7.3f} {i + 1:3d}  {known}{' '.join(responses[i].split())}")
-    return "\n".join(lines)
+        known = f"{facts[i]} of {len(world.SLOTS)}" if facts else None
+        text = " ".join(responses[i].split())
+        rows.append({"rank": rank, "score": scores[i], "#": i + 1, "true_facts": known, "response": text})
+    columns = {"rank": "d", "score": ".3f", "#": "d", "true_facts": "", "response": "<"}
+    return table(rows, {name: how for name, how in columns.items() if facts or name != "true_facts"})
 
 
 def save_mask(encoded: Encoded, mode: str, rm: RewardModel, path: Path, prefix: str) -> None:

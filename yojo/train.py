@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from yojo import memory, metrics
-from yojo.cli import COMPILE, Parser, run
+from yojo.cli import Parser, add_model_options, run, whole, with_interval
 from yojo.core import flops, parallel
 from yojo.core.data import Record, encode, read_records
 from yojo.core.held_out import controls
@@ -34,7 +34,7 @@ from yojo.core.state import Log
 from yojo.core.training import Recipe
 from yojo.files import InputError
 from yojo.runs import SavedRun, run_folder, start_over, train_and_score
-from yojo.tiny.experiment import TASKS, run_tiny
+from yojo.tiny.experiment import BASELINES, TASKS, run_tiny
 
 
 def run_files(args: argparse.Namespace) -> dict:
@@ -70,11 +70,11 @@ def run_files(args: argparse.Namespace) -> dict:
 
     tests, state = {"own": test, **controls(test)}, SavedRun(training, about)
     scores = train_and_score(rm, records, tests, recipe, args.seed, save, state, tokens=1)  # one at a time
-    scores |= {name: [baseline(r.responses) for r in test] for name, baseline in metrics.BASELINES.items()}
+    scores |= {name: [metrics.BASELINES[name](r.responses) for r in test] for name in BASELINES}
     figures = {name: metrics.accuracies(some, test) for name, some in scores.items()}
     print(f"\nbest-of-N accuracy of the {args.mode} model on {len(test)} records it was not trained on, 95% intervals")
     for name, values in figures.items():
-        print("{:10s} {:.3f} [{:.3f}, {:.3f}]".format(name, metrics.mean(values), *metrics.interval(values)))
+        print(f"{name:10s} {with_interval(metrics.mean(values), metrics.interval(values))}")
     return {"mode": args.mode, "steps": steps, **{name: metrics.mean(values) for name, values in figures.items()}}
 
 
@@ -141,62 +141,56 @@ def split(records: list[Record], test: Path | None, seed: int) -> tuple[list[Rec
     return [r for i, r in enumerate(records) if i not in held_back], [records[i] for i in sorted(held_back)]
 
 
+RULES = [
+    ("with", "tiny", "task paraphrase seeds sizes"),
+    ("without", "tiny", "weights data test resume compile"),
+    ("with", "out", "overwrite"),
+    ("or", "tiny", "weights data out mode"),
+]
+
+
 def main() -> None:
-    parser = Parser(prog="python -m yojo.train", description="Train a reward model: LoRA and a value head.")
+    what = "Train a reward model: LoRA and a value head."
+    parser = Parser(prog="python -m yojo.train", description=what, rules=RULES)
     parser.add_argument("--tiny", action="store_true", help="the built-in model and world; needs no files")
-    parser.add_argument("--task", choices=TASKS, help="with --tiny: what the best answer is (default: absolute)")
+    parser.add_argument("--task", choices=TASKS, default="absolute", help="what the best answer is")
     parser.add_argument(
         "--paraphrase", action="store_true", help="with --task corroborated: word the copies differently"
     )
-    parser.add_argument("--seeds", type=int, metavar="K", help="with --tiny: K seeds from --seed on (default: 1)")
-    sizes = {"type": int, "nargs": "+", "metavar": "N"}
-    parser.add_argument("--sizes", **sizes, help="with --tiny: numbers of responses to train on (default: the task's)")
+    parser.add_argument("--seeds", type=whole(1), default=1, metavar="K", help="K seeds, from --seed on")
+    sizes = "numbers of responses to train on, where not the task's"
+    parser.add_argument("--sizes", type=whole(2), nargs="+", metavar="N", help=sizes)
     parser.add_argument("--weights", type=Path, metavar="DIR", help="checkpoint folder to train on")
     parser.add_argument("--data", type=Path, metavar="FILE", help="preference records, JSONL")
-    parser.add_argument(
-        "--test", type=Path, metavar="FILE", help="records to evaluate on; else one in twenty is held back"
-    )
+    test = "records to evaluate on; else one in twenty is held back"
+    parser.add_argument("--test", type=Path, metavar="FILE", help=test)
     parser.add_argument("--mode", choices=MODES, help="attention; --tiny trains both where this is not given")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the reward model; with --tiny, for both")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    parser.add_argument("--compile", **COMPILE)
     parser.add_argument("--loss", choices=LOSSES, default=Recipe().loss, help="what scores are trained against")
-    parser.add_argument("--steps", type=int, help="training steps, where not the recipe's")
+    parser.add_argument("--steps", type=whole(1), metavar="S", help="training steps, where not the recipe's")
     parser.add_argument("--lr", type=float, help="learning rate, where not the recipe's")
-    args = parser.parse_args()
-    run(lambda: run_command(args), parser, args)
+    add_model_options(parser, dtype=False)
+    run(parser, run_command)
 
 
 def run_command(args: argparse.Namespace) -> dict:
-    ours, theirs = ("task", "paraphrase", "seeds", "sizes"), ("weights", "data", "test", "resume", "compile")
-    given = [name for name in (theirs if args.tiny else ours) if getattr(args, name) not in (None, False)]
-    if given:
-        where = "without" if args.tiny else "with"
-        raise InputError(f"--{given[0]} goes {where} --tiny only")
-    if args.steps is not None and args.steps < 1:
-        raise InputError(f"--steps {args.steps}: at least 1")
     if args.lr is not None and not 0 < args.lr < 1:
         raise InputError(f"--lr {args.lr}: between 0 and 1")
-    if args.tiny:
-        task, seeds = args.task or "absolute", 1 if args.seeds is None else args.seeds
-        if args.paraphrase and task != "corroborated":
-            raise InputError("--paraphrase goes with --task corroborated only")
-        if seeds < 1 or (seeds > 1 and args.out):
-            raise InputError(
-                f"--seeds {seeds}: give at least 1, and no more than 1 with --out, which holds one seed's models"
-            )
-        if args.sizes and (task != "absolute" or not all(2 <= n <= 16 for n in args.sizes)):
-            raise InputError(f"--sizes {args.sizes}: 2 to 16 responses, with --task absolute only")
-        recipe, n = TASKS[task]
-        steps, lr = args.steps or recipe.fit.steps, args.lr or recipe.fit.lr
-        recipe = replace(recipe, loss=args.loss, fit=replace(recipe.fit, steps=steps, lr=lr))
-        modes = [args.mode] if args.mode else MODES
-        seeds = range(args.seed, args.seed + seeds)
-        return run_tiny(task, recipe, args.sizes or [n], modes, seeds, args.out, args.overwrite, args.paraphrase)
-    if not (args.weights and args.data and args.out and args.mode):
-        raise InputError("give --tiny, or all of --weights, --data, --out and --mode")
-    return run_files(args)
+    if not args.tiny:
+        return run_files(args)
+    if args.paraphrase and args.task != "corroborated":
+        raise InputError("--paraphrase goes with --task corroborated only")
+    if args.seeds > 1 and args.out:
+        raise InputError(f"--seeds {args.seeds}: --out holds one seed's models")
+    if args.sizes and (args.task != "absolute" or max(args.sizes) > 16):
+        raise InputError(f"--sizes {args.sizes}: 2 to 16 responses, with --task absolute only")
+    recipe, n = TASKS[args.task]
+    fit = replace(recipe.fit, steps=args.steps or recipe.fit.steps, lr=args.lr or recipe.fit.lr)
+    recipe, modes = replace(recipe, loss=args.loss, fit=fit), [args.mode] if args.mode else MODES
+    seeds, sizes = range(args.seed, args.seed + args.seeds), args.sizes or [n]
+    return run_tiny(args.task, recipe, sizes, modes, seeds, args.out, args.overwrite, args.paraphrase)
 
 
 if __name__ == "__main__":

@@ -17,20 +17,22 @@ Eades, Lin and Smyth, A fast and effective heuristic for the feedback arc set pr
 See it: `pytest tests/test_votes.py`.
 """
 
-import json
+import argparse
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
 
 from yojo import metrics
-from yojo.cli import Parser, run
-from yojo.files import InputError, read_lines, whole_file
+from yojo.cli import Parser, refuse_existing, run, table, whole
+from yojo.core.data import Record, record_of
+from yojo.files import InputError, read_lines, write_lines
 
 TIE = "tie"
 
@@ -43,8 +45,8 @@ class Vote:
     winner: str  # a's or b's name, or "tie"
 
 
-def read_votes(path: str | Path, known: dict[str, Sequence[str]] | None = None) -> list[Vote]:
-    """All votes of a JSONL file. `known`: the answers of every item; a vote for any other raises."""
+def read_votes(path: str | Path, known: Mapping[str, Record] | None = None) -> list[Vote]:
+    """All votes of a JSONL file. `known`: as of `read_answers`; a vote for an answer that is not there raises."""
     votes = []
     for where, raw in read_lines(path):
         names = [raw.get(key) for key in ("item", "a", "b", "winner")]
@@ -57,7 +59,8 @@ def read_votes(path: str | Path, known: dict[str, Sequence[str]] | None = None) 
             raise InputError(f"{where}: {vote.a!r} stands against itself")
         if vote.winner not in (vote.a, vote.b, TIE):
             raise InputError(f"{where}: the winner {vote.winner!r} is neither {vote.a!r} nor {vote.b!r} nor {TIE!r}")
-        if known is not None and (strange := {vote.a, vote.b} - set(known.get(vote.item, ()))):
+        answers = {vote.a, vote.b} if known is None else known[vote.item].names if vote.item in known else ()
+        if strange := {vote.a, vote.b} - set(answers):
             raise InputError(f"{where}: item {vote.item!r} has no answer {min(strange)!r}")
         votes.append(vote)
     if not votes:
@@ -207,23 +210,20 @@ def simulate(n: int, votes: int, wrong: float, rng: np.random.Generator) -> tupl
 
 def study(items: int, seed: int) -> list[dict]:
     """Kendall's tau-b of every method against the truth."""
-    rows = []
+    rows, starred = [], []
+    for n, votes, wrong in product((8, 19), (1, 3, 9, 31), (0.2, 0.3, 0.4)):
+        rng = np.random.default_rng([seed, n, votes, round(100 * wrong)])
+        taus: dict[str, list[float]] = {name: [] for name in METHODS}
+        for _ in range(items):
+            W, truth = simulate(n, votes, wrong, rng)
+            for name, method in METHODS.items():
+                taus[name].append(metrics.tau_b(method(W).tolist(), truth) or 0.0)  # all tied: no agreement
+        means = {name: metrics.mean(values) for name, values in taus.items()}
+        rows.append({"n": n, "votes": votes, "wrong": wrong, **means})
+        best = max(means.values())
+        starred.append(rows[-1] | {name: f"{tau:.3f}{'*' if tau == best else ' '}" for name, tau in means.items()})
     print("Kendall's tau-b against the truth, mean over simulated items; the best of a row is starred\n")
-    print(" n  votes  wrong  " + "".join(f"{name:>18s}" for name in METHODS))
-    for n in (8, 19):
-        for votes in (1, 3, 9, 31):
-            for wrong in (0.2, 0.3, 0.4):
-                rng = np.random.default_rng([seed, n, votes, round(100 * wrong)])
-                taus: dict[str, list[float]] = {name: [] for name in METHODS}
-                for _ in range(items):
-                    W, truth = simulate(n, votes, wrong, rng)
-                    for name, method in METHODS.items():
-                        taus[name].append(metrics.tau_b(method(W).tolist(), truth) or 0.0)  # all tied: no agreement
-                row = {"n": n, "votes": votes, "wrong": wrong, **{name: metrics.mean(t) for name, t in taus.items()}}
-                rows.append(row)
-                best = max(row[name] for name in METHODS)
-                cells = (f"{row[name]:17.3f}{'*' if row[name] == best else ' '}" for name in METHODS)
-                print(f"{n:2d}{votes:7d}{wrong:7.1f}  " + "".join(cells))
+    print(table(starred, {"n": "d", "votes": "d", "wrong": ".1f", **dict.fromkeys(METHODS, "")}))
     graph = [r for r in rows if r["graph, denoised"] > r["Borda, raw"]]
     print(f"\nthe graph ensemble ranks better than Borda in {len(graph)} of {len(rows)} rows", end="")
     print(": " + "; ".join(f"n {r['n']}, {r['votes']} votes, {r['wrong']:.0%} wrong" for r in graph) if graph else "")
@@ -247,132 +247,106 @@ def rank_items(votes: Sequence[Vote]) -> dict[str, dict[str, int]]:
     return ranks
 
 
-def read_answers(path: str | Path) -> dict[str, dict]:
-    """item -> its line: {"item", "prompt", "responses": {answer: text}} and, where it has pictures, their paths."""
-    items: dict[str, dict] = {}
+@dataclass(frozen=True)
+class Answered(Record):
+    """A record whose responses have names: who wrote them."""
+
+    names: list[str] = field(default_factory=list)
+
+
+def read_answers(path: str | Path) -> dict[str, Answered]:
+    """item -> its prompt, pictures and answers, from {"item", "prompt", "responses": {answer: text}} and, where there
+    are pictures, their paths."""
+    items: dict[str, Answered] = {}
     for where, raw in read_lines(path):
         item, texts = raw.get("item"), raw.get("responses")
-        if not isinstance(item, str) or not isinstance(raw.get("prompt"), str):
-            raise InputError(f"{where}: item and prompt must be strings")
-        if not isinstance(texts, dict) or not all(isinstance(text, str) and text.strip() for text in texts.values()):
-            raise InputError(f"{where}: responses must be an object of answer: text")
+        if not isinstance(item, str) or not isinstance(texts, dict):
+            raise InputError(f"{where}: item must be a string, responses an object of answer: text")
         if item in items:
             raise InputError(f"{where}: item {item!r} stands there a second time")
-        items[item] = raw
+        record = record_of(raw | {"responses": list(texts.values())}, where, Path(path).parent, ranked=False)
+        items[item] = Answered(**vars(record), names=list(texts))
     return items
 
 
 def sample(
     ranks: dict[str, dict[str, int]], size: int, ties: int, rng: random.Random
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """`size` answers of every item, with at most `ties` pairs of equal rank, every answer's author used as evenly as
-    that allows -> item -> answers, and the items where no such set exists."""
-    used: Counter[str] = Counter()
+    """`size` answers of every item, drawn so that as few as can be are of equal rank: one of each rank, then a second,
+    ... -> item -> answers, and the items where more than `ties` pairs would be."""
     chosen, left_out = {}, []
-    for item in rng.sample(list(ranks), len(ranks)):
-        ranked = ranks[item]
-        names = sorted(rng.sample(list(ranked), len(ranked)), key=lambda name: used[name])
-        found = _pick(names, ranked, size, ties, ()) if fewest_ties(ranked, size) <= ties else None
-        if found is None:
-            left_out.append(item)
+    for item, ranked in ranks.items():
+        taken: Counter[int] = Counter()
+        nth: dict[str, int] = {}
+        for name in rng.sample(list(ranked), len(ranked)):
+            nth[name] = taken[ranked[name]]  # the k-th of its rank makes k pairs
+            taken[ranked[name]] += 1
+        names = sorted(nth, key=nth.get)[:size]
+        if len(names) == size and sum(nth[name] for name in names) <= ties:
+            chosen[item] = rng.sample(names, size)
         else:
-            chosen[item] = rng.sample(found, size)
-            used.update(found)
-    return {item: chosen[item] for item in ranks if item in chosen}, left_out
+            left_out.append(item)
+    return chosen, left_out
 
 
-def fewest_ties(ranks: dict[str, int], size: int) -> float:
-    """Pairs of equal rank in the set of `size` answers that has fewest: one answer of every rank, then a second, ..."""
-    counts = Counter(ranks.values()).values()
-    extra = sorted(k for count in counts for k in range(count))  # the k-th of its rank makes k pairs
-    return sum(extra[:size]) if len(extra) >= size else float("inf")
-
-
-def _pick(names: list[str], ranks: dict[str, int], size: int, ties: int, chosen: tuple[str, ...]) -> list[str] | None:
-    """The first set, in the order of names, that keeps within the ties."""
-    if len(chosen) == size:
-        return list(chosen)
-    for i, name in enumerate(names):
-        more = sum(ranks[other] == ranks[name] for other in chosen)
-        if more <= ties:
-            found = _pick(names[i + 1 :], ranks, size, ties - more, (*chosen, name))
-            if found is not None:
-                return found
-    return None
-
-
-def moved(answer: dict, old: Path, new: Path) -> dict:
-    """An item whose picture paths, relative to one folder, are made relative to another."""
-
-    def path(name: str) -> str:
-        return os.path.relpath((old / name).resolve(), new.resolve())
-
-    paths = {key: path(answer[key]) for key in ("image", "video") if answer.get(key) is not None}
-    return answer | paths | ({"images": list(map(path, answer["images"]))} if answer.get("images") else {})
-
-
-def as_record(answer: dict, names: Sequence[str], ranks: dict[str, int]) -> dict:
-    """An ordinary preference record of some of an item's answers; who wrote them stays readable in "models"."""
+def line_of(item: str, answered: Answered, names: Sequence[str], ranks: dict[str, int], folder: Path) -> dict:
+    """An ordinary preference record of some of an item's answers, picture paths relative to `folder`; who wrote them
+    stays readable in "models"."""
+    texts = dict(zip(answered.names, answered.responses, strict=True))
+    paths = [os.path.relpath(path.resolve(), folder.resolve()) for path in (*answered.images, answered.video) if path]
+    shown = {"video": paths[0]} if answered.video else {"images": paths} if paths else {}
     return {
-        "prompt": answer["prompt"],
-        "responses": [answer["responses"][name] for name in names],
+        "item": item,
+        "prompt": answered.prompt,
+        "responses": [texts[name] for name in names],
         "rankings": ranking([-ranks[name] for name in names]),
         "models": list(names),
-        **{key: answer[key] for key in ("image", "images", "video", "item") if answer.get(key) is not None},
-    }
+    } | shown
 
 
 # ----------------------------------------------------------------------------------------------------------- command
 
 
-def from_file(args) -> dict:
+def from_file(args: argparse.Namespace) -> dict:
     answers = read_answers(args.answers) if args.answers else None
-    known = None if answers is None else {item: list(raw["responses"]) for item, raw in answers.items()}
-    ranks = rank_items(read_votes(args.votes, known))
+    ranks = rank_items(read_votes(args.votes, answers))
     if not args.out:
         for item, ranked in ranks.items():
             print(item + "  " + "  ".join(f"{rank}. {name}" for name, rank in ranked.items()))
         return ranks
-    if answers is None:
-        raise InputError("--out writes records, for which it needs --answers FILE")
-    if args.out.exists() and not args.overwrite:
-        raise InputError(f"{args.out} exists already: choose another --out, or say --overwrite")
-    size = args.sample
-    if size is None:
-        chosen, left_out = {item: list(ranked) for item, ranked in ranks.items()}, []
-    else:
-        chosen, left_out = sample(ranks, size, args.ties, random.Random(args.seed))
-    here = {item: moved(answers[item], args.answers.parent, args.out.parent) for item in chosen}
-    lines = [json.dumps(as_record(here[item], names, ranks[item])) for item, names in chosen.items()]
-    with whole_file(args.out) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    refuse_existing(args.out, args.overwrite)
+    chosen, left_out = {item: list(ranked) for item, ranked in ranks.items()}, []
+    if args.sample:
+        chosen, left_out = sample(ranks, args.sample, args.ties, random.Random(args.seed))
+    lines = [line_of(item, answers[item], names, ranks[item], args.out.parent) for item, names in chosen.items()]
+    write_lines(args.out, lines)
     print(f"{len(lines)} records written to {args.out}")
     if left_out:
-        print(f"left out, for want of {size} answers with at most {args.ties} ties: {len(left_out)}, {left_out[:5]}")
+        print(f"left out, for want of {args.sample} answers with at most {args.ties} ties: {len(left_out)}, ", end="")
+        print(left_out[:5])
     return {"records": len(lines), "left_out": left_out}
 
 
+RULES = [
+    ("without", "votes", "items"),
+    ("with", "votes", "answers out"),
+    ("with", "out", "sample overwrite"),
+    ("with", "answers", "out"),
+    ("with", "sample", "ties"),
+]
+
+
 def main() -> None:
-    parser = Parser(prog="python -m yojo.votes", description="Rank answers from noisy pairwise votes.")
+    what = "Rank answers from noisy pairwise votes."
+    parser = Parser(prog="python -m yojo.votes", description=what, rules=RULES)
     parser.add_argument("--votes", type=Path, metavar="FILE", help="votes, JSONL; without it, a simulated study")
-    parser.add_argument("--items", type=int, default=40, metavar="K", help="of the study: items a row")
+    parser.add_argument("--items", type=whole(1), default=40, metavar="K", help="of the study: items a row")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="prompts and texts of the items, JSONL")
-    parser.add_argument("--sample", type=int, metavar="N", help="write N answers of each item instead of all")
-    parser.add_argument("--ties", type=int, default=0, help="with --sample: pairs of equal rank allowed in a record")
+    parser.add_argument("--sample", type=whole(2), metavar="N", help="write N answers of each item instead of all")
+    parser.add_argument("--ties", type=whole(0), default=0, metavar="K", help="pairs of equal rank allowed in a record")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write preference records")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
-    args = parser.parse_args()
-    run(lambda: run_command(args), parser, args)
-
-
-def run_command(args) -> dict | list[dict]:
-    if args.items < 1 or (args.sample is not None and args.sample < 2) or args.ties < 0:
-        raise InputError("--items counts from 1, --sample from 2, --ties from 0")
-    if args.votes is None:
-        if args.answers or args.out:
-            raise InputError("--answers and --out go with --votes FILE")
-        return study(args.items, args.seed)
-    return from_file(args)
+    run(parser, lambda args: from_file(args) if args.votes else study(args.items, args.seed))
 
 
 if __name__ == "__main__":

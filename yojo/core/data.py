@@ -85,54 +85,49 @@ def in_order(record: Record, order: Sequence[int]) -> Record:
     return replace(record, responses=[record.responses[i] for i in order], rankings=ranks)
 
 
-def read_records(path: str | Path, ranked: bool = True) -> list[Record]:
-    """All records of a JSONL file. `ranked`: a record without rankings raises."""
-    records = [_record(raw, where, Path(path).parent, ranked) for where, raw in read_lines(path)]
+def read_records(path: str | Path, ranked: bool = True, answered: bool = True) -> list[Record]:
+    """All records of a JSONL file; `ranked`, `answered`: as in `record_of`."""
+    records = [record_of(raw, where, Path(path).parent, ranked, answered) for where, raw in read_lines(path)]
     if not records:
         raise InputError(f"{path} holds no records")
     return records
 
 
-def _record(raw: dict, where: str, folder: Path, ranked: bool) -> Record:
+def record_of(raw: dict, where: str, folder: Path, ranked: bool = True, answered: bool = True) -> Record:
+    """One line as a record; paths are relative to `folder`. `ranked`: a record without rankings raises; not `answered`:
+    a prompt, whatever responses and rankings the line holds."""
     prompt, responses, rankings = raw.get("prompt"), raw.get("responses"), raw.get("rankings")
     if not isinstance(prompt, str):
         raise InputError(f"{where}: prompt must be a string, got {prompt!r}")
+    images, video = pictures_of(raw, where, folder)
+    if not answered:
+        return Record(prompt, images=images, where=where, video=video)
     if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
-        raise InputError(f"{where}: responses must be a list of at least one string")
+        raise InputError(f"{where}: responses must be a list of at least one string, got {responses!r}")
     if empty := [i for i, r in enumerate(responses, 1) if not r.strip()]:
         raise InputError(f"{where}: response {empty[0]} is empty: there is nothing to score")
     if rankings is None and ranked:
         raise InputError(f"{where} has no rankings")
     if rankings is not None:
-        whole = isinstance(rankings, list) and all(
-            isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in rankings
-        )
+        whole = isinstance(rankings, list) and all(type(r) is int and r >= 1 for r in rankings)
         if not whole or len(rankings) != len(responses):
             raise InputError(f"{where}: rankings must be {len(responses)} whole numbers from 1, got {rankings!r}")
-    images, video = pictures_of(raw, where, folder)
     return Record(prompt, responses, rankings, images, where, video)
 
 
 def pictures_of(raw: dict, where: str, folder: Path) -> tuple[list[Path], Path | None]:
     """A line's pictures and its video; what is not there raises."""
-    images = [folder / name for name in _images(raw, where)]
-    if absent := [path for path in images if not path.exists()]:
-        raise InputError(f"{where}: no picture at {absent[0]}")
-    video = raw.get("video")
-    if video is not None and not isinstance(video, str):
-        raise InputError(f"{where}: video must be a path, got {video!r}")
-    if video is not None and not (folder / video).exists():
-        raise InputError(f"{where}: no video at {folder / video}")
-    return images, None if video is None else folder / video
-
-
-def _images(raw: dict, where: str) -> list[str]:
-    if len(given := [key for key in ("image", "images", "video") if raw.get(key) is not None]) > 1:
-        raise InputError(f"{where} has both {given[0]} and {given[1]}: keep one")
-    images = raw.get("images", [raw["image"]] if raw.get("image") is not None else [])
-    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise InputError(f"{where}: image must be a path, images a list of paths, got {images!r}")
-    return images
+    given = {key: raw[key] for key in ("image", "images", "video") if raw.get(key) is not None}
+    if len(given) > 1:
+        raise InputError(f"{where} has both {' and '.join(given)}: keep one")
+    key, names = next(iter(given.items()), ("images", []))
+    names = names if key == "images" else [names]
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{where}: image and video must be a path, images a list of paths, got {given[key]!r}")
+    paths = [folder / name for name in names]
+    if absent := [path for path in paths if not path.exists()]:
+        raise InputError(f"{where}: no {'video' if key == 'video' else 'picture'} at {absent[0]}")
+    return ([], paths[0]) if key == "video" else (paths, None)
 
 
 @dataclass(frozen=True)

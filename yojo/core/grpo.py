@@ -103,6 +103,18 @@ def log_probs(
 # -------------------------------------------------------------------------------------------------------- the two verbs
 
 
+def prompt_row(rm: RewardModel, record: Record) -> Encoded:
+    """A prompt as the policy reads it, its pictures encoded: in the layout that policies are trained in, however the
+    reward model reads."""
+    row = encode(record, replace(rm.processor, layout="default"))
+    return replace(row, pictures=rm.backbone.keep_features(row.pictures))
+
+
+def texts_of(rm: RewardModel, answers: Sequence[Tensor]) -> list[str]:
+    """Sampled ids as text, without the end token."""
+    return [rm.processor.tokenizer.decode(a[a != rm.backbone.config.eos_id].tolist()) for a in answers]
+
+
 def advantages(rewards: Tensor, eps: float) -> Tensor:
     """rewards [G] -> [G], centred and scaled inside the group; 0 for a group of equals, never NaN."""
     if bool((rewards == rewards[0]).all()):
@@ -137,13 +149,10 @@ def rollout(
 ) -> list[Rollout]:
     """Sample G answers to every prompt, reward and compare them. `clock` collects seconds by part."""
     model, groups, clock = rm.backbone, [], {} if clock is None else clock
-    processor = replace(rm.processor, layout="default")  # as the policy was trained, however its reward model reads
     for record in prompts:
-        start = time.perf_counter()
-        prompt = encode(record, processor)
-        prompt = replace(prompt, pictures=model.keep_features(prompt.pictures))
+        start, prompt = time.perf_counter(), prompt_row(rm, record)
         answers = sample_group(model, prompt, c.group, c.max_new_tokens, c.temperature, generator)
-        texts = [processor.tokenizer.decode(a[a != model.config.eos_id].tolist()) for a in answers]
+        texts = texts_of(rm, answers)
         sampled = time.perf_counter()
         groups.append((prompt, answers, texts, group_rewards(reward, replace(record, pictures=prompt.pictures), texts)))
         clock["rollout"] = clock.get("rollout", 0) + sampled - start

@@ -6,26 +6,24 @@ by chance or by the truth itself. What counts is the true quality of its answers
 See it: `python -m yojo.grpo --tiny`; `pytest tests/test_grpo.py`.
 """
 
-import json
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from yojo import metrics
-from yojo.cli import WEIGHTS, pool, shipped
-from yojo.core import lora
-from yojo.core.data import Record, encode
-from yojo.core.grpo import POLICY, GrpoConfig, RewardFn, log_probs, reward_fn, sample_group, train_policy
+from yojo.cli import WEIGHTS, pool, refuse_existing, shipped, table, with_interval
+from yojo.core import grpo, lora
+from yojo.core.data import Record
+from yojo.core.grpo import POLICY, GrpoConfig, RewardFn, prompt_row, reward_fn
 from yojo.core.lora import LoraConfig
-from yojo.core.prompt import Encoded
 from yojo.core.reward import RewardModel
 from yojo.core.training import FitConfig, fit
-from yojo.files import InputError, whole_folder
+from yojo.files import InputError, whole_folder, write_lines
 from yojo.runs import start_over
 from yojo.store import load_adapter, save_adapter
 from yojo.tiny import world
@@ -75,12 +73,6 @@ def noisy_caption(q: SceneQuestion, rng: random.Random, wrong: dict[str, float] 
     return world.describe(facts)
 
 
-def prompt_row(rm: RewardModel, q: SceneQuestion) -> Encoded:
-    """The question's row, its picture encoded."""
-    row = encode(q, rm.processor)
-    return replace(row, pictures=rm.backbone.keep_features(row.pictures))
-
-
 class CaptionLoss:
     """`loss(step, micro_batch)` for `fit`: minus the log-probability of noisy captions, four to a picture."""
 
@@ -94,7 +86,7 @@ class CaptionLoss:
             q = question(rng)
             captions = [torch.tensor([*tokenizer.encode(noisy_caption(q, rng)), end]) for _ in range(4)]
             groups.append((prompt_row(self.rm, q), captions))
-        return -log_probs(self.rm.backbone, groups, POLICY, 1.0).mean(), {}
+        return -grpo.log_probs(self.rm.backbone, groups, POLICY, 1.0).mean(), {}
 
 
 def make_start(out: Path, steps: int, seed: int, overwrite: bool) -> dict:
@@ -114,13 +106,13 @@ def evaluate_policy(
 ) -> list[float]:
     """True quality of answers to new questions: greedy ones, or four sampled ones each."""
     rng, generator, values = random.Random(f"{seed} examine"), torch.Generator().manual_seed(seed), []
-    n, tokenizer = 1 if temperature == 0 else 4, rm.processor.tokenizer
-    end, pad = rm.backbone.config.eos_id, rm.backbone.config.pad_id
+    n = 1 if temperature == 0 else 4
     for _ in range(count):
         q = question(rng)
-        answers = sample_group(rm.backbone, prompt_row(rm, q), n, c.max_new_tokens, temperature, generator, adapter)
-        texts = [tokenizer.decode([t for t in answer.tolist() if t not in (end, pad)]) for answer in answers]
-        values.append(metrics.mean([quality(q, text) for text in texts]))
+        answers = grpo.sample_group(
+            rm.backbone, prompt_row(rm, q), n, c.max_new_tokens, temperature, generator, adapter
+        )
+        values.append(metrics.mean([quality(q, text) for text in grpo.texts_of(rm, answers)]))
     return values
 
 
@@ -158,26 +150,27 @@ def run_one(name: str, seed: int, c: GrpoConfig, threads: int, folder: Path | No
     result = {"name": name, "seed": seed}
     for when, adapter in (("before", REFERENCE), ("after", POLICY)):
         if when == "after":
-            result["log"] = train_policy(rm, reward, sample_prompts, c, seed, REFERENCE, report=report, quality=quality)
+            result["log"] = grpo.train_policy(
+                rm, reward, sample_prompts, c, seed, REFERENCE, report=report, quality=quality
+            )
         for kind, temperature in (("sampled", c.temperature), ("greedy", 0.0)):
             result[f"{kind}_{when}"] = evaluate_policy(rm, adapter, c, seed, temperature)
     if name == "joint":
         result["cooler"] = evaluate_policy(rm, REFERENCE, c, seed, 0.5)
     if folder is not None:
-        lines = (json.dumps(entry) for entry in result["log"])
-        (folder / f"{name}-{seed}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        write_lines(folder / f"{name}-{seed}.jsonl", result["log"])
     return result
 
 
 def run_tiny(
     c: GrpoConfig, names: Sequence[str], seeds: Sequence[int], out: Path | None, overwrite: bool
 ) -> list[dict]:
+    """A policy for every reward and seed -> a row a reward, and one for sampling the start at a lower temperature."""
     start = time.monotonic()
     shipped(f"weights/{NAMES['joint']}")  # or no work is begun
     if not (STARTS_FROM / "adapter_config.json").exists():
         raise InputError(f"{STARTS_FROM} is missing: make it with `python -m yojo.grpo --make-start`")
-    if out is not None and out.exists() and not overwrite:
-        raise InputError(f"{out} exists already: choose another --out, or say --overwrite")
+    refuse_existing(out, overwrite)
     if out is not None:
         start_over(out, resume=True)
     jobs = [(name, seed) for seed in seeds for name in names]
@@ -185,26 +178,20 @@ def run_tiny(
     with processes:
         started = [processes.submit(run_one, name, seed, c, threads, out) for name, seed in jobs]
         runs = [job.result() for job in started]
-    rows = []
-    print(f"\ntrue quality of answers to new questions, seeds {list(seeds)}, 95% intervals over questions")
-    print(f"{'reward':22s}{'sampled before':>16s}{'sampled after':>24s}{'greedy before':>16s}{'greedy after':>24s}")
+    rows, shown = [], []
     for name in names:
-        mine = [r for r in runs if r["name"] == name]
         row: dict = {"reward": name}
         for key in ("sampled_before", "sampled_after", "greedy_before", "greedy_after"):
-            values = [v for r in mine for v in r[key]]
+            values = [v for r in runs if r["name"] == name for v in r[key]]
             row[key], row[f"{key}_interval"] = metrics.mean(values), metrics.interval(values)
         rows.append(row)
-        cells = [f"{row['sampled_before']:16.3f}", with_interval(row, "sampled_after"), f"{row['greedy_before']:16.3f}"]
-        print(f"{name:22s}" + "".join(cells) + with_interval(row, "greedy_after"))
-    cooler = [v for r in runs if "cooler" in r for v in r["cooler"]]
-    if cooler:
+        after = {k: with_interval(row[k], row[f"{k}_interval"]) for k in ("sampled_after", "greedy_after")}
+        shown.append(row | after | {k: f"{row[k]:.3f}" for k in ("sampled_before", "greedy_before")})
+    if cooler := [v for r in runs for v in r.get("cooler", [])]:
         rows.append({"reward": "none", "temperature": 0.5, "sampled_after": metrics.mean(cooler)})
-        print(f"{'none, temperature 0.5':22s}{'':16s}{metrics.mean(cooler):24.3f}")
+        shown.append({"reward": "none, temperature 0.5", "sampled_after": f"{metrics.mean(cooler):.3f}"})
+    print(f"\ntrue quality of answers to new questions, seeds {list(seeds)}, 95% intervals over questions")
+    keys = ("sampled_before", "sampled_after", "greedy_before", "greedy_after")
+    print(table(shown, {"reward": "<", **dict.fromkeys(keys, "")}))
     print(f"{time.monotonic() - start:.1f} seconds")
     return rows
-
-
-def with_interval(row: dict, key: str) -> str:
-    low, high = row[f"{key}_interval"]
-    return f"{row[key]:.3f} [{low:.3f}, {high:.3f}]".rjust(24)

@@ -8,13 +8,12 @@ where it can't. Then accuracy against the number of answers, for models trained 
 import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from yojo import metrics
-from yojo.cli import shipped
+from yojo.cli import shipped, table
 from yojo.core.data import Record, read_records
 from yojo.core.held_out import score_records
 from yojo.core.mask import MODES
@@ -26,18 +25,14 @@ GROUPS, ORDERS, NOISE = 1000, 4, 0.45
 ANSWERS = (2, 4, 8, 16)  # the shipped models were trained on 2 to 8 answers
 
 
-@dataclass(frozen=True)
-class World:
-    """Test records in a folder."""
+MASKS = {"joint": ("joint", 1), f"joint, mean of {ORDERS} orders": ("joint", ORDERS), "isolated": ("isolated", 1)}
+Models = dict[str, Path]  # by the mode that each was trained in
 
-    task: str
-    n: int = 4
-    noisy: float = world.NOISE
 
-    def write(self, folder: Path, seed: int) -> list:
-        rng = random.Random(f"{seed} ablation {self}")
-        made = world.records(rng, self.task, GROUPS, GROUPS, (self.n,))
-        return read_records(world.write_records(folder, f"{self.task}-{self.n}-{self.noisy}", made, self.noisy))
+def records_of(folder: Path, seed: int, task: str, n: int = 4, noisy: float = world.NOISE) -> list[Record]:
+    rng = random.Random(f"{seed} ablation World(task={task!r}, n={n}, noisy={noisy})")
+    made = world.records(rng, task, GROUPS, GROUPS, (n,))
+    return read_records(world.write_records(folder, f"{task}-{n}-{noisy}", made, noisy))
 
 
 def under(rm: RewardModel, records: Sequence[Record], mode: str, orders: int, seed: int) -> float:
@@ -47,35 +42,27 @@ def under(rm: RewardModel, records: Sequence[Record], mode: str, orders: int, se
     return metrics.mean(metrics.accuracies(scores, records))
 
 
-MASKS = {"joint": ("joint", 1), f"joint, mean of {ORDERS} orders": ("joint", ORDERS), "isolated": ("isolated", 1)}
-
-
-def masks(models: dict[str, Path], test: World, folder: Path, seed: int) -> list[dict]:
+def masks(models: Models, folder: Path, seed: int, task: str, n: int = 4, noisy: float = world.NOISE) -> list[dict]:
     """One row a model: the same weights under every mask."""
-    records, rows = test.write(folder, seed), []
+    records, rows = records_of(folder, seed, task, n, noisy), []
     for trained, path in models.items():
         rm = RewardModel.load(path)
         shown = with_features(records, rm)
         figures = {name: under(rm, shown, mode, orders, seed) for name, (mode, orders) in MASKS.items()}
-        rows.append({"task": test.task, "noise": test.noisy, "trained": trained, **figures})
-        cells = "".join(f"{value:24.3f}" for value in figures.values())
-        print(f"{test.task + (', noisy' if test.noisy > world.NOISE else ''):22s}{trained:10s}{cells}")
+        rows.append({"task": task, "noise": noisy, "trained": trained, **figures})
     return rows
 
 
-def sizes(models: dict[str, Path], folder: Path, seed: int) -> list[dict]:
-    rows = []
+def sizes(models: Models, folder: Path, seed: int) -> list[dict]:
+    """One row a number of answers."""
+    rows: list[dict] = []
     for n in ANSWERS:
-        records = World("absolute", n).write(folder, seed)
-        row: dict = {
-            "n": n,
-            "random": metrics.mean(metrics.accuracies([metrics.chance(r.responses) for r in records], records)),
-        }
+        records = records_of(folder, seed, "absolute", n)
+        guesses = [metrics.BASELINES["random"](record.responses) for record in records]
+        rows.append({"n": n, "random": metrics.mean(metrics.accuracies(guesses, records))})
         for trained, path in models.items():
             rm = RewardModel.load(path)
-            row[trained] = under(rm, with_features(records, rm), trained, 1, seed)
-        rows.append(row)
-        print(f"{n:4d}" + "".join(f"{row[name]:10.3f}" for name in (*models, "random")))
+            rows[-1][trained] = under(rm, with_features(records, rm), trained, 1, seed)
     return rows
 
 
@@ -86,12 +73,12 @@ def tables(seed: int) -> list[dict]:
         print("training two models on corroborated, which are not shipped:")
         run_tiny("corroborated", CORROBORATED, [6], MODES, range(seed, seed + 1), folder, True, False)
         compared = {mode: folder / NAMES[mode] for mode in MODES}
-        print(f"\none set of weights under three masks, accuracy over {GROUPS} groups")
-        print(f"{'task':22s}{'trained':10s}" + "".join(f"{name:>24s}" for name in MASKS))
-        rows = masks(models, World("absolute"), folder, seed)
-        rows += masks(models, World("absolute", noisy=NOISE), folder, seed)
-        rows += masks(compared, World("corroborated", 6), folder, seed)
-        print(f"\nbest-of-N accuracy on absolute, {GROUPS} groups, trained on 2 to 8 answers")
-        print("   N" + "".join(f"{name:>10s}" for name in (*models, "random")))
-        rows += sizes(models, folder / "sizes", seed)
-    return rows
+        rows = masks(models, folder, seed, "absolute") + masks(models, folder, seed, "absolute", noisy=NOISE)
+        rows += masks(compared, folder, seed, "corroborated", 6)
+        numbers = sizes(models, folder / "sizes", seed)
+    print(f"\none set of weights under three masks, accuracy over {GROUPS} groups")
+    shown = [row | {"task": row["task"] + (", noisy" if row["noise"] > world.NOISE else "")} for row in rows]
+    print(table(shown, {"task": "<", "trained": "<", **dict.fromkeys(MASKS, ".3f")}))
+    print(f"\nbest-of-N accuracy on absolute, {GROUPS} groups, trained on 2 to 8 answers")
+    print(table(numbers, {"n": "d", **dict.fromkeys((*MODES, "random"), ".3f")}))
+    return rows + numbers

@@ -6,7 +6,6 @@ with another record's) and baselines that read no picture.
 See it: `python -m yojo.train --tiny`; `pytest -m slow tests/test_tiny.py`.
 """
 
-import json
 import random
 import tempfile
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 from yojo import metrics
-from yojo.cli import pool, shipped
+from yojo.cli import pool, refuse_existing, shipped, table, with_interval
 from yojo.core.data import Record, join, open_pictures, read_records
 from yojo.core.held_out import controls
 from yojo.core.image import Pictures
@@ -26,7 +25,7 @@ from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
 from yojo.core.state import Log
 from yojo.core.training import FitConfig, Recipe
-from yojo.files import InputError
+from yojo.files import write_lines
 from yojo.runs import train_and_score
 from yojo.tiny import world
 
@@ -42,11 +41,7 @@ CORROBORATED = replace(
     records=64,
     fit=replace(TINY.fit, steps=220, betas=(0.9, 0.95)),
 )
-TASKS = {
-    # task: recipe, responses to choose among
-    "absolute": (TINY, 4),
-    "corroborated": (CORROBORATED, 6),
-}
+TASKS = {"absolute": (TINY, 4), "corroborated": (CORROBORATED, 6)}  # recipe, responses to choose among
 SCENES, TEST, HELD_OUT = 2400, 2000, 1000
 CONTROLLED = 1000  # of the test groups, shown with other pictures
 NAMES = {"joint": "tiny-rm", "isolated": "tiny-rm-isolated"}
@@ -93,9 +88,8 @@ def run_one(
 
     def save(log: Log) -> None:
         if out is not None:
-            (folder / mode).mkdir()
             curve = folder / mode / "metrics.jsonl"
-            curve.write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+            write_lines(curve, log)
             rm.save(out / NAMES[mode], overwrite, also=[curve])
         rm.merge()  # faster, and nothing more is learned
 
@@ -126,8 +120,7 @@ def run_tiny(
     start = time.monotonic()
     shipped("weights/tiny")  # or no work is begun
     for mode in modes if out is not None else ():
-        if (out / NAMES[mode]).exists() and not overwrite:
-            raise InputError(f"{out / NAMES[mode]} exists already: choose another --out, or say --overwrite")
+        refuse_existing(out / NAMES[mode], overwrite)
     processes, threads = pool(len(modes) * len(seeds))
     with tempfile.TemporaryDirectory() as temporary, processes:
         jobs, tests = [], []
@@ -140,7 +133,7 @@ def run_tiny(
     result = summary(task, runs, [record for test in tests for record in test])
     result["ceilings"] = world.PARAPHRASED if paraphrase else world.CEILINGS
     result["seconds"] = round(time.monotonic() - start, 1)
-    print(table(result))
+    print(report(result))
     return result
 
 
@@ -151,8 +144,8 @@ def summary(task: str, runs: list[dict], test: list[Record]) -> dict:
     for r in runs:
         for name, values in r["figures"].items():
             pooled.setdefault(name, []).extend(values)
-    for name, baseline in metrics.BASELINES.items():
-        pooled[name] = metrics.accuracies([baseline(r.responses) for r in test], test)
+    for name in BASELINES:
+        pooled[name] = metrics.accuracies([metrics.BASELINES[name](r.responses) for r in test], test)
     if task == "corroborated":
         pooled["any_true"] = metrics.accuracies([[float(rank <= 3) for rank in r.rankings] for r in test], test)
     seeds = sorted({r["seed"] for r in runs})
@@ -174,35 +167,29 @@ def summary(task: str, runs: list[dict], test: list[Record]) -> dict:
 ROWS = {
     "": "own picture",
     "_heldout": "own picture, held-out colour-shape pairs",
-    "_blank": "picture blanked (1,000 groups)",
-    "_swapped": "another record's picture (1,000 groups)",
+    "_blank": f"picture blanked ({CONTROLLED:,} groups)",
+    "_swapped": f"another record's picture ({CONTROLLED:,} groups)",
 }
+COMPARED = {"_noise": "scores with noise", "_vote": "scores, then a vote over identical texts"}
+BASELINES = ("random", "longest", "first", "medoid")
 
 
-def table(r: dict) -> str:
+def report(r: dict) -> str:
     """What `--tiny` prints."""
+    compared, seeds = r["task"] == "corroborated", [s["seed"] for s in r["per_seed"]]
 
-    def cell(name: str) -> str:
-        low, high = r["intervals"].get(name, (0, 0))
-        return f"{r[name]:.3f} [{low:.3f}, {high:.3f}]".rjust(24) if name in r else "-".rjust(24)
+    def cells(suffix: str) -> dict[str, str]:
+        names = {mode: mode + suffix for mode in MODES if mode + suffix in r}
+        return {mode: with_interval(r[name], r["intervals"][name]) for mode, name in names.items()}
 
-    seeds = [s["seed"] for s in r["per_seed"]]
-    lines = [
-        f"\nbest-of-{r['n']} accuracy, task {r['task']}, {r['groups']} held-out groups, seeds {seeds}, "
-        "95% intervals over groups"
-    ]
-    lines.append(f"{'':42s}{'joint':>24s}{'isolated':>24s}")
-    for suffix, what in ROWS.items():
-        lines.append(f"{what:42s}{cell('joint' + suffix)}{cell('isolated' + suffix)}")
-    if r["task"] == "corroborated":
-        lines.append(f"{'scores with noise':42s}{cell('joint_noise')}{cell('isolated_noise')}")
-        lines.append(f"{'scores, then a vote over identical texts':42s}{cell('joint_vote')}{cell('isolated_vote')}")
-        ceilings = "".join(f"{r['ceilings'][k]:24.3f}" for k in ("joint", "isolated"))
-        lines.append(f"{'exact ceiling':42s}{ceilings}")
-    lines.append("without a picture: " + ", ".join(f"{name} {r[name]:.3f}" for name in metrics.BASELINES))
+    rows = [{"": what, **cells(suffix)} for suffix, what in (ROWS | (COMPARED if compared else {})).items()]
+    if compared:
+        rows.append({"": "exact ceiling", **{mode: f"{r['ceilings'][mode]:.3f}" for mode in MODES}})
+    title = f"\nbest-of-{r['n']} accuracy, task {r['task']}, {r['groups']} held-out groups, seeds {seeds}, "
+    lines = [title + "95% intervals over groups", table(rows, {"": "<", **dict.fromkeys(MODES, "")})]
+    lines.append("without a picture: " + ", ".join(f"{name} {r[name]:.3f}" for name in BASELINES))
     for mode in [m for m in MODES if m in r] if len(seeds) > 1 else ():
         lines.append(f"{mode}, own picture, seed by seed: " + ", ".join(f"{s[mode]:.3f}" for s in r["per_seed"]))
     if r["any_true"] is not None:
         lines.append(f"a random true answer: {r['any_true']:.3f}")
-    lines.append(f"{r['seconds']} seconds")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"{r['seconds']} seconds"])
