@@ -10,7 +10,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from yojo import bench
+from yojo import bench, instruments
 from yojo.core import flops
 from yojo.initial import size_config, write_random
 
@@ -65,17 +65,17 @@ def test_alternatives_take_turns(monkeypatch):
     """Every round has each arm once, every other one is its forerunner's reverse, and a ratio is a median of rounds."""
     calls, now = [], iter(range(1000))
     arms = {name: lambda name=name: calls.append(name) for name in "abc"}
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(now) ** 2)
-    seconds, _ = bench.take_turns(arms, 4, torch.device("cpu"), 0)
+    monkeypatch.setattr(instruments.time, "perf_counter", lambda: next(now) ** 2)
+    seconds, _ = instruments.take_turns(arms, 4, torch.device("cpu"), 0)
     rounds = [calls[i : i + 3] for i in range(6, 18, 3)]  # before these each once to warm up, once for its memory
     assert len(calls) == 18 and all(sorted(order) == ["a", "b", "c"] for order in rounds)
     assert rounds[1] == rounds[0][::-1] and rounds[3] == rounds[2][::-1]
     assert [seconds[name][0] for name in rounds[0]] == [1, 5, 9]  # (2 i + 1)^2 - (2 i)^2 of the i-th call
-    assert bench.ratio({"a": [1, 9, 4], "b": [1, 3, 1]}, "a", "b") == 3
+    assert instruments.ratio([1, 9, 4], [1, 3, 1]) == 3
 
 
 def test_the_largest_of_numbers_that_hold_nan_is_nan():
-    assert math.isnan(bench.largest([0.0, math.nan, 1.0])) and bench.largest([0.0, 2.0, 1.0]) == 2
+    assert math.isnan(instruments.largest([0.0, math.nan, 1.0])) and instruments.largest([0.0, 2.0, 1.0]) == 2
 
 
 def test_several_prompts_are_measured_on_one_model(command, tmp_path):

@@ -79,7 +79,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(InputError, match="notes.txt is not a picture"):
         open_video(tmp_path / "empty")
     (tmp_path / "x.gif").write_bytes(b"GIF89a")
-    with pytest.raises(InputError, match="x.gif cannot be read as an animation"):
+    with pytest.raises(InputError, match="x.gif is not a picture that Pillow can read"):
         open_video(tmp_path / "x.gif")
     with pytest.raises(InputError, match=r"ffmpeg -i .*clip.mp4 -vf fps=1/4 clip/%05d.png"):
         open_video(tmp_path / "clip.mp4")

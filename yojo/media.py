@@ -8,48 +8,52 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from yojo.files import InputError
 
-
-def picture_size(source: "str | Path | Image.Image") -> tuple[int, int]:
-    """(width, height) of a picture, upright."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as picture:
-                turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-                return picture.size[::-1] if turned else picture.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"{source} cannot be read as a picture: {error}") from None
+FRAMES, INTERVAL = 16, 4.0  # at most so many frames of a video, so many seconds apart where nothing says otherwise
+MOVIES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
+TIMES = "timestamps.json"
 
 
-def open_picture(source: "str | Path | Image.Image") -> Image.Image:
-    """A path or a Pillow picture of any mode -> RGB, upright. Up to twice Pillow's pixel limit."""
+@contextmanager
+def opened(source: "str | Path | Image.Image") -> Iterator[Image.Image]:
+    """A picture or an animation, up to twice Pillow's limit; whatever it raises in the block gets the file's name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow warns at its limit, raises at twice
         try:
-            picture = source if isinstance(source, Image.Image) else Image.open(source)
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):  # 16 and 32 bit grey: Pillow would clip, not scale
-                picture = picture.convert("I").point(lambda level: level / 256).convert("L")
-            return picture.convert("RGB")
+            with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as picture:
+                yield picture
+        except InputError:
+            raise
         except FileNotFoundError:
             raise InputError(f"no picture at {source}") from None
         except Image.DecompressionBombError as error:
             raise InputError(f"{source} is too large to open safely: {error}") from None
         except UnidentifiedImageError:
             raise InputError(f"{source} is not a picture that Pillow can read") from None
-        except (OSError, SyntaxError, ValueError, RuntimeError) as error:  # Pillow's decoders raise any of these
+        except (OSError, EOFError, SyntaxError, ValueError, RuntimeError) as error:  # decoders raise any of these
             raise InputError(f"{source} cannot be read as a picture: {error}") from None
 
 
-FRAMES, INTERVAL = 16, 4.0  # at most so many frames of a video, so many seconds apart where nothing says otherwise
-MOVIES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
+def picture_size(source: "str | Path | Image.Image") -> tuple[int, int]:
+    """(width, height) of a picture, upright."""
+    with opened(source) as picture:
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return picture.size[::-1] if turned else picture.size
+
+
+def open_picture(source: "str | Path | Image.Image") -> Image.Image:
+    """A path or a Pillow picture of any mode -> RGB, upright."""
+    with opened(source) as picture:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):  # 16 and 32 bit grey: Pillow would clip, not scale
+            picture = picture.convert("I").point(lambda level: level / 256).convert("L")
+        return picture.convert("RGB")
 
 
 def open_video(source: str | Path, frames: int = FRAMES, interval: float = INTERVAL) -> list[tuple[float, Image.Image]]:
@@ -59,7 +63,12 @@ def open_video(source: str | Path, frames: int = FRAMES, interval: float = INTER
     The pictures of a folder are taken in the order of their names, at the seconds that `timestamps.json` beside them
     lists, or else `interval` seconds apart; an animation brings its own times, or else is spaced in the same way.
     """
-    return [(seconds, frame) for seconds, frame in _opened(Path(source), video_plan(source, frames, interval))]
+    source, plan = Path(source), video_plan(source, frames, interval)
+    if source.is_dir():
+        paths = _frames(source)
+        return [(seconds, open_picture(paths[i])) for seconds, i in plan]
+    with opened(source) as movie:
+        return [(seconds, open_picture(_seek(movie, i).copy())) for seconds, i in plan]
 
 
 def video_plan(source: str | Path, frames: int = FRAMES, interval: float = INTERVAL) -> list[tuple[float, int]]:
@@ -68,37 +77,22 @@ def video_plan(source: str | Path, frames: int = FRAMES, interval: float = INTER
     if not 0 < interval < math.inf:
         raise InputError(f"frames {interval} seconds apart: more than 0 is needed")
     if source.suffix.lower() in MOVIES:
-        raise InputError(
-            f"{source} must be a folder of frames first: mkdir {source.stem} && ffmpeg -i {source} -vf "
-            f"fps=1/{interval:g} {source.stem}/%05d.png, then give {source.stem}"
-        )
+        make = f"mkdir {source.stem} && ffmpeg -i {source} -vf fps=1/{interval:g} {source.stem}/%05d.png"
+        raise InputError(f"{source} must be a folder of frames first: {make}, then give {source.stem}")
     if not source.exists():
         raise InputError(f"no video at {source}")
     if source.is_dir():
-        paths = _frames(source)
-        times = _times(source / TIMES, len(paths))
+        count = len(_frames(source))
+        times = _times(source / TIMES, count)
     else:
-        with _movie(source) as movie:
-            durations = [_seek(movie, i).info.get("duration", 0) for i in range(getattr(movie, "n_frames", 1))]
-        times = [sum(durations[:i]) / 1000 for i in range(len(durations))] if any(durations) else None
-        paths = durations
-    return [(i * interval if times is None else times[i], i) for i in spread(len(paths), frames)]
+        with opened(source) as movie:
+            lengths = [_seek(movie, i).info.get("duration", 0) for i in range(getattr(movie, "n_frames", 1))]
+        count, times = len(lengths), [ms / 1000 for ms in accumulate(lengths, initial=0)] if any(lengths) else None
+    return [(i * interval if times is None else times[i], i) for i in spread(count, frames)]
 
 
-TIMES = "timestamps.json"
-
-
-def _opened(source: Path, plan: list[tuple[float, int]]) -> Iterator[tuple[float, Image.Image]]:
-    if source.is_dir():
-        paths = _frames(source)
-        yield from ((seconds, open_picture(paths[i])) for seconds, i in plan)
-    else:
-        with _movie(source) as movie:
-            yield from ((seconds, open_picture(_seek(movie, i).copy())) for seconds, i in plan)
-
-
-def _frames(source: str | Path) -> list[Path]:
-    paths = sorted(path for path in Path(source).iterdir() if path.name != TIMES and not path.name.startswith("."))
+def _frames(source: Path) -> list[Path]:
+    paths = sorted(path for path in source.iterdir() if path.name != TIMES and not path.name.startswith("."))
     if not paths:
         raise InputError(f"{source} holds no frames")
     return paths
@@ -115,19 +109,6 @@ def _times(path: Path, count: int) -> list[float] | None:
     if not good:
         raise InputError(f"{path} must be a list of {count} rising seconds, one a frame")
     return [float(t) for t in times]
-
-
-@contextmanager
-def _movie(source: str | Path) -> Iterator[Image.Image]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            with Image.open(source) as movie:
-                yield movie
-        except Image.DecompressionBombError as error:
-            raise InputError(f"{source} is too large to open safely: {error}") from None
-        except (OSError, SyntaxError, EOFError) as error:
-            raise InputError(f"{source} cannot be read as an animation: {error}") from None
 
 
 def _seek(movie: Image.Image, i: int) -> Image.Image:

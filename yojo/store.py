@@ -137,27 +137,53 @@ def load_reward_model(kind: type[RewardModel], folder: str | Path, base: str | P
     """`RewardModel.load`; kind: the class that is made; how: dtype, device and lm_head, as in `load_backbone`."""
     folder = Path(folder)
     config = read_json(folder / CONFIG)
-    if "value_head_type" in config:
-        return _load_released(kind, folder, config, base, **how)
-    _check_ours(folder / CONFIG, config)
+    released = "value_head_type" in config
+    base = (_check_released if released else _check_ours)(folder, config, base)
+    backbone, processor, digest = open_base(base, "released" if released else config["layout"], **how)
+    if not released:
+        _check_base(folder, base, config, digest, processor.tokenizer.separator_id)
+    if not released or (folder / "adapter_config.json").exists():
+        load_adapter(backbone, ADAPTER, folder)
+    if (inner := config["value_head_hidden_dim"]) > MOST_INNER:
+        raise InputError(f"value_head_hidden_dim {inner} in {CONFIG}: at most {MOST_INNER}")
+    head = ValueHead(backbone.config.text.hidden_size, inner)
+    head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
+    shapes = {name: tensor.shape for name, tensor in head.state_dict().items()}
+    head.load_state_dict(
+        read_pickle(folder / RELEASED_HEAD, shapes) if released else read_tensors(folder / HEAD, shapes)
+    )
+    mode = "joint" if released else config["mode"]
+    return kind(backbone, processor, head, mode, base, digest).requires_grad_(False).eval()
+
+
+def _check_ours(folder: Path, config: dict, base: str | Path | None) -> Path:
+    """-> where its base is."""
+    kinds = {"base": str, "layout": str, "mode": str, "fingerprint": dict, "separator_id": int}
+    kinds["value_head_hidden_dim"] = int
+    wrong = [key for key, kind in kinds.items() if type(config.get(key)) is not kind]
+    wrong += [key for key in ("separator_id", "value_head_hidden_dim") if key not in wrong and config[key] < 1]
+    if config.get("format") != "yojo" or wrong:
+        why = f"{', '.join(wrong) or 'format'} missing or wrong"
+        raise InputError(f"{folder / CONFIG} is no reward model of this project: {why}")
     base = folder / config["base"] if base is None else Path(base)
     if not base.is_dir():
         raise InputError(f"{folder} was trained on a base at {base}, and there is none: pass its folder as `base`")
-    backbone, processor, digest = open_base(base, config["layout"], **how)
+    return base
+
+
+def _check_base(folder: Path, base: Path, config: dict, digest: dict[str, str], separator_id: int) -> None:
     for part in ("weights", "tokenizer"):
         if digest[part] != config["fingerprint"].get(part):
             raise InputError(
                 f"{folder} was trained on another base: the {part} in {base} are not the ones it remembers"
             )
-    if (ours := processor.tokenizer.separator_id) != config["separator_id"]:
-        raise InputError(f"{folder} uses separator id {config['separator_id']}, the tokenizer in {base} gives {ours}")
-    load_adapter(backbone, ADAPTER, folder)
-    head = _empty_head(backbone, config["value_head_hidden_dim"])
-    head.load_state_dict(read_tensors(folder / HEAD, {k: v.shape for k, v in head.state_dict().items()}))
-    return kind(backbone, processor, head, config["mode"], base, digest).requires_grad_(False).eval()
+    if separator_id != config["separator_id"]:
+        theirs = f"the tokenizer in {base} gives {separator_id}"
+        raise InputError(f"{folder} uses separator id {config['separator_id']}, {theirs}")
 
 
-def _load_released(kind: type[RewardModel], folder: Path, config: dict, base: str | Path | None, **how) -> RewardModel:
+def _check_released(folder: Path, config: dict, base: str | Path | None) -> Path:
+    """-> where its base is: itself, unless it was not merged."""
     for key, only in RELEASED.items():
         if config.get(key) != only:
             raise InputError(f"{folder / CONFIG}: {key} = {config.get(key)!r} is not supported, only {only!r}")
@@ -171,28 +197,7 @@ def _load_released(kind: type[RewardModel], folder: Path, config: dict, base: st
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") if unmerged else folder
     if base is None or not Path(base).is_dir():
         raise InputError(f"{folder} is an adapter for {base}, which is no folder here: pass its folder as `base`")
-    backbone, processor, digest = open_base(base, "released", **how)
-    if unmerged:
-        load_adapter(backbone, ADAPTER, folder)
-    head = _empty_head(backbone, inner)
-    head.load_state_dict(read_pickle(folder / RELEASED_HEAD, {k: v.shape for k, v in head.state_dict().items()}))
-    return kind(backbone, processor, head, "joint", Path(base), digest).requires_grad_(False).eval()
-
-
-def _check_ours(path: Path, config: dict) -> None:
-    kinds = {"base": str, "layout": str, "mode": str, "fingerprint": dict, "separator_id": int}
-    kinds["value_head_hidden_dim"] = int
-    wrong = [key for key, kind in kinds.items() if type(config.get(key)) is not kind]
-    wrong += [key for key in ("separator_id", "value_head_hidden_dim") if key not in wrong and config[key] < 1]
-    if config.get("format") != "yojo" or wrong:
-        raise InputError(f"{path} is no reward model of this project: {', '.join(wrong) or 'format'} missing or wrong")
-
-
-def _empty_head(backbone: Molmo2, inner: int) -> ValueHead:
-    if inner > MOST_INNER:
-        raise InputError(f"value_head_hidden_dim {inner} in {CONFIG}: at most {MOST_INNER}")
-    head = ValueHead(backbone.config.text.hidden_size, inner)
-    return head.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32))
+    return Path(base)
 
 
 def open_base(base: str | Path, layout: str = "default", **how) -> tuple[Molmo2, Processor, dict[str, str]]:

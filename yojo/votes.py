@@ -94,11 +94,11 @@ def reachable(arcs: ndarray) -> ndarray:
     return reach
 
 
-def components(arcs: ndarray) -> list[list[int]]:
+def components(arcs: ndarray) -> list[tuple[int, ...]]:
     """Strongly connected components: vertices that reach each other."""
     reach = reachable(arcs)
     same = (reach & reach.T) | np.eye(len(arcs), dtype=bool)
-    return [list(map(int, row.nonzero()[0])) for i, row in enumerate(same) if row.nonzero()[0][0] == i]
+    return sorted({tuple(row.nonzero()[0].tolist()) for row in same})
 
 
 def eades(arcs: ndarray) -> list[int]:
@@ -134,10 +134,15 @@ def optimal(arcs: ndarray) -> float:
     return float(best[-1])
 
 
+def forwards(arcs: ndarray, order: Sequence[int]) -> ndarray:
+    """The graph without the arcs that point backwards in an order."""
+    place = np.argsort(order)
+    return np.where(place[:, None] < place, arcs, 0)
+
+
 def kept(arcs: ndarray, order: Sequence[int]) -> float:
     """Weight of the arcs that point forwards in an order."""
-    place = np.argsort(order)
-    return float(arcs[place[:, None] < place[None, :]].sum())
+    return float(forwards(arcs, order).sum())
 
 
 def denoise(arcs: ndarray) -> ndarray:
@@ -145,14 +150,9 @@ def denoise(arcs: ndarray) -> ndarray:
     arcs in weighing as much as all arcs out, says nothing about its answers: its cycles stay, so they tie."""
     clean = arcs.copy()
     for vertices in components(arcs):
-        if not borda(arcs[np.ix_(vertices, vertices)]).any():
-            continue
-        order = [vertices[i] for i in eades(arcs[np.ix_(vertices, vertices)])]
-        place = {v: i for i, v in enumerate(order)}
-        for u in vertices:
-            for v in vertices:
-                if place[u] > place[v]:
-                    clean[u, v] = 0
+        block = np.ix_(vertices, vertices)
+        if borda(arcs[block]).any():
+            clean[block] = forwards(arcs[block], eades(arcs[block]))
     return clean
 
 
@@ -235,10 +235,9 @@ def study(items: int, seed: int) -> list[dict]:
 
 def rank_items(votes: Sequence[Vote]) -> dict[str, dict[str, int]]:
     """item -> answer -> rank, by the denoised graph of all annotators' votes. Answers without a vote have no rank."""
-    by_item: dict[str, list[Vote]] = {}
+    ranks, by_item = {}, {}
     for vote in votes:
         by_item.setdefault(vote.item, []).append(vote)
-    ranks = {}
     for item, some in by_item.items():
         answers = sorted({name for vote in some for name in (vote.a, vote.b)})
         random.Random(item).shuffle(answers)  # where a heuristic must break a tie, names must not

@@ -5,7 +5,7 @@ default is Molmo2-4B's.
 released files the defaults are held by `pytest tests/test_molmo2.py tests/test_image.py`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from yojo.files import InputError, read_json
@@ -132,26 +132,24 @@ class Markup:
     use_frame_special_tokens: bool = False
 
 
+PREPROCESSOR = {"patch": "patch_size", "margins": "overlap_margins", "max_crops": "max_crops"}
+PREPROCESSOR |= {"pooling": "pooling_size", "mean": "image_mean", "std": "image_std"}  # our name: the file's
+
+
 def read_image_config(folder: str | Path) -> ImageConfig:
     """`preprocessor_config.json`; the video window from `video_preprocessor_config.json` where there is one."""
-    path = Path(folder) / "preprocessor_config.json"
+    path, video = (Path(folder) / name for name in ("preprocessor_config.json", "video_preprocessor_config.json"))
     raw = read_json(path)
     try:
         size, resample = raw["size"], raw.get("resample", 2)
         if size["height"] != size["width"] or resample != 2:
             raise InputError(f"{path}: views must be square and resampled bilinearly (2), got {size} and {resample}")
-        video = Path(folder) / "video_preprocessor_config.json"
-        window = read_json(video).get("pooling_size") if video.exists() else None
-        return ImageConfig(
-            size["height"],
-            raw["patch_size"],
-            tuple(raw["overlap_margins"]),
-            raw["max_crops"],
-            tuple(raw["pooling_size"]),
-            tuple(window or ImageConfig.video_pooling),
-            tuple(raw["image_mean"]),
-            tuple(raw["image_std"]),
-        )
+        given = {ours: raw[theirs] for ours, theirs in PREPROCESSOR.items()} | {"size": size["height"]}
+        given["video_pooling"] = (
+            read_json(video).get("pooling_size") if video.exists() else None
+        ) or ImageConfig.video_pooling
+        pairs = {f.name: tuple(given[f.name]) for f in fields(ImageConfig) if isinstance(f.default, tuple)}
+        return ImageConfig(**given | pairs)
     except KeyError as missing:
         raise InputError(f"{path} lacks {missing}") from None
     except TypeError as error:
@@ -160,16 +158,8 @@ def read_image_config(folder: str | Path) -> ImageConfig:
 
 def preprocessor_json(c: ImageConfig) -> dict:
     """What `read_image_config` reads back to `c`, but for the window of videos, which has a file of its own."""
-    return {
-        "size": {"height": c.size, "width": c.size},
-        "patch_size": c.patch,
-        "overlap_margins": c.margins,
-        "max_crops": c.max_crops,
-        "pooling_size": c.pooling,
-        "image_mean": c.mean,
-        "image_std": c.std,
-        "resample": 2,
-    }
+    ours = {theirs: getattr(c, name) for name, theirs in PREPROCESSOR.items()}
+    return {"size": {"height": c.size, "width": c.size}, **ours, "resample": 2}
 
 
 def read_markup(folder: str | Path) -> Markup:

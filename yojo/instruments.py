@@ -1,0 +1,111 @@
+"""What `bench` measures with: seconds of alternatives that take turns, memory sampled meanwhile, the hardware's name.
+
+See it: `pytest tests/test_bench.py`.
+"""
+
+import ctypes
+import gc
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import torch
+from tqdm import tqdm
+
+from yojo.cli import table
+
+
+def memory() -> dict[str, int]:
+    """Bytes of anonymous and of file-backed memory that this process holds."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    found = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
+    return {name: int(found[key].split()[0]) * 1024 for name, key in (("anon", "RssAnon"), ("file", "RssFile"))}
+
+
+@contextmanager
+def watched(device: torch.device) -> Iterator[dict[str, int]]:
+    """-> the most memory held inside the block, sampled, there when it has ended: "file" all that was file-backed,
+    "above" what anonymous memory grew by; on CUDA what the allocator gave."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken now
+    start, stop, most, found = memory(), threading.Event(), memory(), {}
+
+    def sample() -> None:
+        while not stop.wait(0.002):
+            most.update({name: max(most[name], held) for name, held in memory().items()})
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        start["cuda"] = torch.cuda.memory_allocated()
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+    found |= {"file": most["file"], "above": most["anon"] - start["anon"]}
+    if device.type == "cuda":
+        found["above"] = torch.cuda.max_memory_allocated() - start["cuda"]
+
+
+def clock(do: Callable[[], object], device: torch.device) -> tuple[object, float]:
+    """What `do` returns, and the seconds that it takes, on whatever device."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start, got = time.perf_counter(), do()
+    wait()
+    return got, time.perf_counter() - start
+
+
+Seconds = dict[str, list[float]]  # by arm and round
+
+
+def take_turns(arms: dict[str, Callable], rounds: int, device: torch.device, seed: int) -> tuple[Seconds, list[dict]]:
+    """Every arm once to warm up and once with its memory watched, then `rounds` rounds -> seconds, and a row an arm.
+    Every other round is in an order drawn anew, the next one in its reverse, so that no arm always finds the memory
+    that the same other one left."""
+    above, seconds = {}, {name: [] for name in arms}
+    for name, arm in arms.items():
+        arm()
+        with watched(device) as held:
+            arm()
+        above[name] = held["above"]
+    order, rng = list(arms), random.Random(seed)
+    for i in tqdm(range(rounds), "rounds", delay=2, leave=False):
+        order = order[::-1] if i % 2 else rng.sample(order, len(order))
+        for name in order:
+            seconds[name].append(clock(arms[name], device)[1])
+    return seconds, [{"arm": name, "seconds": median(seconds[name]), "above": above[name]} for name in arms]
+
+
+def ratio(of: Iterable[float], to: Iterable[float]) -> float:
+    """Median over rounds of one arm's seconds, or bytes, over another's."""
+    return median(a / max(b, 1e-9) for a, b in zip(of, to, strict=True))
+
+
+def largest(values: Iterable[float]) -> float:
+    """NaN where a value is NaN, which Python's `max` may pass over."""
+    return torch.tensor(list(values), dtype=torch.float64).max().item()
+
+
+def gigabytes(number: int) -> str:
+    return f"{number / 1e9:.3f}"
+
+
+def print_rows(rows: list[dict], *names: str) -> None:
+    forms = {"arm": "<", "seconds": ".3f", "tokens_per_s": ".0f", "difference": ".1e", "above": gigabytes}
+    memory_of = {name: gigabytes for name in names if name.endswith(("_anon", "_file")) or name == "weights"}
+    print(table(rows, {name: (forms | memory_of).get(name, ".2f") for name in ("arm", *names)}))
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
