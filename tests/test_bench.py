@@ -10,7 +10,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from yojo import bench, instruments
+from yojo import bench, instruments, loading
 from yojo.core import flops
 from yojo.initial import size_config, write_random
 
@@ -20,7 +20,7 @@ def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "weights"
     write_random(folder, "tiny", size_config("tiny"), torch.float32, 0)
     args = Namespace(device="cpu", seed=0, peer=True, compile=False)
-    return bench.Setting(folder, args, torch.float32).prompted(60), bench.load_peer(folder, args, torch.float32)
+    return bench.Setting(folder, args, torch.float32).prompted(60), loading.load_peer(folder, args, torch.float32)
 
 
 @pytest.mark.parametrize("n, R", [(1, 10), (3, 10), (4, 200)])

@@ -159,7 +159,7 @@ def test_a_folder_without_a_checkpoint(tmp_path, folder):
     with pytest.raises(InputError, match="holds no checkpoint"):
         load_backbone(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be read as JSON"):
+    with pytest.raises(InputError, match="config.json is not JSON"):
         load_backbone(folder)
 
 

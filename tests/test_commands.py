@@ -51,7 +51,7 @@ ONE = ("--prompt", "?", "--response", "x")
         (("--tiny", "--prompt", "?", "--response", "\ud800"), "lone surrogate"),
         (("--tiny", "--image", "none.png", *ONE), "no picture at none.png"),
         (("--tiny", "--image", __file__, *ONE), "is not a picture"),
-        (("--tiny", "--data", "none.jsonl"), "no file none.jsonl"),
+        (("--tiny", "--data", "none.jsonl"), "none.jsonl does not exist"),
         (("--tiny", "--prompt", "?", "--response", "x " * 999, "--draw-mask", "m.png"), "too many to draw"),
         (("--tiny", "--data", "x.jsonl", *ONE), "--prompt goes without --data only"),
         (("--tiny", "--data", "x.jsonl", "--frames", "2"), "--frames goes with --video only"),
@@ -285,7 +285,7 @@ def test_a_run_is_not_overwritten_and_an_unfinished_one_goes_on(command, refused
     assert command(train, *words)[0] == 130
     monkeypatch.setattr(training.PreferenceLoss, "__call__", real)
     refused("holds an unfinished run", train, *words)
-    refused("no file nowhere", train, *words, "--overwrite", "--data", "nowhere")
+    refused("nowhere does not exist", train, *words, "--overwrite", "--data", "nowhere")
     assert (folder / "rm.training/state.pt").exists(), "a typing error cost the run"
     refused("its mode is 'joint', not 'isolated'", train, *words, "--resume", "--mode", "isolated")
     monkeypatch.setattr(Molmo2, "fuse", lambda self: None)  # which needs a compiler

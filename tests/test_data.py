@@ -79,7 +79,7 @@ def test_a_bad_line_is_named_with_its_number(tmp_path, line, why):
 
 
 def test_files_that_hold_nothing(tmp_path):
-    with pytest.raises(InputError, match="no file"):
+    with pytest.raises(InputError, match="none.jsonl does not exist"):
         read_records(tmp_path / "none.jsonl")
     with pytest.raises(InputError, match="holds no records"):
         read_records(write(tmp_path, "", ""))

@@ -301,7 +301,7 @@ def test_a_score_that_is_not_finite_raises(command, benchmark, monkeypatch):
         (("--tiny", "--model", "x"), "--model goes without --tiny only"),
         (("--model", "x", "--data", "y", "--permutations", "0"), "'0' is no whole number from 1"),
         (("--model", "x", "--data", "y", "--map", "a"), "--map a: NAME=FIELD"),
-        (("--model", "x", "--data", "nowhere.jsonl"), "no file nowhere.jsonl"),
+        (("--model", "x", "--data", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
         (("--model", "x", "--data", "y", "--format", "z"), "invalid choice: 'z'"),
     ],
 )

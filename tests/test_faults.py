@@ -127,11 +127,9 @@ def test_a_full_disk_is_one_line_and_keeps_the_state_before_it(command, run, mon
 
 def test_a_killed_command_leaves_no_worker_behind():
     code = (
-        "import os, time; from yojo.cli import pool\n"
+        "import os; from yojo.cli import in_processes\n"
         "if __name__ == '__main__':\n"
-        "    processes, _ = pool(1)\n"
-        "    print(processes.submit(os.getpid).result(), flush=True)\n"
-        "    time.sleep(60)\n"
+        "    in_processes(os.system, [('echo $PPID; sleep 15',)])\n"
     )
     here = Path(__file__).parent.parent
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=here) as command:

@@ -26,7 +26,8 @@ def rows(tiny_folder):
 
 
 def test_a_wrong_fact_is_wrong_from_its_word_on(rows):
-    talk, start, verdicts = rows.encode(QUESTION, "wrong size, row")
+    talk, start, labels = rows.encode(QUESTION, "wrong size, row")
+    verdicts = labels[:, 1:].tolist()
     names = [rows.processor.tokenizer.name(token).strip() for token in talk[:start]]
     size, row = (list(world.SLOTS).index(slot) for slot in ("size", "row"))
     assert len(verdicts) == len(talk)
@@ -43,7 +44,7 @@ def test_a_wrong_fact_is_wrong_from_its_word_on(rows):
 def test_only_a_description_to_check_is_judged():
     assert wrong_so_far("What size is the star?", "large", 10) == NOTHING
     assert wrong_so_far(QUESTION.removesuffix(" Right?"), "right", 60) == NOTHING
-    assert wrong_so_far(QUESTION, "right", len(QUESTION)) == [0.0] * 6
+    assert wrong_so_far(QUESTION, "right", len(QUESTION)) == [0] * 6
 
 
 def test_what_is_true_of_the_thing_asked_about():

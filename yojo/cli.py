@@ -159,14 +159,17 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], dict | list]) ->
         sys.exit(130)
 
 
-def pool(jobs: int) -> tuple[ProcessPoolExecutor, int]:
-    """Processes for `jobs` of a kind, two at a time where there are two cores, and how many threads each may use."""
+def in_processes(function: Callable, jobs: Sequence[tuple]) -> list:
+    """`function(*job)` of every job, each in a process of its own, two at a time where there are two cores."""
     cores = os.cpu_count() or 1
-    workers = min(2, jobs, cores)
-    return ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent), max(1, cores // workers)
+    workers = min(2, len(jobs), cores)
+    start = partial(_start, max(1, cores // workers))
+    with ProcessPoolExecutor(workers, get_context("spawn"), start) as processes:
+        return list(processes.map(function, *zip(*jobs, strict=True)))
 
 
-def _end_with_parent() -> None:
-    """A worker whose command is killed would wait for its next job for ever."""
+def _start(threads: int) -> None:
+    """Of a worker, which would wait for its next job for ever were its command killed."""
+    torch.set_num_threads(threads)
     parent = parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

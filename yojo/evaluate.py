@@ -177,30 +177,25 @@ def order_sensitivity(items: list[Item], scores: list[Scores], orders: Orders) -
 
 
 def print_report(result: dict, left_out: list[str]) -> None:
+    intervals = {"accuracy": "interval", "macro": "macro_interval", "acc_plus": "acc_plus_interval"}
+    rows = [{"figure": k, "value": with_interval(result[k], result[i])} for k, i in intervals.items() if k in result]
+    ranks = [name for name in ("pairwise", "tau_b") if result.get(name) is not None]
+    rows += [{"figure": name, "value": f"{result[name]:.3f}"} for name in ranks]
     print(
         f"\n{result['format']}, {result['mode']}, {result['items']} items, {result['without_picture']} of them ", end=""
     )
-    print(f"without a picture; ties in {result['ties']:.1%}")
-    titles = {"accuracy": "accuracy (micro)" if "macro" in result else "accuracy", "macro": "macro", "acc_plus": "ACC+"}
-    for name, title in titles.items():
-        if name in result:
-            interval = result["interval" if name == "accuracy" else f"{name}_interval"]
-            print(f"{title:17s}{with_interval(result[name], interval)}")
-    for name in ("pairwise", "tau_b"):
-        if result.get(name) is not None:
-            print(f"{name:17s}{result[name]:.3f}")
+    print(f"without a picture; ties in {result['ties']:.1%}\n" + table(rows, {"figure": "<", "value": "<"}))
     if len(result["categories"]) > 1:
         rows = [{"category": name} | row for name, row in result["categories"].items()]
         print(table(rows, {"category": "<", "accuracy": ".3f", "items": "d"}))
     print("without a picture: " + ", ".join(f"{name} {value:.3f}" for name, value in result["baselines"].items()))
     if order := result.get("order"):
+        places = ", ".join(f"{place}: {value:.3f}" for place, value in order["by_place"].items())
         print(
             f"order: the winner changes in {order['changed']:.1%}; mean over orders {order['mean_over_orders']:.3f}; ",
             end="",
         )
-        print(
-            "best answer at place " + ", ".join(f"{place}: {value:.3f}" for place, value in order["by_place"].items())
-        )
+        print(f"best answer at place {places}")
     if left_out:
         print(f"left out, {len(left_out)} rows:\n  " + "\n  ".join(left_out))
 

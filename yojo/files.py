@@ -27,41 +27,42 @@ class InputError(ValueError):
 
 def read_json(path: str | Path) -> dict:
     """One JSON object."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, an endless number
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
+    return _object(_read(path), str(path))
 
 
 def read_lines(path: str | Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
     """Every line of a JSONL file that is not blank -> ("file:line", its object). A line that holds none raises; with a
     list `bad` it is passed over and its error put there."""
+    for number, line in enumerate(_read(path).split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
+        where = f"{path}:{number}"
+        try:
+            raw = _object(line, where) if line.strip() else None
+        except InputError as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+            continue
+        if raw is not None:
+            yield where, raw
+
+
+def _read(path: str | Path) -> str:
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: a JSON string may hold U+2028
+        return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"no file {path}") from None
+        raise InputError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            raw = json.loads(line)
-            error = None if isinstance(raw, dict) else f"{where} holds a JSON {type(raw).__name__}, not an object"
-        except (ValueError, RecursionError) as fault:  # ValueError: not JSON, or a number without end
-            error = f"{where} is not JSON: {fault}"
-        if error is None:
-            yield where, raw
-        elif bad is None:
-            raise InputError(error)
-        else:
-            bad.append(error)
+
+
+def _object(text: str, where: str) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number without end
+        raise InputError(f"{where} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where} holds a JSON {type(value).__name__}, not an object")
+    return value
 
 
 @contextmanager
@@ -119,16 +120,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
-    temporary = Path(name)
-    try:
-        with _writing(path):
-            yield temporary
+        try:
+            yield Path(temporary)
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -151,33 +150,33 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     fail. A folder can't be replaced in one step: a kill in the instant between two renames leaves the old one, whole,
     under `.<name>.old`, from where the next write of `path` or `restore` puts it back.
     """
-    path = Path(path)
-    old = path.with_name(f".{path.name}.old")
+    path, old = Path(path), _aside(path)
     restore(path)
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already: choose another folder, or say --overwrite")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        with _writing(path):
+        try:
             yield temporary
             os.chmod(temporary, 0o777 & ~_umask())
             if path.exists():
                 os.rename(path, old)
             os.rename(temporary, path)
-    finally:
-        restore(path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        finally:
+            restore(path)
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def restore(path: str | Path) -> None:
     """Put back the folder that an interrupted `whole_folder` had moved aside, if it had."""
-    path = Path(path)
-    old = path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():
-        os.rename(old, path)
+    if _aside(path).exists() and not Path(path).exists():
+        os.rename(_aside(path), path)
+
+
+def _aside(path: str | Path) -> Path:
+    return Path(path).with_name(f".{Path(path).name}.old")
 
 
 def add_line(path: str | Path, value: object) -> None:

@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -126,9 +127,10 @@ def look_up(scene: world.Scene, rng: random.Random) -> Talk:
 def place(scene: world.Scene, rng: random.Random) -> Talk:
     row, column = rng.choice(world.ROWS), rng.choice(world.COLUMNS)
     if rng.random() < 0.7:
-        row, column = (lambda t: (t.row, t.column))(rng.choice(scene.things))
-    here = [t for t in scene.things if (t.row, t.column) == (row, column)]
-    return f"What is {row} {column}?", f"a {here[0].size} {here[0].colour} {here[0].shape}" if here else "nothing"
+        thing = rng.choice(scene.things)
+        row, column = thing.row, thing.column
+    here = [f"a {t.size} {t.colour} {t.shape}" for t in scene.things if (t.row, t.column) == (row, column)]
+    return f"What is {row} {column}?", here[0] if here else "nothing"
 
 
 def presence(scene: world.Scene, rng: random.Random) -> Talk:
@@ -170,14 +172,17 @@ class Rows:
         self.processor, self.seed = processor, seed
         self.encode = lru_cache(maxsize=100_000)(self._encode)
 
-    def _encode(self, question: str, answer: str) -> tuple[list[int], int, list[list[float]]]:
-        """One conversation, where its answer starts, and each token's `wrong_so_far`."""
+    def _encode(self, question: str, answer: str) -> tuple[list[int], int, Tensor]:
+        """One conversation, where its answer starts, and of each token [T, 1 + slots]: the id that follows, where that
+        is part of the answer, and `wrong_so_far`."""
         turn = self.processor.encode(question, []).ids[1:].tolist()  # without BOS
         reply = [*self.processor.tokenizer.encode(answer), self.processor.tokenizer.id(TURN_END)]
+        labels = torch.full((len(turn + reply), 1 + len(world.SLOTS)), -1)
+        labels[len(turn) - 1 : -1, 0] = torch.tensor(reply)
         role = "user\n"
-        ends = [end - len(role) for _, end in self.processor.tokenizer.text.encode(role + question).offsets]
-        verdicts = [NOTHING, *(wrong_so_far(question, answer, end) for end in ends)]  # the turn's first token, its text
-        return turn + reply, len(turn), verdicts + [NOTHING] * (len(turn) + len(reply) - len(verdicts))
+        for t, (_, end) in enumerate(self.processor.tokenizer.text.encode(role + question).offsets, 1):
+            labels[t, 1:] = torch.tensor(wrong_so_far(question, answer, end - len(role)))
+        return turn + reply, len(turn), labels
 
     def start_row(self, scene: world.Scene, start: Sequence[int] = ()) -> Encoded:
         """BOS, the scene's picture, and the start of a conversation."""
@@ -190,46 +195,38 @@ class Rows:
         rng = random.Random(f"{self.seed} {step} {micro_batch}")
         scenes = [world.make_scene(rng) for _ in range(size)]
         rows, labels = zip(*(self._row(scene, talks(scene, rng, TALKS)) for scene in scenes), strict=True)
-        target, wrong, true = (
-            nn.utils.rnn.pad_sequence([torch.tensor(label[i]) for label in labels], batch_first=True, padding_value=-1)
-            for i in range(3)
-        )
-        spoken, judged = target >= 0, wrong[..., 0] >= 0
-        return collate(rows, MODES[micro_batch]), {
-            "spoken": spoken.nonzero(),
-            "target": target[spoken],
-            "judged": judged.nonzero(),
-            "wrong": wrong[judged],
-            "true": true[judged],
-            "cells": torch.tensor([cell for scene in scenes for _ in range(2) for cell in cell_labels(scene)]),
-        }
+        labels, facts = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-1), len(world.SLOTS)
+        target, wrong, true = labels.split((1, facts, facts), dim=-1)
+        spoken, judged = target[..., 0] >= 0, wrong[..., 0] >= 0
+        learned = {"spoken": spoken.nonzero(), "target": target[spoken].flatten(), "judged": judged.nonzero()}
+        learned |= {"wrong": wrong[judged].float(), "true": true[judged]}
+        cells = [cell for scene in scenes for _ in range(2) for cell in cell_labels(scene)]
+        return collate(rows, MODES[micro_batch]), learned | {"cells": torch.tensor(cells)}
 
-    def _row(self, scene: world.Scene, talk: list[Talk]) -> tuple[Encoded, tuple[list, list, list]]:
-        """One row, and of each token: where the next one is to be learned its id (else -1), `wrong_so_far`, and what is
-        true of the thing that its conversation asks about."""
+    def _row(self, scene: world.Scene, talk: list[Talk]) -> tuple[Encoded, Tensor]:
+        """One row, and of each token what `_encode` says of it and what is true of the thing that its conversation asks
+        about; -1 where nothing is to be learned."""
         start, pieces = self.start_row(scene), []
-        target, wrong = [-1] * len(start.ids), [NOTHING] * len(start.ids)
-        true = [[-1] * len(world.SLOTS)] * len(start.ids)
-        for pair in talk:
-            piece, answer, verdicts = self.encode(*pair)
+        labels = [torch.full((len(start.ids), 1 + 2 * len(world.SLOTS)), -1)]
+        for question, answer in talk:
+            piece, _, said = self.encode(question, answer)
             pieces.append(piece)
-            target += [-1] * (answer - 1) + piece[answer:] + [-1]
-            wrong += verdicts
-            true += [facts_asked_about(scene, pair[0])] * len(piece)
-        return start.continued(pieces), (target, wrong, true)
+            true = torch.tensor(facts_asked_about(scene, question)).expand(len(piece), -1)
+            labels.append(torch.cat([said, true], dim=1))
+        return start.continued(pieces), torch.cat(labels)
 
 
-NOTHING = [-1.0] * len(world.SLOTS)  # no verdict is asked for at this token
+NOTHING = [-1] * len(world.SLOTS)  # no verdict is asked for at this token
 
 
-def wrong_so_far(question: str, answer: str, end: int) -> list[float]:
+def wrong_so_far(question: str, answer: str, end: int) -> list[int]:
     """Of a question that asks to check a description, read up to character `end`: 1 for each fact that has been said
     and that the answer, "wrong size, row", lists. `NOTHING` before the first fact, and for other questions."""
     found = world.DESCRIPTION.search(question) if question.endswith(CHECK) else None
     if found is None or end < found.end(min(world.SLOTS, key=found.end)):
         return NOTHING
     errors = answer.removeprefix("wrong ").split(", ")
-    return [float(slot in errors and found.end(slot) <= end) for slot in world.SLOTS]
+    return [int(slot in errors and found.end(slot) <= end) for slot in world.SLOTS]
 
 
 def facts_asked_about(scene: world.Scene, question: str) -> list[int]:
@@ -245,12 +242,11 @@ AUX_SIZES = (len(world.SHAPES) + 1, len(world.COLOURS) + 1, len(world.SIZES) + 1
 
 def cell_labels(scene: world.Scene) -> list[tuple[int, ...]]:
     """For each cell, row by row: shape, colour, size (the last class = empty), row, column."""
-    labels = []
-    for r, row in enumerate(world.ROWS):
-        for c, column in enumerate(world.COLUMNS):
-            here = [t for t in scene.things if (t.row, t.column) == (row, column)]
-            words = [(world.SHAPES, "shape"), (tuple(world.COLOURS), "colour"), (world.SIZES, "size")]
-            labels.append((*(w.index(getattr(here[0], k)) if here else len(w) for w, k in words), r, c))
+    things, labels = {(t.row, t.column): t for t in scene.things}, []
+    for (r, row), (c, column) in product(enumerate(world.ROWS), enumerate(world.COLUMNS)):
+        here = things.get((row, column))
+        slots = {slot: [*world.SLOTS[slot], None] for slot in ("shape", "colour", "size")}
+        labels.append((*(values.index(getattr(here, slot, None)) for slot, values in slots.items()), r, c))
     return labels
 
 
@@ -262,16 +258,14 @@ class PretrainLoss:
 
     def __init__(self, model: Molmo2, rows: Rows, generator: torch.Generator):
         self.model, self.rows = model, rows
-        self.probe = nn.Linear(TEXT.hidden_size, sum(AUX_SIZES))
-        self.facts = nn.Linear(TEXT.hidden_size, sum(FACT_SIZES))
-        self.verdict = nn.Linear(TEXT.hidden_size, len(world.SLOTS))
-        for readout in (self.probe, self.facts, self.verdict):
+        widths = (sum(AUX_SIZES), sum(FACT_SIZES), len(world.SLOTS))
+        self.readouts = self.probe, self.facts, self.verdict = [nn.Linear(TEXT.hidden_size, width) for width in widths]
+        for readout in self.readouts:
             nn.init.normal_(readout.weight, std=0.02, generator=generator)
             nn.init.zeros_(readout.bias)
 
     def parameters(self) -> list[nn.Parameter]:
-        readouts = (self.probe, self.facts, self.verdict)
-        return [*self.model.parameters(), *(p for readout in readouts for p in readout.parameters())]
+        return [*self.model.parameters(), *(p for readout in self.readouts for p in readout.parameters())]
 
     def __call__(self, step: int, micro_batch: int) -> tuple[Tensor, dict[str, float]]:
         batch, learned = self.rows.batch(step, micro_batch)
@@ -311,8 +305,7 @@ def evaluate_answers(model: Molmo2, rows: Rows, seed: int, count: int = 200) -> 
     """Greedy answers about new pictures, the share that is right word for word, by kind of question."""
     figures = {}
     for kind in KINDS:
-        rng = random.Random(f"examine {seed} {kind.__name__}")
-        right = 0
+        rng, right = random.Random(f"examine {seed} {kind.__name__}"), 0
         for _ in range(count):
             scene = world.make_scene(rng, held_out=kind is describe_held_out)
             right += answer_to(model, rows, scene, *kind(scene, rng))

@@ -10,8 +10,7 @@ How it differs from a textbook decoder (facts: the Molmo2 report and `transforme
 - the forward pass returns hidden states after the final norm and never logits: a reward model needs none.
 
 Attribute names are the checkpoint's tensor names, so loading is one strict `load_state_dict` (`weights.py`).
-Precision: norms, rotary angles and softmax run in at least float32 (bf16 goes up, float64 stays). How the arithmetic is
-made fast, and where that rounds otherwise, is in `ops.py`: here stands what is computed.
+Norms, rotary angles and softmax run in at least float32 (bf16 goes up, float64 stays). `ops.py` makes it fast.
 
 Shape alphabet: B batch rows, T tokens, N responses, R kept positions, P patches of a view, M pooled picture tokens,
 D decoder width, H query heads, K key/value heads, d head width, V vocabulary; in attention Q queries, S keys.
@@ -57,9 +56,7 @@ class VisionAttention(nn.Module):
     def __init__(self, width_in: int, width_out: int, num_heads: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
-        self.wq = nn.Linear(width_in, num_heads * head_dim)
-        self.wk = nn.Linear(width_in, num_heads * head_dim)
-        self.wv = nn.Linear(width_in, num_heads * head_dim)
+        self.wq, self.wk, self.wv = (nn.Linear(width_in, num_heads * head_dim) for _ in range(3))
         self.wo = nn.Linear(num_heads * head_dim, width_out)
 
     def forward(self, x: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -105,8 +102,7 @@ class ImageViT(nn.Module):
 
     def forward(self, patches: Tensor) -> list[Tensor]:
         """patches [views, P, 3 * patch^2] -> the outputs of the layers that are read, each [views, P, width]."""
-        places = len(self.positional_embedding)
-        if patches.shape[1] != places:
+        if patches.shape[1] != (places := len(self.positional_embedding)):
             raise ValueError(f"views have {patches.shape[1]} patches, the tower {places} positions")
         x = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype)) + self.positional_embedding
         outputs = {}
@@ -169,8 +165,7 @@ class VisionBackbone(nn.Module):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = w * x / sqrt(mean(x^2) + eps), cast back BEFORE it is multiplied by w: so the checkpoint was trained."""
     exact = torch.promote_types(x.dtype, torch.float32)
-    # summed in at least float32 without a copy of x
-    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square() / x.shape[-1]
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square() / x.shape[-1]  # no copy of x
     return weight * (x * torch.rsqrt(mean_square + eps)).to(x.dtype)
 
 
@@ -325,20 +320,17 @@ class Molmo2(nn.Module):
         return self.model.transformer.ln_f.weight.dtype
 
     def fuse(self) -> None:
-        """From here on norms, rotation and SwiGLU are one pass over memory each, made by `torch.compile`.
-
-        Without it each is a handful of torch's operations, and each of those reads and writes all tokens once. The
-        first passes take some 20 s more, and need a C++ compiler (on CUDA: Triton); without one this raises InputError.
-        In bf16 a fused norm rounds once, at its end, where the plain one rounds before its weight too. A copy of the
-        model is plain again.
-        """
+        """From here on norms, rotation and SwiGLU are one pass over memory each, made by `torch.compile`; without it
+        each of their operations is one. The first passes take some 20 s more, and need a C++ compiler (on CUDA:
+        Triton); without one this raises InputError. In bf16 a fused norm rounds once, at its end, where the plain one
+        rounds before its weight too. A copy of the model is plain again."""
         norm = self.model.transformer.ln_f
         parts = [part for part in self.modules() if isinstance(part, (RMSNorm, SwiGLU))]
         ops.fuse(parts, lambda: norm(norm.weight.repeat(2, 1)))
 
     def encode_images(self, pictures: Pictures) -> Tensor:
-        """Features [M', D] in the model's dtype, in the order of the <im_patch> tokens (M' <= M: windows without any
-        patch are dropped). Those that the pictures bring are used, unless the tower learns, which makes others."""
+        """Features [M', D] in the model's dtype, in the order of the <im_patch> tokens (M' <= M: empty windows are
+        dropped). Those that the pictures bring are used, unless the tower learns, which makes others."""
         if not len(pictures.pooling):
             return torch.empty(0, self.config.text.hidden_size, device=self.device, dtype=self.dtype)
         if pictures.features is not None and not self.tower_learns():
@@ -351,9 +343,7 @@ class Molmo2(nn.Module):
     def keep_features(self, pictures: Pictures) -> Pictures:
         """The same pictures with their features in place of their patches, so that the tower need not run again as long
         as its weights stay. Where it learns, the pictures stay as they are."""
-        if self.tower_learns():
-            return pictures
-        return pictures.keeping(self.encode_images(pictures))
+        return pictures if self.tower_learns() else pictures.keeping(self.encode_images(pictures))
 
     def tower_learns(self) -> bool:
         return any(p.requires_grad for p in self.model.vision_backbone.parameters())
@@ -364,10 +354,8 @@ class Molmo2(nn.Module):
         if input_ids.is_meta:  # shapes only: nothing can be counted
             return x
         patches, given = input_ids == self.config.image_patch_id, 0 if features is None else len(features)
-        if int(patches.sum()) != given:
-            raise ValueError(
-                f"{int(patches.sum())} <im_patch> tokens but {given} picture features: pass `encode_images(...)`"
-            )
+        if (tokens := int(patches.sum())) != given:
+            raise ValueError(f"{tokens} <im_patch> tokens but {given} picture features: pass `encode_images(...)`")
         return x.index_put(patches.nonzero(as_tuple=True), features, accumulate=True) if given else x
 
     def forward(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from yojo import metrics
-from yojo.cli import WEIGHTS, pool, refuse_existing, shipped, table, with_interval
+from yojo.cli import WEIGHTS, in_processes, refuse_existing, shipped, table, with_interval
 from yojo.core import grpo, lora
 from yojo.core.data import Record
 from yojo.core.grpo import POLICY, GrpoConfig, RewardFn, prompt_row, reward_fn
@@ -120,9 +120,8 @@ REWARDS = ("joint", "isolated")
 CONTROLS = ("random", "oracle")
 
 
-def run_one(name: str, seed: int, c: GrpoConfig, threads: int, folder: Path | None) -> dict:
+def run_one(name: str, seed: int, c: GrpoConfig, folder: Path | None) -> dict:
     """One policy trained with one reward, in a process of its own."""
-    torch.set_num_threads(threads)
     rm = RewardModel.load(shipped(f"weights/{NAMES['isolated' if name == 'isolated' else 'joint']}"), lm_head=True)
     for adapter in (REFERENCE, POLICY):
         load_adapter(rm.backbone, adapter, STARTS_FROM)
@@ -173,11 +172,7 @@ def run_tiny(
     refuse_existing(out, overwrite)
     if out is not None:
         start_over(out, resume=True)
-    jobs = [(name, seed) for seed in seeds for name in names]
-    processes, threads = pool(len(jobs))
-    with processes:
-        started = [processes.submit(run_one, name, seed, c, threads, out) for name, seed in jobs]
-        runs = [job.result() for job in started]
+    runs = in_processes(run_one, [(name, seed, c, out) for seed in seeds for name in names])
     rows, shown = [], []
     for name in names:
         row: dict = {"reward": name}

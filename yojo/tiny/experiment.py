@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from yojo import metrics
-from yojo.cli import pool, refuse_existing, shipped, table, with_interval
+from yojo.cli import in_processes, refuse_existing, shipped, table, with_interval
 from yojo.core.data import Record, join, open_pictures, read_records
 from yojo.core.held_out import controls
 from yojo.core.image import Pictures
@@ -76,11 +76,8 @@ def with_features(records: Sequence[Record], rm: RewardModel, size: int = 64) ->
     return [replace(r, pictures=kept[tuple(r.images), r.video, r.max_crops]) for r in records]
 
 
-def run_one(
-    recipe: Recipe, mode: str, seed: int, folder: Path, out: Path | None, overwrite: bool, threads: int
-) -> dict:
+def run_one(recipe: Recipe, mode: str, seed: int, folder: Path, out: Path | None, overwrite: bool) -> dict:
     """Train one mode on the records in `folder` and measure it. Runs in a process of its own."""
-    torch.set_num_threads(threads)
     rm = RewardModel.new(shipped("weights/tiny"), mode, recipe.lora, recipe.inner, seed=seed)
     records, test, heldout = (
         with_features(read_records(folder / f"{name}.jsonl"), rm) for name in ("train", "test", "heldout")
@@ -121,16 +118,14 @@ def run_tiny(
     shipped("weights/tiny")  # or no work is begun
     for mode in modes if out is not None else ():
         refuse_existing(out / NAMES[mode], overwrite)
-    processes, threads = pool(len(modes) * len(seeds))
-    with tempfile.TemporaryDirectory() as temporary, processes:
-        jobs, tests = [], []
-        for seed in seeds:
-            folder = Path(temporary) / str(seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = {seed: Path(temporary) / str(seed) for seed in seeds}
+        for seed, folder in folders.items():
             write_world(folder, task, recipe, sizes, seed, paraphrase)
-            jobs += [processes.submit(run_one, recipe, m, seed, folder, out, overwrite, threads) for m in modes]
-            tests.append(read_records(folder / "test.jsonl"))
-        runs = [job.result() for job in jobs]
-    result = summary(task, runs, [record for test in tests for record in test])
+        jobs = [(recipe, mode, seed, folders[seed], out, overwrite) for seed in seeds for mode in modes]
+        runs = in_processes(run_one, jobs)
+        tests = [record for folder in folders.values() for record in read_records(folder / "test.jsonl")]
+    result = summary(task, runs, tests)
     result["ceilings"] = world.PARAPHRASED if paraphrase else world.CEILINGS
     result["seconds"] = round(time.monotonic() - start, 1)
     print(report(result))
@@ -141,27 +136,19 @@ def summary(task: str, runs: list[dict], test: list[Record]) -> dict:
     """Means over seeds of every figure, and the baselines. The 95% intervals resample test groups: they say nothing of
     how much models differ from seed to seed, for which there is `per_seed`."""
     pooled: dict[str, list[float]] = {}
+    per_seed: dict[int, dict] = {}
     for r in runs:
         for name, values in r["figures"].items():
             pooled.setdefault(name, []).extend(values)
+            per_seed.setdefault(r["seed"], {"seed": r["seed"]})[name] = metrics.mean(values)
     for name in BASELINES:
         pooled[name] = metrics.accuracies([metrics.BASELINES[name](r.responses) for r in test], test)
     if task == "corroborated":
         pooled["any_true"] = metrics.accuracies([[float(rank <= 3) for rank in r.rankings] for r in test], test)
-    seeds = sorted({r["seed"] for r in runs})
-    per_seed = [
-        {"seed": s, **{k: metrics.mean(v) for r in runs if r["seed"] == s for k, v in r["figures"].items()}}
-        for s in seeds
-    ]
-    return {
-        "task": task,
-        "n": TASKS[task][1],
-        "groups": len(test),
-        "any_true": None,
-        **{name: metrics.mean(values) for name, values in pooled.items()},
-        "intervals": {name: metrics.interval(values) for name, values in pooled.items()},
-        "per_seed": per_seed,
-    }
+    result = {"task": task, "n": TASKS[task][1], "groups": len(test), "any_true": None}
+    result |= {name: metrics.mean(values) for name, values in pooled.items()}
+    intervals = {name: metrics.interval(values) for name, values in pooled.items()}
+    return result | {"intervals": intervals, "per_seed": list(per_seed.values())}
 
 
 ROWS = {
