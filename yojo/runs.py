@@ -18,7 +18,7 @@ from yojo.core.held_out import score_records
 from yojo.core.reward import BATCH_TOKENS, RewardModel
 from yojo.core.state import UNSAVED, Log, NotFinite, RunState
 from yojo.core.training import Recipe, train
-from yojo.files import InputError, add_line, whole_file
+from yojo.files import InputError, add_line, whole_file, write_lines
 
 
 def random_states() -> dict:
@@ -41,8 +41,7 @@ class SavedRun(RunState):
         log = self._read() if (self.folder / "state.pt").exists() else []
         parallel.wait()  # all have read the state before the first writes again
         if parallel.is_main():
-            with whole_file(self.folder / "metrics.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(entry) + "\n" for entry in log), encoding="utf-8")
+            write_lines(self.folder / "metrics.jsonl", log)
         return log
 
     def _read(self) -> Log:
@@ -52,11 +51,9 @@ class SavedRun(RunState):
         except Exception as error:  # torch.load raises many kinds
             raise InputError(f"{self.folder / 'state.pt'} is not the state of a run ({error}): start over") from None
         if changed := [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]:
-            key = changed[0]
-            raise InputError(
-                f"{self.folder} holds another run: its {key} is {theirs.get(key)!r}, not {ours.get(key)!r}; resume "
-                "with the same arguments, or start over"
-            )
+            differs = f"its {changed[0]} is {theirs.get(changed[0])!r}, not {ours.get(changed[0])!r}"
+            remedy = "resume with the same arguments, or start over"
+            raise InputError(f"{self.folder} holds another run: {differs}; {remedy}")
         with torch.no_grad():
             for p, saved in zip(self.parameters, state["parameters"], strict=True):
                 p.copy_(saved)
@@ -89,10 +86,8 @@ class SavedRun(RunState):
         state = {
             "about": json.dumps(self.identity, sort_keys=True),
             "parameters": [p.detach() for p in self.parameters],
-            "optimizer": self.optimizer.state_dict(),
-            "log": log,
-            **states,
         }
+        state |= {"optimizer": self.optimizer.state_dict(), "log": log, **states}
         with whole_file(self.folder / "state.pt") as temporary:
             try:
                 torch.save(state, temporary)
@@ -120,8 +115,7 @@ def train_and_score(
 
 def run_folder(out: Path, overwrite: bool, resume: bool) -> Path:
     """The folder of a run's state; refuses what it was not told to replace."""
-    out = out.absolute()
-    training = out.with_name(out.name + ".training")
+    training = out.absolute().with_name(out.absolute().name + ".training")
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists already: choose another --out, or say --overwrite")
     if resume and not training.exists():

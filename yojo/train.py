@@ -94,40 +94,36 @@ def fit_pictures(records: list[Record], processor: Processor, recipe: Recipe) ->
             if tokens <= limit and pictures <= recipe.max_picture_tokens:
                 break
         else:
-            raise InputError(
-                f"{record.where}: {tokens} tokens, {pictures} of them pictures, where {limit} and "
-                f"{recipe.max_picture_tokens} are the most: shorten or drop responses"
-            )
+            found = f"{record.where}: {tokens} tokens, {pictures} of them pictures"
+            allowed = f"{limit} and {recipe.max_picture_tokens} are the most"
+            raise InputError(f"{found}, where {allowed}: shorten or drop responses")
         fitted.append(fitting)
         lengths.append((tokens, pictures))
     if cut := [after for before, after in zip(records, fitted, strict=True) if after is not before]:
         parallel.say(
-            f"to fit into {limit} tokens, pictures of {len(cut)} record(s) are cut into fewer than {most} "
-            f"crops; the first is {cut[0].where}: at most {cut[0].max_crops}"
+            f"to fit into {limit} tokens, pictures of {len(cut)} record(s) are cut into fewer than {most} crops;"
         )
+        parallel.say(f"the first is {cut[0].where}: at most {cut[0].max_crops}")
     return fitted, lengths
 
 
 def announce(records: list[Record], lengths: list[Lengths], rm: RewardModel, recipe: Recipe) -> None:
     """What the run will need, said before it starts."""
-    config, dtype, steps = rm.backbone.config, rm.backbone.dtype, recipe.fit.steps
+    config, dtype, a_step = rm.backbone.config, rm.backbone.dtype, recipe.records * recipe.fit.accumulate
     tokens, pictures = (metrics.mean(column) for column in zip(*lengths, strict=True))
     longest = max(range(len(records)), key=lambda i: lengths[i][0])
-    print(
-        f"{len(records)} records of {tokens:,.0f} tokens on average, {pictures:,.0f} of them pictures, "
-        f"and {lengths[longest][0]:,} at most; {steps} steps of {recipe.records * recipe.fit.accumulate} records"
-    )
+    print(f"{len(records)} records of {tokens:,.0f} tokens on average, {pictures:,.0f} of them pictures, and ", end="")
+    print(f"{lengths[longest][0]:,} at most; {recipe.fit.steps} steps of {a_step} records")
     held = memory.training(config, dtype, recipe.lora, recipe.inner)
-    row = encode(records[longest], rm.processor, pixels=False)
+    some = [records[longest], *random.Random(0).sample(records, min(len(records), 100))]
+    row, *rows = (encode(record, rm.processor, pixels=False) for record in some)
     more = recipe.records * memory.activations(config, dtype, recipe.lora, row, rm.mode)
     print(
         f"memory, computed: {held / 1e9:.1f} GB for weights, adapter and optimiser, and {more / 1e9:.1f} GB at most for"
     )
     print(f"the activations of {recipe.records} record(s): {(held + more) / 1e9:.1f} GB")
-    some = random.Random(0).sample(records, min(len(records), 100))
-    rows = [encode(record, rm.processor, pixels=False) for record in some]
     cost = metrics.mean([flops.training_step(config, row, rm.mode, recipe.lora.r, recipe.inner) for row in rows])
-    print(f"a step, computed: {cost * recipe.records * recipe.fit.accumulate / 1e12:,.1f} TFLOPs")
+    print(f"a step, computed: {cost * a_step / 1e12:,.1f} TFLOPs")
 
 
 def split(records: list[Record], test: Path | None, seed: int) -> tuple[list[Record], list[Record]]:

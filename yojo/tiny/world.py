@@ -17,27 +17,20 @@ See it: `pytest tests/test_world.py`.
 """
 
 import itertools
-import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from yojo.files import write_lines
+
 CELL, GRID = 28, 3
 NOISE = 0.06  # share of noise in every pixel
-COLOURS = {
-    "red": (214, 39, 40),
-    "orange": (255, 140, 0),
-    "yellow": (240, 225, 40),
-    "green": (30, 150, 50),
-    "cyan": (60, 220, 230),
-    "blue": (40, 70, 220),
-    "pink": (245, 130, 200),
-    "white": (250, 250, 250),
-}
+COLOURS = {"red": (214, 39, 40), "orange": (255, 140, 0), "yellow": (240, 225, 40), "green": (30, 150, 50)}
+COLOURS |= {"cyan": (60, 220, 230), "blue": (40, 70, 220), "pink": (245, 130, 200), "white": (250, 250, 250)}
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 SIZES = ("small", "large")
 ROWS = ("top", "middle", "bottom")
@@ -173,15 +166,9 @@ def rank(quality: list[int]) -> list[int]:
     return [1 + sum(other > mine for other in quality) for mine in quality]
 
 
-DESIGNS = {
-    2: [(2,)],
-    3: [(3,)],
-    4: [(2, 2), (4,)],
-    6: [(2, 3)],
-    8: [(2, 2, 2), (2, 4)],
-    12: [(2, 2, 3)],
-    16: [(2, 2, 2, 2)],
-}
+# Of each number of answers, how many values the crossed facts take.
+DESIGNS = {2: [(2,)], 3: [(3,)], 4: [(2, 2), (4,)], 6: [(2, 3)], 8: [(2, 2, 2), (2, 4)], 12: [(2, 2, 3)]}
+DESIGNS[16] = [(2, 2, 2, 2)]
 
 
 def absolute(scene: Scene, rng: random.Random, n: int = 4, held_out: bool = False) -> dict:
@@ -206,10 +193,8 @@ def absolute(scene: Scene, rng: random.Random, n: int = 4, held_out: bool = Fals
         partner = rng.randrange(len(design))
         if design[partner] == 2 and rng.random() < 0.25:
             wrong = rng.choice([v for v in values[slot] if v != truth[slot]])
-            tied[slot] = (
-                partner,
-                {v: truth[slot] if v == truth[columns[partner]] else wrong for v in crossed[partner]},
-            )
+            true = truth[columns[partner]]
+            tied[slot] = partner, {v: truth[slot] if v == true else wrong for v in crossed[partner]}
         else:
             fixed[slot] = _choices(rng, truth[slot], values[slot], 1, chance=0.7)[0]
     answers = []
@@ -218,11 +203,8 @@ def absolute(scene: Scene, rng: random.Random, n: int = 4, held_out: bool = Fals
         facts |= {slot: follow[combination[partner]] for slot, (partner, follow) in tied.items()}
         answers.append(describe(facts))
     prompt, answers = ask(thing, by), rng.sample(answers, n)
-    return {
-        "prompt": prompt,
-        "responses": answers,
-        "rankings": rank([oracle(scene, prompt, a) for a in answers]),
-    }
+    ranks = rank([oracle(scene, prompt, answer) for answer in answers])
+    return {"prompt": prompt, "responses": answers, "rankings": ranks}
 
 
 def may_say(truth: dict[str, str], slot: str, value: str, held_out: bool) -> bool:
@@ -259,13 +241,7 @@ def corroborated(scene: Scene, rng: random.Random, paraphrase: bool = False, hel
 
 
 def records(
-    rng: random.Random,
-    task: str,
-    count: int,
-    scenes: int,
-    n: tuple[int, ...] = (4,),
-    held_out: bool = False,
-    paraphrase: bool = False,
+    rng: random.Random, task: str, count: int, scenes: int, n: Sequence[int] = (4,), held_out=False, paraphrase=False
 ) -> Iterator[tuple[int, Scene, dict]]:
     """`count` records over `scenes` scenes in turn, roles drawn anew at every use -> (scene number, scene, record)."""
     world = [make_scene(rng, held_out, 3 if task == "corroborated" else 2) for _ in range(scenes)]
@@ -277,15 +253,11 @@ def records(
             yield i % scenes, scene, corroborated(scene, rng, paraphrase, held_out)
 
 
-def write_records(folder: str | Path, name: str, made: Iterator[tuple[int, Scene, dict]], noisy: float = NOISE) -> Path:
+def write_records(folder: str | Path, name: str, made: Iterable[tuple[int, Scene, dict]], noisy: float = NOISE) -> Path:
     """`<name>.jsonl` and `<name>/<scene>.png` in `folder`, in the record format of `data.py` -> the JSONL's path."""
-    pictures, path = Path(folder) / name, Path(folder) / f"{name}.jsonl"
+    pictures, path, made = Path(folder) / name, Path(folder) / f"{name}.jsonl", list(made)
     pictures.mkdir(parents=True)
-    drawn = set()
-    with open(path, "w", encoding="utf-8") as file:
-        for number, scene, record in made:
-            if number not in drawn:
-                render(scene, noisy).save(pictures / f"{number}.png", compress_level=0)
-                drawn.add(number)
-            file.write(json.dumps({**record, "image": f"{name}/{number}.png"}) + "\n")
+    for number, scene in {number: scene for number, scene, _ in made}.items():
+        render(scene, noisy).save(pictures / f"{number}.png", compress_level=0)
+    write_lines(path, ({**record, "image": f"{name}/{number}.png"} for number, _, record in made))
     return path
