@@ -102,20 +102,14 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: bool = True) -> No
     if dtype:
         what = "what to compute in; if not given, float32 on a CPU and bfloat16 on CUDA"
         parser.add_argument("--dtype", choices=DTYPES, help=what)
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="fuse norms, rotation and SwiGLU by torch.compile: the first passes take some 20 s longer, and networks "
-        "of the 4B one's width less time after that, small ones more",
-    )
+    what = "fuse norms, rotation and SwiGLU by torch.compile: the first passes take some 20 s longer, and networks of "
+    parser.add_argument("--compile", action="store_true", help=what + "the 4B one's width less time after that")
 
 
 def computed_on(args: argparse.Namespace) -> dict:
     """What `RewardModel.load` is told: the device, and the dtype if one was asked for."""
-    return {
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "dtype": args.dtype and getattr(torch, args.dtype),
-    }
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"device": device, "dtype": args.dtype and getattr(torch, args.dtype)}
 
 
 # -------------------------------------------------------------------------------------------------------------- results

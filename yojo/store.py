@@ -115,16 +115,10 @@ def load_adapter(model: nn.Module, name: str, folder: str | Path) -> list[nn.Par
 def save_reward_model(rm: RewardModel, folder: str | Path, overwrite: bool, also: Sequence[Path]) -> None:
     """`RewardModel.save`."""
     folder = Path(folder)
-    config = {
-        "format": "yojo",
-        "base": os.path.relpath(rm.base.resolve(), folder.resolve()),
-        "fingerprint": rm.fingerprint,
-        "separator": SEPARATOR,
-        "separator_id": rm.processor.tokenizer.separator_id,
-        "layout": rm.processor.layout,
-        "mode": rm.mode,
-        "value_head_hidden_dim": rm.head[0].out_features,
-    }
+    config = {"format": "yojo", "base": os.path.relpath(rm.base.resolve(), folder.resolve()), "mode": rm.mode}
+    config |= {"fingerprint": rm.fingerprint, "layout": rm.processor.layout, "separator": SEPARATOR}
+    config["separator_id"] = rm.processor.tokenizer.separator_id
+    config["value_head_hidden_dim"] = rm.head[0].out_features
     with whole_folder(folder, overwrite) as new:
         save_adapter(rm.backbone, ADAPTER, new)
         save_file({k: v.detach().contiguous() for k, v in rm.head.state_dict().items()}, new / HEAD)

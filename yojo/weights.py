@@ -35,26 +35,15 @@ COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.js
 # --------------------------------------------------------------------------------------------------------------- config
 
 # Our fields carry the names of config.json; where its two dialects differ from ours or from one another:
-RELEASED = {
-    "rms_norm_eps": "layer_norm_eps",
-    "patch_size": "image_patch_size",
-    "num_position_embeddings": "image_num_pos",
-}
+RELEASED = {"rms_norm_eps": "layer_norm_eps", "patch_size": "image_patch_size"}
+RELEASED["num_position_embeddings"] = "image_num_pos"
 TRANSFORMERS = {"vit_layers": "vision_feature_layer"}
 KINDS = {"text_config": TextConfig, "vision_config": VisionConfig, "adapter_config": ConnectorConfig}
 # Switches of the family that this network does not have, with the only value it computes.
-QUERIES = {"qk_norm_type": "qwen3", "use_qk_norm": True, "qkv_bias": False}
-FIXED = {
-    "text_config": {
-        "hidden_act": "silu",
-        **QUERIES,
-        "norm_after": False,
-        "attention_bias": False,
-        "rope_scaling": None,
-    },
-    "vision_config": {"hidden_act": "gelu_pytorch_tanh"},
-    "adapter_config": {"hidden_act": "silu", "pooling_attention_mask": True},
-}
+TEXT = {"hidden_act": "silu", "qk_norm_type": "qwen3", "use_qk_norm": True, "qkv_bias": False, "norm_after": False}
+TEXT |= {"attention_bias": False, "rope_scaling": None}
+CONNECTOR = {"hidden_act": "silu", "pooling_attention_mask": True}
+FIXED = {"text_config": TEXT, "vision_config": {"hidden_act": "gelu_pytorch_tanh"}, "adapter_config": CONNECTOR}
 
 
 def read_config(folder: str | Path) -> Config:
@@ -123,16 +112,10 @@ def config_json(c: Config, dtype: torch.dtype) -> dict:
     del text["attention_bias"]  # transformers' word for qkv_bias
     vision = {"image_default_input_size": [side, side], "num_key_value_heads": c.vision.num_attention_heads}
     connector = {"text_hidden_size": c.text.hidden_size, "num_key_value_heads": c.connector.num_attention_heads}
-    return {
-        "architectures": ["Molmo2ForConditionalGeneration"],
-        "model_type": "molmo2",
-        "dtype": str(dtype).removeprefix("torch."),
-        "image_patch_id": c.image_patch_id,
-        "tie_word_embeddings": False,
-        "text_config": text,
-        "vit_config": part(c.vision, "vision_config", model_type="molmo2", **vision),
-        "adapter_config": part(c.connector, "adapter_config", model_type="molmo2", **connector),
-    }
+    whole = {"architectures": ["Molmo2ForConditionalGeneration"], "model_type": "molmo2", "tie_word_embeddings": False}
+    whole |= {"dtype": str(dtype).removeprefix("torch."), "image_patch_id": c.image_patch_id, "text_config": text}
+    whole["vit_config"] = part(c.vision, "vision_config", model_type="molmo2", **vision)
+    return whole | {"adapter_config": part(c.connector, "adapter_config", model_type="molmo2", **connector)}
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
@@ -182,19 +165,13 @@ def open_weights(path: str | Path, config: Config, lm_head: bool = True) -> Iter
                 cuts = [piece.get_shape() for piece in table]
                 raise InputError(f"{path}: the two parts of the embedding table differ in width: {cuts}")
             pieces[WTE + "embedding"] = table
-        shapes = {
-            name: [sum(sum(piece.get_shape()[:1]) for piece in parts), *parts[0].get_shape()[1:]]
-            for name, parts in pieces.items()
-        }
-        check_tensors(path, shapes, expected)
+        sizes = {name: [piece.get_shape() for piece in parts] for name, parts in pieces.items()}
+        check_tensors(path, {k: [sum(sum(s[:1]) for s in some), *some[0][1:]] for k, some in sizes.items()}, expected)
         yield pieces
 
 
 def load_backbone(
-    path: str | Path,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    lm_head: bool = True,
+    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None, lm_head: bool = True
 ) -> Molmo2:
     """A checkpoint folder -> the network in eval mode, its weights frozen.
 
@@ -287,18 +264,11 @@ def fingerprint(model: Molmo2, tokenizer_file: str | Path) -> dict[str, str]:
     return {"weights": digest.hexdigest(), "tokenizer": hashlib.sha256(Path(tokenizer_file).read_bytes()).hexdigest()}
 
 
-PARTS = {
-    "model.vision_backbone.image_vit.": "vision tower",
-    "model.vision_backbone.": "connector",
-    WTE: "embedding table",
-    "model.transformer.": "decoder",
-    "lm_head.": "lm_head",
-}
+VISION = "model.vision_backbone."
+PARTS = {f"{VISION}image_vit.": "vision tower", VISION: "connector", WTE: "embedding table"}
+PARTS |= {"model.transformer.": "decoder", "lm_head.": "lm_head"}
 
 
 def part_of(name: str) -> str:
     """The part of the network that a tensor belongs to."""
-    for start, part in PARTS.items():
-        if name.startswith(start):
-            return part
-    raise ValueError(name)
+    return next(part for start, part in PARTS.items() if name.startswith(start))

@@ -29,18 +29,10 @@ from yojo.files import write_lines
 from yojo.runs import train_and_score
 from yojo.tiny import world
 
-TINY = Recipe(
-    lora=LoraConfig(r=16, alpha=64, dropout=0.0),
-    inner=128,
-    records=32,
-    fit=FitConfig(steps=200, lr=2e-3, warmup=10, schedule="cosine"),
-)
-CORROBORATED = replace(
-    TINY,
-    lora=LoraConfig(r=32, alpha=64, dropout=0.0),
-    records=64,
-    fit=replace(TINY.fit, steps=220, betas=(0.9, 0.95)),
-)
+FIT = FitConfig(steps=200, lr=2e-3, warmup=10, schedule="cosine")
+TINY = Recipe(LoraConfig(r=16, alpha=64, dropout=0.0), inner=128, records=32, fit=FIT)
+FIT_6 = replace(FIT, steps=220, betas=(0.9, 0.95))
+CORROBORATED = replace(TINY, lora=LoraConfig(r=32, alpha=64, dropout=0.0), records=64, fit=FIT_6)
 TASKS = {"absolute": (TINY, 4), "corroborated": (CORROBORATED, 6)}  # recipe, responses to choose among
 SCENES, TEST, HELD_OUT = 2400, 2000, 1000
 CONTROLLED = 1000  # of the test groups, shown with other pictures
@@ -79,9 +71,8 @@ def with_features(records: Sequence[Record], rm: RewardModel, size: int = 64) ->
 def run_one(recipe: Recipe, mode: str, seed: int, folder: Path, out: Path | None, overwrite: bool) -> dict:
     """Train one mode on the records in `folder` and measure it. Runs in a process of its own."""
     rm = RewardModel.new(shipped("weights/tiny"), mode, recipe.lora, recipe.inner, seed=seed)
-    records, test, heldout = (
-        with_features(read_records(folder / f"{name}.jsonl"), rm) for name in ("train", "test", "heldout")
-    )
+    files = (folder / f"{name}.jsonl" for name in ("train", "test", "heldout"))
+    records, test, heldout = (with_features(read_records(file), rm) for file in files)
 
     def save(log: Log) -> None:
         if out is not None:
@@ -96,10 +87,8 @@ def run_one(recipe: Recipe, mode: str, seed: int, folder: Path, out: Path | None
     scores["vote"] = [metrics.vote(s, r.responses) for s, r in zip(own, test, strict=True)]
     scores["noise"] = [metrics.with_noise(s, rng) for s in own]
     ranked = {"blank": test[:CONTROLLED], "swapped": test[:CONTROLLED], "heldout": heldout}
-    figures = {
-        mode if name == "own" else f"{mode}_{name}": metrics.accuracies(some, ranked.get(name, test))
-        for name, some in scores.items()
-    }
+    named = {name: mode if name == "own" else f"{mode}_{name}" for name in scores}
+    figures = {named[name]: metrics.accuracies(some, ranked.get(name, test)) for name, some in scores.items()}
     return {"seed": seed, "mode": mode, "figures": figures}
 
 
