@@ -1,5 +1,6 @@
 """What several test files share: small random networks, made the same way every time."""
 
+import json
 import os
 import sys
 
@@ -13,6 +14,7 @@ from hypothesis import settings
 
 from yojo.core.config import Config, ConnectorConfig, TextConfig, VisionConfig
 from yojo.core.molmo2 import Molmo2
+from yojo.core.prompt import Processor
 from yojo.initial import init_weights
 
 torch.set_num_threads(2)
@@ -59,6 +61,24 @@ def tiny_folder(tmp_path_factory):
         random_model(replace(TINY, text=text, **ids), dtype=torch.float32), companions.parent / "base", companions
     )
     return companions.parent / "base"
+
+
+@pytest.fixture(scope="session")
+def processor(tiny_folder):
+    """The tokenizer and settings of that checkpoint."""
+    return Processor.from_folder(tiny_folder, TINY.text.max_position_embeddings)
+
+
+def names(processor, encoded) -> list[str]:
+    """A row in words."""
+    return [processor.tokenizer.name(token) for token in encoded.ids.tolist()]
+
+
+def edit(path, change) -> None:
+    """A JSON file with something changed."""
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Kill a run with SIGKILL at a random moment, let it go on, and compare what it leaves with an uninterrupted run's.
 
-python tests/faults.py train 50          (or evaluate, grpo, checkpoint; `test_faults.py` does three of each)
+python tests/faults.py train 50          (or evaluate, grpo, checkpoint; `test_faults.py` does two of each)
 
 Every run is a fork of this process, which has imported everything and computed nothing, so that a kill costs little.
 """

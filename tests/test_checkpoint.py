@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, random_model
+from conftest import TINY, edit, random_model
 from safetensors.torch import load_file, save_file
 
 from yojo.checkpoint import show
@@ -31,12 +31,6 @@ DATA = Path(__file__).parent / "data"
 @pytest.fixture
 def folder(tiny_folder, tmp_path):
     return shutil.copytree(tiny_folder, tmp_path / "checkpoint")
-
-
-def edit(path, change):
-    raw = json.loads(path.read_text())
-    change(raw)
-    path.write_text(json.dumps(raw))
 
 
 def test_a_round_trip_changes_no_bit(folder, tmp_path):

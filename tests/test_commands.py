@@ -19,6 +19,7 @@ from yojo.cli import WEIGHTS
 from yojo.core import training
 from yojo.core.molmo2 import Molmo2
 from yojo.core.reward import RewardModel
+from yojo.files import write_lines
 from yojo.tiny import world
 
 
@@ -158,7 +159,7 @@ def test_score_names_the_mode_that_was_asked_for(command):
 def test_score_reads_records(command, tmp_path):
     Image.new("RGB", (40, 90), "red").save(tmp_path / "p.png")
     lines = [{"prompt": "?", "responses": ["a", "b"], "image": "p.png"}, {"prompt": "!", "responses": ["c"]}]
-    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_lines(tmp_path / "d.jsonl", lines)
     status, _, err = command(score, "--tiny", "--data", tmp_path / "d.jsonl", "--json", tmp_path / "s.json")
     assert status == 0, err
     results = json.loads((tmp_path / "s.json").read_text())

@@ -7,12 +7,10 @@ import json
 
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image
 
 from yojo.core.data import collate, join, read_records
 from yojo.core.image import Pictures
-from yojo.core.prompt import Processor
 from yojo.files import InputError
 
 GOOD = {"prompt": "?", "responses": ["a", "b"], "rankings": [2, 1]}
@@ -98,11 +96,6 @@ def test_joining_moves_pooling_indices_up():
     both = join([a, b])
     assert both.pooling.tolist() == [[0, 7, -1], [1, -1, -1], [11, 10, -1]]
     assert both.patches.shape == (3, 4, 3) and both.grids == [(1, 1, 1, 1), (1, 1)]
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_folder):
-    return Processor.from_folder(tiny_folder, TINY.text.max_position_embeddings)
 
 
 def test_a_padded_batch_written_out(processor):

@@ -1,6 +1,6 @@
 """What happens in runs of days: kills, a full disk, numbers that are no numbers. Nothing saved is lost.
 
-pytest tests/test_faults.py            (three kills of each kind; `python tests/faults.py train 50` for more)
+pytest tests/test_faults.py            (two kills of each kind; `python tests/faults.py train 50` for more)
 """
 
 import json
@@ -32,7 +32,7 @@ FAULTS = Path(__file__).with_name("faults.py")
 def test_killed_at_a_random_moment_a_run_goes_on_to_the_same_bytes(kind):
     environment = {**os.environ, "PYTHONPATH": str(FAULTS.parent.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, FAULTS, kind, "3"], env=environment, check=False, capture_output=True, text=True
+        [sys.executable, FAULTS, kind, "2"], env=environment, check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "all went on to the same bytes" in done.stdout

@@ -61,7 +61,10 @@ def test_fused_equals_plain():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before  # it was compiled, not left as it was
 
 
-@pytest.mark.parametrize("words", [["score", "--tiny"], ["bench", "load", "--weights", WEIGHTS / "tiny"]])
+IN_A_WORKER = pytest.param(["bench", "load", "--weights", WEIGHTS / "tiny"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("words", [["score", "--tiny"], IN_A_WORKER])
 def test_without_a_compiler_a_command_says_so(tmp_path, words):
     environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", f"yojo.{words[0]}", *words[1:], "--compile"]

@@ -31,7 +31,7 @@ from yojo.core.grpo import (
 )
 from yojo.core.mask import PROMPT, AttentionMask
 from yojo.core.reward import RewardModel
-from yojo.files import InputError
+from yojo.files import InputError, write_lines
 from yojo.store import place_separator
 from yojo.tiny import captions
 from yojo.weights import load_backbone
@@ -269,7 +269,7 @@ def files(tiny_folder, tmp_path):
     make_model(tiny_folder, "joint", dtype=torch.float32).save(tmp_path / "rm")
     noise(1).save(tmp_path / "p.png")
     lines = [{"prompt": "Describe the star.", "image": "p.png"}, {"prompt": "What is it?"}]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_lines(tmp_path / "prompts.jsonl", lines)
     words = ["--weights", tiny_folder, "--reward", tmp_path / "rm", "--data", tmp_path / "prompts.jsonl", "--steps", 4]
     return tmp_path, [str(w) for w in [*words, "--prompts", 2, "--group", 3, "--max-new-tokens", 6, "--lr", 0.01]]
 

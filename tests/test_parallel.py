@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_single_pass import noise
 
 from yojo.core import parallel
-from yojo.files import InputError
+from yojo.files import InputError, write_lines
 
 # The command itself, with the default recipe made small; float64 where the last argument says so.
 # A first exit handler runs last: after it the group's threads must be gone, or leaving can abort.
@@ -51,7 +51,7 @@ def run(tiny_folder, tmp_path):
         {"prompt": f"{i}?", "responses": ["good", f"bad {i}", "worse"], "rankings": [1, 2, 3], "image": "p.png"}
         for i in range(12)
     ]
-    (tmp_path / "prefs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_lines(tmp_path / "prefs.jsonl", lines)
     (tmp_path / "script.py").write_text(SCRIPT)
 
     def go(processes, dtype, out, *more):
@@ -74,7 +74,7 @@ def run(tiny_folder, tmp_path):
     return go, tmp_path
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-4)])
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), pytest.param("float32", 1e-4, marks=pytest.mark.slow)])
 def test_two_processes_train_what_one_trains(run, dtype, tolerance):
     go, folder = run
     for processes, out in ((1, "one"), (2, "two")):

@@ -7,6 +7,7 @@ import unicodedata
 
 import pytest
 import torch
+from conftest import names
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,15 +18,6 @@ from yojo.files import InputError
 
 SPECIAL = ["<|resp_sep|>", "<|im_end|>", "<|im_start|>", "<im_patch>", "<|image|>", "<|video|>", "<|endoftext|>"]
 SPECIAL += [name for name in IMAGE_TOKENS if name not in SPECIAL]
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_folder):
-    return Processor.from_folder(tiny_folder, max_tokens=4096)
-
-
-def names(processor, encoded):
-    return [processor.tokenizer.name(t) for t in encoded.ids.tolist()]
 
 
 def test_the_default_layout_written_out(processor):

@@ -14,6 +14,7 @@ import zipfile
 
 import pytest
 import torch
+from conftest import edit, names
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -42,16 +43,6 @@ def processor(tiny_folder, tmp_path_factory):
 
     edit(folder / "tokenizer.json", melt)
     return Processor.from_folder(folder, 4096, layout="released")
-
-
-def edit(path, change):
-    raw = json.loads(path.read_text())
-    change(raw)
-    path.write_text(json.dumps(raw))
-
-
-def names(processor, encoded):
-    return [processor.tokenizer.name(t) for t in encoded.ids.tolist()]
 
 
 # ---------------------------------------------------------------------------------------------------------- the rows

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_single_pass import make_model, noise
@@ -163,6 +163,7 @@ def test_saving_and_loading_changes_no_bit(saved):
     assert not any(p.requires_grad for p in again.parameters()) and not again.training
 
 
+@settings(max_examples=settings.default.max_examples // 4)  # each loads the base twice
 @given(
     mode=st.sampled_from(["joint", "isolated"]), r=st.integers(1, 6), inner=st.integers(1, 20), seed=st.integers(0, 999)
 )

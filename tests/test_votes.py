@@ -12,7 +12,7 @@ import pytest
 
 from yojo import metrics, votes
 from yojo.core.data import read_records
-from yojo.files import InputError
+from yojo.files import InputError, write_lines
 from yojo.votes import METHODS, Vote, count, denoise, eades, ensemble, kept, optimal, rank_items, simulate
 
 
@@ -144,11 +144,11 @@ def test_samples_keep_within_the_ties_and_items_are_left_out_only_where_none_wou
 def files(tmp_path):
     lines = [{"item": "q1", "a": a, "b": b, "winner": a} for a, b in itertools.combinations("vwxyz", 2)]
     lines += [{"item": "q2", "a": "v", "b": "w", "winner": "tie", "annotator": "p"}]
-    (tmp_path / "votes.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_lines(tmp_path / "votes.jsonl", lines)
     answers = [
         {"item": item, "prompt": "?", "responses": {name: f"text {name}" for name in "vwxyz"}} for item in ("q1", "q2")
     ]
-    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    write_lines(tmp_path / "answers.jsonl", answers)
     return tmp_path
 
 

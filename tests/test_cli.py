@@ -1,0 +1,123 @@
+"""The frame of all commands: tables, numbers that are checked as they are parsed, options that go together.
+
+pytest tests/test_cli.py            (the commands themselves, as a user types them: test_commands.py)
+"""
+
+import argparse
+import importlib
+import json
+
+import pytest
+
+from yojo.cli import Parser, run, table, whole, with_interval
+from yojo.files import InputError
+
+COMMANDS = "bench checkpoint evaluate flops grpo hacking pretrain score train votes".split()
+
+
+def test_a_table_written_out():
+    """Columns are as wide as their widest cell; text to the left, numbers to the right; what is not there is a dash."""
+    rows = [{"arm": "one pass", "times_joint": 1.0, "n": 4}, {"arm": "N passes, each alone", "n": 16}, {"n": None}]
+    assert table(rows, {"arm": "<", "times_joint": ".2f", "n": "d"}).splitlines() == [
+        "arm                   times joint   n",
+        "one pass                     1.00   4",
+        "N passes, each alone            -  16",
+        "-                               -   -",
+    ]
+
+
+def test_a_column_may_say_itself_how_it_is_written():
+    assert table([{"bytes": 2_500_000_000}], {"bytes": lambda number: f"{number / 1e9:.1f} GB"}) == " bytes\n2.5 GB"
+    assert table([], {"a": "<", "b": "d"}) == "a  b"
+    assert with_interval(0.5, (0.25, 0.75)) == "0.500 [0.250, 0.750]"
+
+
+@pytest.mark.parametrize("text", ["-1", "1.5", "two", "", "0"])
+def test_a_whole_number_has_a_least_value(text):
+    assert whole(1)("1") == 1 and whole(0)("0") == 0
+    with pytest.raises(argparse.ArgumentTypeError, match="is no whole number from 1"):
+        whole(1)(text)
+
+
+RULES = [
+    ("with", "tiny", "seeds"),
+    ("without", "tiny", "model dry-run"),
+    ("with", "out model", "overwrite"),
+    ("or", "tiny", "model out"),
+]
+
+
+def parser(**more):
+    made = Parser(prog="made", rules=RULES, **more)
+    for name in ("tiny", "dry-run", "overwrite"):
+        made.add_argument(f"--{name}", action="store_true")
+    made.add_argument("--seeds", type=whole(1), default=1)
+    for name in ("model", "out"):
+        made.add_argument(f"--{name}")
+    return made
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        ("--tiny", None),
+        ("--tiny --seeds 3 --out x --overwrite", None),
+        ("--model m --out x --dry-run", None),
+        ("--model m --out x --seeds 1", None),  # its default: nothing is lost
+        ("--model m --out x --seeds 2", "--seeds goes with --tiny only"),
+        ("--tiny --dry-run", "--dry-run goes without --tiny only"),
+        ("--tiny --overwrite", "--overwrite goes with --out or --model only"),
+        ("", "give --tiny, or all of --model, --out"),
+        ("--model m", "give --tiny, or all of --model, --out"),
+    ],
+)
+def test_options_that_would_do_nothing_or_are_missing_are_named(words, why):
+    made = parser()
+    args = made.parse_args(words.split())
+    if why is None:
+        return made.check(args)
+    with pytest.raises(InputError) as error:
+        made.check(args)
+    assert str(error.value) == why
+
+
+def test_the_help_says_which_options_go_together_and_names_defaults_once():
+    said = " ".join(parser().format_help().split())
+    assert "--model, --dry-run: only without --tiny" in said and "--overwrite: only with --out or --model" in said
+    assert "None" not in said and "False" not in said and said.count("(default: 0)") == 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_rules_are_about_options_that_exist(name):
+    """And every option that a rule names is one that the command takes."""
+    module, seen = importlib.import_module(f"yojo.{name}"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "run", lambda parser, _: seen.append(parser))
+        module.main()
+    options = {word for action in seen[0]._actions for word in action.option_strings}
+    for _, first, names in seen[0].rules:
+        assert {f"--{option}" for option in (first + " " + names).split()} <= options
+
+
+@pytest.mark.parametrize(
+    "error, status, printed",
+    [
+        (InputError("no\nfile x"), 2, "made: no file x\n"),
+        (FloatingPointError("step 3: loss nan"), 1, "made: step 3: loss nan\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_are_one_line_and_a_status(monkeypatch, capsys, error, status, printed):
+    def command(args):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["made", "--tiny"])
+    with pytest.raises(SystemExit) as stop:
+        run(parser(), command)
+    assert stop.value.code == status and capsys.readouterr().err == printed
+
+
+def test_what_a_command_finds_is_written_whole(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["made", "--tiny", "--json", str(tmp_path / "r.json"), "--seed", "7"])
+    run(parser(), lambda args: {"seed": args.seed})
+    assert json.loads((tmp_path / "r.json").read_text()) == {"seed": 7}
