@@ -1,23 +1,18 @@
-"""Runs of training, from records to the scores of those held out. `--out runs/rm` is written when a run is complete;
-until then `runs/rm.training` holds its state, from which `--resume` goes on.
+"""Unfinished runs. `--out runs/rm` is written when a run is complete; until then `runs/rm.training` holds its state,
+from which `--resume` goes on.
 
 See it: `pytest tests/test_fit.py tests/test_faults.py`.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from yojo.core import parallel
-from yojo.core.data import Record
-from yojo.core.held_out import score_records
-from yojo.core.reward import BATCH_TOKENS, RewardModel
-from yojo.core.state import UNSAVED, Log, NotFinite, RunState
-from yojo.core.training import Recipe, train
+from yojo.core.state import Log, NotFinite, RunState
 from yojo.files import InputError, add_line, whole_file, write_lines
 
 
@@ -93,24 +88,6 @@ class SavedRun(RunState):
                 torch.save(state, temporary)
             except RuntimeError as error:  # what torch makes of a full disk
                 raise OSError(f"torch could not write it, is the disk full? ({error})") from None
-
-
-def train_and_score(
-    rm: RewardModel,
-    records: Sequence[Record],
-    tests: Mapping[str, Iterable[Record]],
-    recipe: Recipe,
-    seed: int,
-    save: Callable[[Log], None],
-    state: RunState = UNSAVED,
-    tokens: int = BATCH_TOKENS,
-    title: str = "train",
-) -> dict[str, list[list[float]]]:
-    """Train `rm` in place and hand its log to `save`; then score every set of test records, `tokens` in a batch."""
-    save(train(rm, records, recipe, seed, state, title))
-    return {
-        name: score_records(rm, some, seed, tokens=tokens, title=f"{title}, {name}") for name, some in tests.items()
-    }
 
 
 def run_folder(out: Path, overwrite: bool, resume: bool) -> Path:

@@ -25,15 +25,14 @@ from yojo import memory, metrics
 from yojo.cli import Parser, add_model_options, run, whole, with_interval
 from yojo.core import flops, parallel
 from yojo.core.data import Record, encode, read_records
-from yojo.core.held_out import controls
+from yojo.core.held_out import controls, score_records
 from yojo.core.loss import LOSSES
 from yojo.core.mask import MODES
 from yojo.core.prompt import Processor
 from yojo.core.reward import RewardModel
-from yojo.core.state import Log
-from yojo.core.training import Recipe
+from yojo.core.training import Recipe, train
 from yojo.files import InputError
-from yojo.runs import SavedRun, run_folder, start_over, train_and_score
+from yojo.runs import SavedRun, run_folder, start_over
 from yojo.tiny.experiment import BASELINES, TASKS, run_tiny
 
 
@@ -62,14 +61,14 @@ def run_files(args: argparse.Namespace) -> dict:
     if args.compile:  # sums round otherwise
         about["compile"] = True
 
-    def save(_: Log) -> None:
-        if not parallel.is_main():
-            raise SystemExit(0)  # the rest is for one
-        rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
-        shutil.rmtree(training)
-
-    tests, state = {"own": test, **controls(test)}, SavedRun(training, about)
-    scores = train_and_score(rm, records, tests, recipe, args.seed, save, state, tokens=1)  # one at a time
+    tests = {"own": test, **controls(test)}
+    train(rm, records, recipe, args.seed, SavedRun(training, about), title="train")
+    if not parallel.is_main():
+        raise SystemExit(0)  # the rest is for one
+    rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
+    shutil.rmtree(training)
+    # one record a batch: those of files are long
+    scores = {name: score_records(rm, some, args.seed, tokens=1, title=name) for name, some in tests.items()}
     scores |= {name: [metrics.BASELINES[name](r.responses) for r in test] for name in BASELINES}
     figures = {name: metrics.accuracies(some, test) for name, some in scores.items()}
     print(f"\nbest-of-N accuracy of the {args.mode} model on {len(test)} records it was not trained on, 95% intervals")

@@ -109,9 +109,8 @@ def evaluate_policy(
     n = 1 if temperature == 0 else 4
     for _ in range(count):
         q = question(rng)
-        answers = grpo.sample_group(
-            rm.backbone, prompt_row(rm, q), n, c.max_new_tokens, temperature, generator, adapter
-        )
+        row = prompt_row(rm, q)
+        answers = grpo.sample_group(rm.backbone, row, n, c.max_new_tokens, temperature, generator, adapter)
         values.append(metrics.mean([quality(q, text) for text in grpo.texts_of(rm, answers)]))
     return values
 
@@ -146,18 +145,17 @@ def run_one(name: str, seed: int, c: GrpoConfig, folder: Path | None) -> dict:
             flush=True,
         )
 
-    result = {"name": name, "seed": seed}
-    for when, adapter in (("before", REFERENCE), ("after", POLICY)):
-        if when == "after":
-            result["log"] = grpo.train_policy(
-                rm, reward, sample_prompts, c, seed, REFERENCE, report=report, quality=quality
-            )
-        for kind, temperature in (("sampled", c.temperature), ("greedy", 0.0)):
-            result[f"{kind}_{when}"] = evaluate_policy(rm, adapter, c, seed, temperature)
+    def measured(when: str, adapter: str) -> dict[str, list[float]]:
+        temperatures = {"sampled": c.temperature, "greedy": 0.0}
+        return {f"{kind}_{when}": evaluate_policy(rm, adapter, c, seed, t) for kind, t in temperatures.items()}
+
+    before = measured("before", REFERENCE)
+    log = grpo.train_policy(rm, reward, sample_prompts, c, seed, REFERENCE, report=report, quality=quality)
+    result = {"name": name, "seed": seed, "log": log, **before, **measured("after", POLICY)}
     if name == "joint":
         result["cooler"] = evaluate_policy(rm, REFERENCE, c, seed, 0.5)
     if folder is not None:
-        write_lines(folder / f"{name}-{seed}.jsonl", result["log"])
+        write_lines(folder / f"{name}-{seed}.jsonl", log)
     return result
 
 

@@ -18,15 +18,13 @@ import torch
 from yojo import metrics
 from yojo.cli import in_processes, refuse_existing, shipped, table, with_interval
 from yojo.core.data import Record, join, open_pictures, read_records
-from yojo.core.held_out import controls
+from yojo.core.held_out import controls, score_records
 from yojo.core.image import Pictures
 from yojo.core.lora import LoraConfig
 from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
-from yojo.core.state import Log
-from yojo.core.training import FitConfig, Recipe
+from yojo.core.training import FitConfig, Recipe, train
 from yojo.files import write_lines
-from yojo.runs import train_and_score
 from yojo.tiny import world
 
 FIT = FitConfig(steps=200, lr=2e-3, warmup=10, schedule="cosine")
@@ -74,15 +72,14 @@ def run_one(recipe: Recipe, mode: str, seed: int, folder: Path, out: Path | None
     files = (folder / f"{name}.jsonl" for name in ("train", "test", "heldout"))
     records, test, heldout = (with_features(read_records(file), rm) for file in files)
 
-    def save(log: Log) -> None:
-        if out is not None:
-            curve = folder / mode / "metrics.jsonl"
-            write_lines(curve, log)
-            rm.save(out / NAMES[mode], overwrite, also=[curve])
-        rm.merge()  # faster, and nothing more is learned
-
+    log = train(rm, records, recipe, seed, title=f"{mode} seed {seed}")
+    if out is not None:
+        curve = folder / mode / "metrics.jsonl"
+        write_lines(curve, log)
+        rm.save(out / NAMES[mode], overwrite, also=[curve])
+    rm.merge()  # faster, and nothing more is learned
     tests = {"own": test, **controls(test[:CONTROLLED]), "heldout": heldout}
-    scores = train_and_score(rm, records, tests, recipe, seed, save, title=f"{mode} seed {seed}")
+    scores = {name: score_records(rm, some, seed, title=f"{mode}, {name}") for name, some in tests.items()}
     rng, own = random.Random(f"{seed} noise"), scores["own"]
     scores["vote"] = [metrics.vote(s, r.responses) for s, r in zip(own, test, strict=True)]
     scores["noise"] = [metrics.with_noise(s, rng) for s in own]
