@@ -65,16 +65,17 @@ def load_peer(folder: Path, args: argparse.Namespace, dtype: torch.dtype):
 
 def compare_load(args: argparse.Namespace) -> list[dict]:
     """Each arm in a process of its own, the order turned round every round."""
-    arms, found = [clone_all, load_ours, *([load_theirs] if args.peer else [])], {}
+    arms = [clone_all, load_ours, *([load_theirs] if args.peer else [])]
+    found: dict[Callable, list[dict]] = {arm: [] for arm in arms}
     with checkpoint(args) as folder:
         print(hardware(torch.device(args.device)) + f"; {args.dtype}; {args.n} answers; page cache emptied each turn\n")
         for i in range(args.rounds):
             for arm in arms if i % 2 == 0 else arms[::-1]:
-                found.setdefault(arm, []).append(alone(arm, folder, args))
-    rows = [
-        {"arm": arm.__doc__, **{key: median(row[key] for row in many) for key in many[0] if key != "hidden"}}
-        for arm, many in sorted(found.items(), key=lambda pair: arms.index(pair[0]))
-    ]
+                found[arm].append(alone(arm, folder, args))
+    rows = []
+    for arm, many in found.items():
+        numbers = {key: median(row[key] for row in many) for key in many[0] if key != "hidden"}
+        rows.append({"arm": arm.__doc__, **numbers})
 
     def times(key: str, of: Callable, to: Callable) -> float:
         return ratio(*([row[key] for row in found[arm]] for arm in (of, to)))
