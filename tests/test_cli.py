@@ -49,11 +49,11 @@ RULES = [
 
 def parser(**more):
     made = Parser(prog="made", rules=RULES, **more)
-    for name in ("tiny", "dry-run", "overwrite"):
-        made.add_argument(f"--{name}", action="store_true")
-    made.add_argument("--seeds", type=whole(1), default=1)
+    for name, what in (("tiny", "small"), ("dry-run", "nothing is written"), ("overwrite", "replace it")):
+        made.add_argument(f"--{name}", action="store_true", help=what)
+    made.add_argument("--seeds", type=whole(1), default=1, help="how many")
     for name in ("model", "out"):
-        made.add_argument(f"--{name}")
+        made.add_argument(f"--{name}", help="a folder")
     return made
 
 
@@ -83,7 +83,8 @@ def test_options_that_would_do_nothing_or_are_missing_are_named(words, why):
 
 def test_the_help_says_which_options_go_together_and_names_defaults_once():
     said = " ".join(parser().format_help().split())
-    assert "--model, --dry-run: only without --tiny" in said and "--overwrite: only with --out or --model" in said
+    assert "--seeds SEEDS with --tiny: how many" in said and "--overwrite with --out or --model: replace it" in said
+    assert "give --tiny, or all of --model, --out" in said and said.count("without --tiny: ") == 2
     assert "None" not in said and "False" not in said and said.count("(default: 0)") == 1
 
 

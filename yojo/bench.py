@@ -275,7 +275,8 @@ def main() -> None:
     parser = Parser(prog="python -m yojo.bench", description=what)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, what) in COMMANDS.items():
-        sub = commands.add_parser(name, help=what)
+        drawn = "size layers vision-layers" + (" seed" if name == "load" else "")
+        sub = commands.add_parser(name, help=what, rules=[] if name == "batch" else [("without", "weights", drawn)])
         number, many = {"type": whole(1), "metavar": "N"}, {"nargs": "+"} if name == "score" else {}
         sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
         sub.add_argument("--rounds", **number, default=2 if name == "load" else 5, help="turns of each alternative")

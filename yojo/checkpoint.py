@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from yojo import memory
-from yojo.cli import DTYPES, Parser, run, table
+from yojo.cli import DTYPES, Parser, run, table, whole
 from yojo.core.lora import LoraConfig
 from yojo.core.prompt import Processor
 from yojo.initial import SIZES, size_config, write_random
@@ -56,16 +56,16 @@ def random_checkpoint(args: argparse.Namespace) -> dict:
 
 def main() -> None:
     what = "Look at a checkpoint, or write a random one."
-    parser = Parser(prog="python -m yojo.checkpoint", description=what)
+    parser = Parser(prog="python -m yojo.checkpoint", description=what, random=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    shown = commands.add_parser("show", help="what a checkpoint is, what it needs, and whether it is complete")
-    shown.add_argument("folder", type=Path, metavar="DIR")
+    what = "what a checkpoint is, what it needs, and whether it is complete"
+    commands.add_parser("show", help=what, random=False).add_argument("folder", type=Path, metavar="DIR")
     write = commands.add_parser("random", help="write random weights in the released layout")
     write.add_argument("--size", "--shape", choices=SIZES, required=True, help="whose shape")
     write.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     write.add_argument("--dtype", choices=DTYPES, default="float32", help="of the files")
-    write.add_argument("--layers", type=int, metavar="K", help="decoder blocks, where not all")
-    write.add_argument("--vision-layers", type=int, metavar="K", help="vision layers, where not all")
+    write.add_argument("--layers", type=whole(1), metavar="K", help="decoder blocks, where not all")
+    write.add_argument("--vision-layers", type=whole(1), metavar="K", help="vision layers, where not all")
     write.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     run(parser, lambda args: show(args.folder) if args.command == "show" else random_checkpoint(args))
 

@@ -51,20 +51,34 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with the options every command has. rules: which options go together, as (how, options, other options):
-    the others "with" one of the first only, or "without" any; or "or", one of the first or else all of the others."""
+    """A parser with the options that commands share; `random`: --seed among them. rules: which options go together, as
+    (how, options, others): the others "with" one of the options only, or "without" any; or "or", one of the options or
+    else all of the others."""
 
-    def __init__(self, *, rules: Sequence[tuple[str, str, str]] = (), sub: bool = False, **kwargs):
+    def __init__(self, *, rules: Sequence[tuple[str, str, str]] = (), random: bool = True, sub: bool = False, **kwargs):
+        instead = [f"give {listed(first)}, or all of {listed(names)}" for how, first, names in rules if how == "or"]
+        super().__init__(formatter_class=Help, allow_abbrev=False, epilog="; ".join(instead), **kwargs)
         self.rules = rules
-        said = [f"{listed(names)}: only {how} {listed(first, ' or ')}" for how, first, names in rules if how != "or"]
-        super().__init__(formatter_class=Help, allow_abbrev=False, epilog="; ".join(said), **kwargs)
-        # after a subcommand they may be given again, and what is not given there is not set a second time
-        self.add_argument("--seed", type=whole(0), default=argparse.SUPPRESS if sub else 0, help="of everything random")
-        self.add_argument("--json", type=Path, default=argparse.SUPPRESS if sub else None, metavar="FILE")
-        self._actions[-1].help = "write the results to FILE as JSON"
+        # what is given before a subcommand, and not again after it, is not set a second time
+        unset = {"default": argparse.SUPPRESS} if sub else {}
+        if random:
+            self.add_argument("--seed", **{"default": 0} | unset, type=whole(0), help="seed of everything random")
+        elif not sub:
+            self.set_defaults(seed=0)  # a subcommand may have it
+        self.add_argument("--json", **unset, type=Path, metavar="FILE", help="write the results to FILE as JSON")
 
-    def add_subparsers(self, **kwargs):
-        return super().add_subparsers(parser_class=partial(Parser, sub=True), **kwargs)
+    def add_subparsers(self, **kwargs) -> argparse._SubParsersAction:
+        self.commands = super().add_subparsers(parser_class=partial(Parser, sub=True), **kwargs)
+        return self.commands
+
+    def format_help(self) -> str:
+        """With what an option goes stands before its own help."""
+        for how, first, names in self.rules:
+            prefix = f"{how} {listed(first, ' or ')}: "
+            for action in self._actions if how != "or" else ():
+                if action.dest in names.replace("-", "_").split() and prefix not in action.help:
+                    action.help = prefix + action.help
+        return super().format_help()
 
     def check(self, args: argparse.Namespace) -> None:
         """Options that were given and would do nothing, or that are missing, raise InputError."""
@@ -75,11 +89,14 @@ class Parser(argparse.ArgumentParser):
                 raise InputError(f"give {listed(first)}, or all of {listed(names)}")
             if how != "or" and given and bool(chosen) != (how == "with"):
                 raise InputError(f"--{given[0]} goes {how} {listed(first, ' or ')} only")
+        if hasattr(self, "commands"):
+            self.commands.choices[args.command].check(args)
 
     def given(self, args: argparse.Namespace, names: str, are: bool) -> list[str]:
         """Which of these options were given (or were not)."""
         dests = {name: name.replace("-", "_") for name in names.split()}
-        return [name for name, dest in dests.items() if (getattr(args, dest) != self.get_default(dest)) == are]
+        defaults = {dest: 0 if dest == "seed" else self.get_default(dest) for dest in dests.values()}
+        return [name for name, dest in dests.items() if (getattr(args, dest) != defaults[dest]) == are]
 
 
 def listed(names: str, between: str = ", ") -> str:
@@ -102,8 +119,8 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: bool = True) -> No
     if dtype:
         what = "what to compute in; if not given, float32 on a CPU and bfloat16 on CUDA"
         parser.add_argument("--dtype", choices=DTYPES, help=what)
-    what = "fuse norms, rotation and SwiGLU by torch.compile: the first passes take some 20 s longer, and networks of "
-    parser.add_argument("--compile", action="store_true", help=what + "the 4B one's width less time after that")
+    what = "fuse norms, rotation and SwiGLU by torch.compile: some 20 s more at first, then faster at the 4B's width"
+    parser.add_argument("--compile", action="store_true", help=what)
 
 
 def computed_on(args: argparse.Namespace) -> dict:

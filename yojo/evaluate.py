@@ -217,7 +217,9 @@ def main() -> None:
     parser.add_argument("--base", type=Path, metavar="DIR", help="its backbone, where that is not where it was")
     parser.add_argument("--data", type=Path, metavar="FILE", help="the benchmark, JSONL")
     parser.add_argument("--format", choices=FORMATS, default="records", help="its schema")
-    parser.add_argument("--map", action="append", default=[], metavar="NAME=FIELD", help="read NAME from another field")
+    parser.add_argument(
+        "--map", action="append", default=[], metavar="NAME=FIELD", help="read NAME, such as prompt, from FIELD"
+    )
     parser.add_argument("--mode", choices=MODES, help="attention, where not the one the model was trained in")
     parser.add_argument("--permutations", type=whole(1), default=1, metavar="K", help="orders to show each item in")
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep the scores there, and go on from them")

@@ -59,7 +59,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = Parser(prog="python -m yojo.flops", description="Count what N passes and one pass cost.")
+    parser = Parser(prog="python -m yojo.flops", description="Count what N passes and one pass cost.", random=False)
     parser.add_argument("--size", "--shape", choices=SIZES, default=SIZES[0], help="whose network")
     parser.add_argument("--image", type=size, metavar="WxH", action="append", help="a picture's size; repeat")
     text = {"type": whole(1), "default": 40, "metavar": "P", "help": "tokens of the prompt that are text"}

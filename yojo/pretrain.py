@@ -352,7 +352,7 @@ def pretrain(out: Path, steps: int, seed: int, overwrite: bool) -> dict[str, flo
 def main() -> None:
     what = "Train the tiny backbone from nothing (about 20 minutes)."
     parser = Parser(prog="python -m yojo.pretrain", description=what)
-    parser.add_argument("--out", type=Path, default=WEIGHTS / "tiny", help="folder to write the checkpoint to")
+    parser.add_argument("--out", type=Path, default=WEIGHTS / "tiny", metavar="DIR", help="folder for the checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     parser.add_argument("--steps", type=whole(1), default=FIT.steps, metavar="S", help="training steps")
     run(parser, lambda args: pretrain(args.out, args.steps, args.seed, args.overwrite))

@@ -37,6 +37,7 @@ RULES = [
     ("without", "tiny", "model base"),
     ("without", "data", "prompt response image video"),
     ("without", "video", "image"),
+    ("without", "model data prompt", "seed"),
     ("with", "video", "frames interval"),
     ("or", "tiny", "model"),
 ]

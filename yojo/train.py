@@ -148,7 +148,12 @@ def main() -> None:
     what = "Train a reward model: LoRA and a value head."
     parser = Parser(prog="python -m yojo.train", description=what, rules=RULES)
     parser.add_argument("--tiny", action="store_true", help="the built-in model and world; needs no files")
-    parser.add_argument("--task", choices=TASKS, default="absolute", help="what the best answer is")
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        default="absolute",
+        help="absolute: answers can be judged alone; corroborated: only by comparison",
+    )
     parser.add_argument(
         "--paraphrase", action="store_true", help="with --task corroborated: word the copies differently"
     )

@@ -339,13 +339,21 @@ def main() -> None:
     what = "Rank answers from noisy pairwise votes."
     parser = Parser(prog="python -m yojo.votes", description=what, rules=RULES)
     parser.add_argument("--votes", type=Path, metavar="FILE", help="votes, JSONL; without it, a simulated study")
-    parser.add_argument("--items", type=whole(1), default=40, metavar="K", help="of the study: items a row")
+    parser.add_argument("--items", type=whole(1), default=40, metavar="K", help="simulated items of every kind")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="prompts and texts of the items, JSONL")
     parser.add_argument("--sample", type=whole(2), metavar="N", help="write N answers of each item instead of all")
     parser.add_argument("--ties", type=whole(0), default=0, metavar="K", help="pairs of equal rank allowed in a record")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write preference records")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
-    run(parser, lambda args: from_file(args) if args.votes else study(args.items, args.seed))
+    run(parser, run_command)
+
+
+def run_command(args: argparse.Namespace) -> dict | list[dict]:
+    if args.votes is None:
+        return study(args.items, args.seed)
+    if args.seed and not args.sample:
+        raise InputError("--seed goes with --sample, or without --votes")
+    return from_file(args)
 
 
 if __name__ == "__main__":
