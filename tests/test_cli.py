@@ -64,11 +64,11 @@ def parser(**more):
         ("--tiny --seeds 3 --out x --overwrite", None),
         ("--model m --out x --dry-run", None),
         ("--model m --out x --seeds 1", None),  # its default: nothing is lost
-        ("--model m --out x --seeds 2", "--seeds goes with --tiny only"),
-        ("--tiny --dry-run", "--dry-run goes without --tiny only"),
-        ("--tiny --overwrite", "--overwrite goes with --out or --model only"),
-        ("", "give --tiny, or all of --model, --out"),
-        ("--model m", "give --tiny, or all of --model, --out"),
+        ("--model m --out x --seeds 2", "--seeds needs --tiny"),
+        ("--tiny --dry-run", "--dry-run and --tiny exclude each other"),
+        ("--tiny --overwrite", "--overwrite needs --out or --model"),
+        ("", "give --tiny, or --model and --out"),
+        ("--model m", "give --tiny, or --model and --out"),
     ],
 )
 def test_options_that_would_do_nothing_or_are_missing_are_named(words, why):
@@ -84,7 +84,7 @@ def test_options_that_would_do_nothing_or_are_missing_are_named(words, why):
 def test_the_help_says_which_options_go_together_and_names_defaults_once():
     said = " ".join(parser().format_help().split())
     assert "--seeds SEEDS with --tiny: how many" in said and "--overwrite with --out or --model: replace it" in said
-    assert "give --tiny, or all of --model, --out" in said and said.count("without --tiny: ") == 2
+    assert "give --tiny, or --model and --out" in said and said.count("without --tiny: ") == 2
     assert "None" not in said and "False" not in said and said.count("(default: 0)") == 1
 
 
@@ -95,9 +95,11 @@ def test_rules_are_about_options_that_exist(name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "run", lambda parser, _: seen.append(parser))
         module.main()
-    options = {word for action in seen[0]._actions for word in action.option_strings}
-    for _, first, names in seen[0].rules:
-        assert {f"--{option}" for option in (first + " " + names).split()} <= options
+    subs = seen[0].commands.choices.values() if hasattr(seen[0], "commands") else []
+    for parser in [*seen, *subs]:
+        options = {word for action in parser._actions for word in action.option_strings}
+        for _, first, names in parser.rules:
+            assert {f"--{option}" for option in (first + " " + names).split()} <= options
 
 
 @pytest.mark.parametrize(

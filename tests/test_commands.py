@@ -41,8 +41,8 @@ ONE = ("--prompt", "?", "--response", "x")
 @pytest.mark.parametrize(
     "words, why",
     [
-        ((), "give --tiny, or all of --model"),
-        (("--tiny", "--model", "x"), "--model goes without --tiny only"),
+        ((), "give --tiny, or --model"),
+        (("--tiny", "--model", "x"), "--model and --tiny exclude each other"),
         (("--model", "nowhere", *ONE), "nowhere/reward_model_config.json does not exist"),
         (("--tiny", "--prompt", "?"), "give --prompt and at least one --response"),
         (("--tiny", "--prompt", "?", "--response", ""), "response 1 is empty"),
@@ -54,8 +54,8 @@ ONE = ("--prompt", "?", "--response", "x")
         (("--tiny", "--image", __file__, *ONE), "is not a picture"),
         (("--tiny", "--data", "none.jsonl"), "none.jsonl does not exist"),
         (("--tiny", "--prompt", "?", "--response", "x " * 999, "--draw-mask", "m.png"), "too many to draw"),
-        (("--tiny", "--data", "x.jsonl", *ONE), "--prompt goes without --data only"),
-        (("--tiny", "--data", "x.jsonl", "--frames", "2"), "--frames goes with --video only"),
+        (("--tiny", "--data", "x.jsonl", *ONE), "--prompt and --data exclude each other"),
+        (("--tiny", "--data", "x.jsonl", "--frames", "2"), "--frames needs --video"),
         (("--tiny", "--mode", "both", *ONE), "invalid choice: 'both'"),
         (("--tiny", "--json", "/proc/none/x.json", *ONE), "cannot write"),
         (("--tiny", "--seed", "-1", *ONE), "'-1' is no whole number from 0"),
@@ -69,15 +69,15 @@ def test_score_refuses(refused, words, why):
 @pytest.mark.parametrize(
     "words, why",
     [
-        ((), "give --tiny, or all of"),
-        (("--weights", "x"), "give --tiny, or all of"),
-        (("--tiny", "--weights", "x"), "--weights goes without --tiny only"),
-        (("--paraphrase", "--weights", "x"), "--paraphrase goes with --tiny only"),
+        ((), "give --tiny, or --weights and --data and --out and --mode"),
+        (("--weights", "x"), "give --tiny, or --weights and --data and --out and --mode"),
+        (("--tiny", "--weights", "x"), "--weights and --tiny exclude each other"),
+        (("--paraphrase", "--weights", "x"), "--paraphrase needs --tiny"),
         (("--tiny", "--paraphrase"), "--paraphrase goes with --task corroborated only"),
         (("--tiny", "--seeds", "0"), "'0' is no whole number from 1"),
         (("--tiny", "--seeds", "3", "--out", "x"), "--out holds one seed's models"),
         (("--tiny", "--steps", "-5"), "'-5' is no whole number from 1"),
-        (("--tiny", "--lr", "2"), "--lr 2.0: between 0 and 1"),
+        (("--tiny", "--lr", "2"), "'2' is not between 0 and 1"),
         (("--tiny", "--sizes", "1"), "'1' is no whole number from 2"),
         (("--tiny", "--sizes", "17"), "2 to 16 responses"),
         (("--tiny", "--task", "other"), "invalid choice: 'other'"),
@@ -85,6 +85,43 @@ def test_score_refuses(refused, words, why):
 )
 def test_train_refuses(refused, words, why):
     refused(why, train, *words)
+
+
+@pytest.mark.parametrize(
+    "module, words, why",
+    [
+        (score, "--tiny --base x", "--base and --tiny exclude each other"),
+        (score, "--tiny --image x --video y", "--image and --video exclude each other"),
+        (score, "--tiny --interval 2", "--interval needs --video"),
+        (score, "--model x --prompt ? --response y --seed 3", "--seed and --model exclude each other"),
+        (score, "--model x", "give --tiny or --data, or --prompt and --response"),
+        (train, "--tiny --compile", "--compile and --tiny exclude each other"),
+        (train, "--tiny --resume", "--resume and --tiny exclude each other"),
+        (train, "--tiny --overwrite", "--overwrite needs --out"),
+        (train, "--weights x --data y --out z --mode joint --sizes 3", "--sizes needs --tiny"),
+        (evaluate, "--tiny --dtype float32", "--dtype and --tiny exclude each other"),
+        (evaluate, "--tiny --keep-going", "--keep-going and --tiny exclude each other"),
+        (evaluate, "--model x --data y --overwrite", "--overwrite needs --out"),
+        (grpo, "--tiny --weights x", "--weights and --tiny exclude each other"),
+        (grpo, "--make-start --lr 0.1", "--lr and --make-start exclude each other"),
+        (grpo, "--make-start --tiny", "--tiny and --make-start exclude each other"),
+        (grpo, "--reward x --data y --out z --seeds 2", "--seeds needs --tiny"),
+        (grpo, "--tiny --overwrite", "--overwrite needs --out or --make-start"),
+        (votes, "--votes x --items 3", "--items and --votes exclude each other"),
+        (votes, "--answers x", "--answers needs --votes"),
+        (votes, "--votes x --out y", "--out needs --answers"),
+        (votes, "--votes x --sample 3", "--sample needs --out"),
+        (votes, "--votes x --overwrite", "--overwrite needs --out"),
+        (votes, "--votes x --answers y --out z --ties 2", "--ties needs --sample"),
+        (votes, "--votes x --seed 3", "--seed goes with --sample, or without --votes"),
+        (bench, "score --weights x --size tiny", "--size and --weights exclude each other"),
+        (bench, "train --weights x --layers 1", "--layers and --weights exclude each other"),
+        (bench, "load --weights x --vision-layers 1", "--vision-layers and --weights exclude each other"),
+        (bench, "load --weights x --seed 3", "--seed and --weights exclude each other"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(refused, module, words, why):
+    refused(why, module, *words.split())
 
 
 @pytest.mark.parametrize("module", [bench, checkpoint, evaluate, flops, grpo, hacking, pretrain, score, train, votes])

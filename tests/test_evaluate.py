@@ -149,7 +149,7 @@ GOOD = {"prompt": "?", "responses": ["a", "b"], "rankings": [1, 2]}
         (
             "records",
             {"responses": ["a", "b"], "rankings": [1, 2]},
-            "has no prompt; --map prompt=FIELD",
+            "prompt must be a str, got None; --map prompt=FIELD",
         ),
         (
             "vl-rewardbench",
@@ -166,13 +166,21 @@ GOOD = {"prompt": "?", "responses": ["a", "b"], "rankings": [1, 2]}
             {"ID": "1", "Text": "?", "Output1": "a", "Output2": "b", "Better": "a", "Category": "x"},
             "Better must be one of Output1, Output2, got 'a'",
         ),
-        ("mm-rlhf", {"id": "1", "prompt": "?", "chosen": "a"}, "has no rejected; --map rejected=FIELD"),
-        ("mm-rlhf", {"prompt": "?", "chosen": "a", "rejected": "b"}, "has no id; --map group=FIELD"),
+        (
+            "mm-rlhf",
+            {"id": "1", "prompt": "?", "chosen": "a"},
+            "rejected must be a str, got None; --map rejected=FIELD",
+        ),
+        (
+            "mm-rlhf",
+            {"prompt": "?", "chosen": "a", "rejected": "b"},
+            "id must be a str or int, got None; --map group=FIELD",
+        ),
         ("records", GOOD | {"image": ""}, "image and video must be a path"),
         (
             "multimodal-rewardbench",
             {"Text": "?", "Output1": "a", "Output2": "b", "Better": "Output1"},
-            "has no Category; --map category=FIELD",
+            "Category must be a str or int, got None; --map category=FIELD",
         ),
     ],
 )
@@ -184,11 +192,42 @@ def test_bad_rows_are_named_and_with_keep_going_listed(folder, form, row, why):
         "mm-rlhf": {"id": "1", "prompt": "?", "chosen": "a", "rejected": "b"},
     }[form]
     path = write(folder, [good, row])
-    with pytest.raises(InputError, match="d.jsonl:2[: ]") as error:
+    with pytest.raises(InputError, match="d.jsonl:2: ") as error:
         read_items(path, form)
     assert why in str(error.value)
     items = read_items(path, form, bad=(left_out := []))
     assert len(items) == 1 and len(left_out) == 1 and why in left_out[0]
+
+
+def test_fields_of_other_names_are_what_the_better_one_may_be_called(folder):
+    row = {"Text": "?", "A": "a", "B": "b", "Better": "B", "Category": "x"}
+    (item,) = read_items(write(folder, [row]), "multimodal-rewardbench", ["first=A", "second=B"])
+    assert item.responses == ["a", "b"] and item.rankings == [2, 1]
+    with pytest.raises(InputError, match="Better must be one of A, B, got 'Output1'"):
+        read_items(write(folder, [row | {"Better": "Output1"}]), "multimodal-rewardbench", ["first=A", "second=B"])
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"query": 5}, "query must be a str, got 5; --map prompt=FIELD"),
+        ({"human_ranking": [0]}, "rankings must be 2 whole numbers from 1, got [0]"),
+        ({"human_ranking": [-1, 1]}, "rankings must be 2 whole numbers from 1, got [-1, 1]"),
+        ({"human_ranking": "01"}, "human_ranking must be a list, got '01'; --map rankings=FIELD"),
+        ({"id": ["povid"]}, "id must be a str or int, got ['povid']; --map group=FIELD"),
+    ],
+)
+def test_a_bad_value_is_shown_as_it_stands_in_the_file(folder, change, why):
+    good = {"id": "povid", "query": "?", "response": ["a", "b"], "human_ranking": [0, 1]}
+    with pytest.raises(InputError) as error:
+        read_items(write(folder, [good | change]), "vl-rewardbench")
+    assert why in str(error.value)
+
+
+def test_what_is_no_evaluation_is_not_offered_to_be_overwritten_as_one(command, folder, benchmark):
+    (folder / "notes.txt").write_text("dear diary\nnothing\n")
+    status, _, err = command(evaluate, *words(benchmark, "--out", folder / "notes.txt"))
+    assert status == 2 and "holds another evaluation: choose another --out" in err
 
 
 # ---------------------------------------------------------------------------------------------------- the real model
@@ -297,8 +336,8 @@ def test_a_score_that_is_not_finite_raises(command, benchmark, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, why",
     [
-        ((), "give --tiny, or all of --model, --data"),
-        (("--tiny", "--model", "x"), "--model goes without --tiny only"),
+        ((), "give --tiny, or --model and --data"),
+        (("--tiny", "--model", "x"), "--model and --tiny exclude each other"),
         (("--model", "x", "--data", "y", "--permutations", "0"), "'0' is no whole number from 1"),
         (("--model", "x", "--data", "y", "--map", "a"), "--map a: NAME=FIELD"),
         (("--model", "x", "--data", "nowhere.jsonl"), "nowhere.jsonl does not exist"),

@@ -176,6 +176,6 @@ def test_the_command_prints_what_is_counted(command, tmp_path):
         (("--prompt-tokens", "1000000000"), "the model has 36864 positions"),
     ],
 )
-def test_bad_input_gets_one_line(command, words, why):
+def test_bad_input_ends_in_one_line(command, words, why):
     status, _, err = command(flops_command, *words)
     assert status == 2 and why in err.splitlines()[-1]

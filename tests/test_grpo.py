@@ -333,13 +333,13 @@ def test_a_run_is_not_resumed_with_another_judge(command, files, monkeypatch):
 @pytest.mark.parametrize(
     "words, why",
     [
-        (("--tiny", "--lr", "-1"), "lr are above 0"),
-        (("--controls",), "--controls goes with --tiny only"),
-        (("--tiny", "--resume"), "--resume goes without --tiny or --make-start only"),
-        ((), "give --tiny, --make-start, or all of --reward, --data, --out"),
-        (("--make-start", "--group", "4"), "--group goes without --make-start only"),
+        (("--tiny", "--lr", "-1"), "'-1' is not between 0 and 1"),
+        (("--controls",), "--controls needs --tiny"),
+        (("--tiny", "--resume"), "--resume and --tiny exclude each other"),
+        ((), "give --tiny or --make-start, or --reward and --data and --out"),
+        (("--make-start", "--group", "4"), "--group and --make-start exclude each other"),
         (("--tiny", "--group", "1"), "'1' is no whole number from 2"),
-        (("--tiny", "--data", "x"), "--data goes without --tiny or --make-start only"),
+        (("--tiny", "--data", "x"), "--data and --tiny exclude each other"),
         (("--tiny", "--seeds", "0"), "'0' is no whole number from 1"),
     ],
 )

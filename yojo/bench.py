@@ -133,9 +133,8 @@ def compare_score(args: argparse.Namespace) -> list[dict]:
             c, look = s.config.text, partial(s.backbone.encode_images, s.shown.pictures)
             looking = median(clock(look, s.device)[1] for _ in range(3))
             print(f"\n{hardware(s.device)}; {name}; {c.num_hidden_layers} blocks of width {c.hidden_size}, ", end="")
-            print(
-                f"R = {args.response_tokens}; medians of {args.rounds} rounds\nlooking at the picture: {looking:.2f} s"
-            )
+            print(f"R = {args.response_tokens}; medians of {args.rounds} rounds; above: memory above the model's")
+            print(f"looking at the picture: {looking:.2f} s")
             for P, n in product(args.prompt_tokens, args.n):
                 found = score_n(s.prompted(P), n, args, peer, looking)
                 rows += [{"dtype": name, "prompt_tokens": P, "n": n, **row} for row in found]

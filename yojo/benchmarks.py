@@ -23,7 +23,7 @@ class Item(Record):
     group: str = ""
 
 
-def records(row: dict) -> dict:
+def records(row: dict, fields: dict[str, str]) -> dict:
     return {"category": "all"} | row
 
 
@@ -34,25 +34,27 @@ PREFIXES = {
 }
 
 
-def vl_rewardbench(row: dict) -> dict:
+def vl_rewardbench(row: dict, fields: dict[str, str]) -> dict:
     """Ranks count from 0. No field names the category; where an id comes from says it."""
     ranks, name = row["rankings"], str(row["group"])
-    if isinstance(ranks, list):
-        row = row | {"rankings": [rank + 1 if type(rank) is int else rank for rank in ranks]}
+    if len(ranks) == len(row["responses"]) and all(type(rank) is int and rank >= 0 for rank in ranks):
+        row = row | {"rankings": [rank + 1 for rank in ranks]}
     found = [category for category, starts in PREFIXES.items() if name.lower().startswith(starts)]
     if "category" not in row and not found:
         raise InputError(f"the id {name!r} starts with none of {PREFIXES}; --map category=FIELD")
     return {"category": found and found[0]} | row
 
 
-def multimodal_rewardbench(row: dict) -> dict:
-    if row["better"] not in ("Output1", "Output2"):
-        raise InputError(f"Better must be one of Output1, Output2, got {row['better']!r}")
-    ranks = [1, 2] if row["better"] == "Output1" else [2, 1]
+def multimodal_rewardbench(row: dict, fields: dict[str, str]) -> dict:
+    """The better answer is named by its field."""
+    names = [fields["first"], fields["second"]]
+    if row["better"] not in names:
+        raise InputError(f"{fields['better']} must be one of {', '.join(names)}, got {row['better']!r}")
+    ranks = [1, 2] if row["better"] == names[0] else [2, 1]
     return row | {"responses": [row["first"], row["second"]], "rankings": ranks}
 
 
-def pair(row: dict) -> dict:
+def pair(row: dict, fields: dict[str, str]) -> dict:
     return row | {"responses": [row["chosen"], row["rejected"]], "rankings": [1, 2]}
 
 
@@ -61,7 +63,7 @@ def pair(row: dict) -> dict:
 SAME = {name: name for name in ("image", "images", "video", "prompt")}
 CHOICE = SAME | {"chosen": "chosen", "rejected": "rejected"}
 BETTER = {"first": "Output1", "second": "Output2", "better": "Better", "category": "Category", "image": "Image"}
-FORMATS: dict[str, tuple[Callable[[dict], dict], dict[str, str]]] = {
+FORMATS: dict[str, tuple[Callable[[dict, dict], dict], dict[str, str]]] = {
     "records": (records, SAME | {"responses": "responses", "rankings": "rankings", "category": "category"}),
     "vl-rewardbench": (
         vl_rewardbench,
@@ -71,7 +73,8 @@ FORMATS: dict[str, tuple[Callable[[dict], dict], dict[str, str]]] = {
     "mm-rlhf": (pair, CHOICE | {"group": "id"}),
     "videorewardbench": (pair, CHOICE | {"category": "category"}),
 }
-OPTIONAL = {"image", "images", "video"}
+SHOWN = {"image", "images", "video"}  # what may be left out, and is checked with our own files
+KINDS = {"responses": list, "rankings": list, "group": (str, int), "category": (str, int)}  # all others are texts
 
 
 def read_items(path: str | Path, form: str, mapping: Sequence[str] = (), bad: list[str] | None = None) -> list[Item]:
@@ -81,7 +84,7 @@ def read_items(path: str | Path, form: str, mapping: Sequence[str] = (), bad: li
     for word in mapping:
         name, _, field = word.partition("=")
         if not field or name not in {*fields, "category"}:
-            raise InputError(f"--map {word}: NAME=FIELD, NAME one of {', '.join(fields)}, category")
+            raise InputError(f"--map {word}: NAME=FIELD, NAME one of {', '.join({**fields, 'category': ''})}")
         fields = fields | {name: field}
     items = []
     for where, raw in read_lines(path, bad):
@@ -98,11 +101,14 @@ def read_items(path: str | Path, form: str, mapping: Sequence[str] = (), bad: li
 
 def item_of(raw: dict, form: str, convert: Callable, fields: dict[str, str], where: str, folder: Path) -> Item:
     row = {name: raw[field] for name, field in fields.items() if raw.get(field) is not None}
-    needed = fields.keys() - OPTIONAL - ({"category"} if form == "records" else set())
-    if missing := [name for name in fields if name in needed and name not in row]:
-        raise InputError(f"{where} has no {fields[missing[0]]}; --map {missing[0]}=FIELD")
+    free = SHOWN | ({"category"} if form == "records" else set())
+    for name in [name for name in fields if name in row or name not in free]:
+        kind = object if name in SHOWN else KINDS.get(name, str)
+        if not isinstance(row.get(name), kind):
+            kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise InputError(f"{where}: {fields[name]} must be a {kinds}, got {row.get(name)!r}; --map {name}=FIELD")
     try:
-        row = convert(row)
+        row = convert(row, fields)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     record = record_of(row, where, folder)
@@ -111,8 +117,5 @@ def item_of(raw: dict, form: str, convert: Callable, fields: dict[str, str], whe
     if form != "records" and (len(record.responses) > 2 or len(set(record.rankings)) < 2):
         raise InputError(f"{where}: a pair with one better answer is needed, got ranks {record.rankings}")
     shown = [*record.images, *([record.video] if record.video else [])]
-    folder_of = (shown[0].parent.name or "all") if shown else "text"  # what MM-RLHF says of a category
-    named = row.get("category", folder_of), row.get("group", where)
-    if not all(isinstance(name, (str, int)) for name in named):
-        raise InputError(f"{where}: category and {fields.get('group', 'group')} must be names, got {named}")
-    return Item(**vars(record), category=str(named[0]), group=str(named[1]))
+    beside = (shown[0].parent.name or "all") if shown else "text"  # what MM-RLHF says of a category
+    return Item(**vars(record), category=str(row.get("category", beside)), group=str(row.get("group", where)))

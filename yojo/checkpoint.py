@@ -59,7 +59,9 @@ def main() -> None:
     parser = Parser(prog="python -m yojo.checkpoint", description=what, random=False)
     commands = parser.add_subparsers(dest="command", required=True)
     what = "what a checkpoint is, what it needs, and whether it is complete"
-    commands.add_parser("show", help=what, random=False).add_argument("folder", type=Path, metavar="DIR")
+    commands.add_parser("show", help=what, random=False).add_argument(
+        "folder", type=Path, metavar="DIR", help="its folder"
+    )
     write = commands.add_parser("random", help="write random weights in the released layout")
     write.add_argument("--size", "--shape", choices=SIZES, required=True, help="whose shape")
     write.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")

@@ -56,13 +56,14 @@ class Parser(argparse.ArgumentParser):
     else all of the others."""
 
     def __init__(self, *, rules: Sequence[tuple[str, str, str]] = (), random: bool = True, sub: bool = False, **kwargs):
-        instead = [f"give {listed(first)}, or all of {listed(names)}" for how, first, names in rules if how == "or"]
+        instead = [either(first, names) for how, first, names in rules if how == "or"]
         super().__init__(formatter_class=Help, allow_abbrev=False, epilog="; ".join(instead), **kwargs)
         self.rules = rules
         # what is given before a subcommand, and not again after it, is not set a second time
         unset = {"default": argparse.SUPPRESS} if sub else {}
+        what = "seed of everything random" + (" (default: 0)" if sub else "")
         if random:
-            self.add_argument("--seed", **{"default": 0} | unset, type=whole(0), help="seed of everything random")
+            self.add_argument("--seed", **{"default": 0} | unset, type=whole(0), help=what)
         elif not sub:
             self.set_defaults(seed=0)  # a subcommand may have it
         self.add_argument("--json", **unset, type=Path, metavar="FILE", help="write the results to FILE as JSON")
@@ -86,9 +87,11 @@ class Parser(argparse.ArgumentParser):
             given, missing = (self.given(args, names, are) for are in (True, False))
             chosen = self.given(args, first, True)
             if how == "or" and not chosen and missing:
-                raise InputError(f"give {listed(first)}, or all of {listed(names)}")
-            if how != "or" and given and bool(chosen) != (how == "with"):
-                raise InputError(f"--{given[0]} goes {how} {listed(first, ' or ')} only")
+                raise InputError(either(first, names))
+            if how == "with" and given and not chosen:
+                raise InputError(f"--{given[0]} needs {listed(first, ' or ')}")
+            if how == "without" and given and chosen:
+                raise InputError(f"--{given[0]} and --{chosen[0]} exclude each other")
         if hasattr(self, "commands"):
             self.commands.choices[args.command].check(args)
 
@@ -103,6 +106,10 @@ def listed(names: str, between: str = ", ") -> str:
     return between.join(f"--{name}" for name in names.split())
 
 
+def either(first: str, others: str) -> str:
+    return f"give {listed(first, ' or ')}, or {listed(others, ' and ')}"
+
+
 def whole(least: int) -> Callable[[str], int]:
     """A kind of option: a whole number from `least`."""
 
@@ -112,6 +119,13 @@ def whole(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def rate(text: str) -> float:
+    """A kind of option: a number between 0 and 1."""
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
+    return float(text)
 
 
 def add_model_options(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
@@ -180,7 +194,11 @@ def in_processes(function: Callable, jobs: Sequence[tuple]) -> list:
 
 
 def _start(threads: int) -> None:
-    """Of a worker, which would wait for its next job for ever were its command killed."""
     torch.set_num_threads(threads)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Of a worker: it would wait for its next job for ever were its command killed."""
     parent = parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -97,15 +97,16 @@ def resume(out: Path, identity: str) -> list[Scores | str]:
         return []
     try:
         theirs, *lines = out.read_text(encoding="utf-8").split("\n")
-        done = [json.loads(line) for line in lines[:-1]]  # after the last line break stands nothing, or half a line
+        if theirs == identity:
+            return [json.loads(line) for line in lines[:-1]]  # after the last line break: nothing, or half a line
     except (OSError, ValueError) as error:
-        raise InputError(f"{out} cannot be read as an evaluation ({error}): say --overwrite") from None
-    if theirs != identity:
-        raise InputError(f"{out} holds another evaluation: choose another --out, or say --overwrite")
-    return done
+        raise InputError(
+            f"{out} cannot be read as an evaluation ({error}): choose another, or --overwrite it"
+        ) from None
+    raise InputError(f"{out} holds another evaluation: choose another --out, or say --overwrite")
 
 
-def identity_of(items: list[Item], about: dict) -> str:
+def identity_of(items: list[Item], model: dict, protocol: dict) -> str:
     """One line that names everything the scores depend on; of pictures, their names, sizes and times."""
     content = []
     for item in items:
@@ -113,7 +114,8 @@ def identity_of(items: list[Item], about: dict) -> str:
         files = [f for path in paths for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
         stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         content.append((item.prompt, item.responses, item.rankings, stats))
-    return json.dumps({**about, "items": hashlib.sha256(json.dumps(content).encode()).hexdigest()})
+    items_digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**model, "items": items_digest, **protocol})
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -178,7 +180,9 @@ def order_sensitivity(items: list[Item], scores: list[Scores], orders: Orders) -
 
 def print_report(result: dict, left_out: list[str]) -> None:
     intervals = {"accuracy": "interval", "macro": "macro_interval", "acc_plus": "acc_plus_interval"}
-    rows = [{"figure": k, "value": with_interval(result[k], result[i])} for k, i in intervals.items() if k in result]
+    titles = {"accuracy": "accuracy (micro)" if "macro" in result else "accuracy", "macro": "macro", "acc_plus": "ACC+"}
+    found = {titles[k]: with_interval(result[k], result[i]) for k, i in intervals.items() if k in result}
+    rows = [{"figure": title, "value": value} for title, value in found.items()]
     ranks = [name for name in ("pairwise", "tau_b") if result.get(name) is not None]
     rows += [{"figure": name, "value": f"{result[name]:.3f}"} for name in ranks]
     print(
@@ -214,14 +218,16 @@ def main() -> None:
     parser = Parser(prog="python -m yojo.evaluate", description=what, rules=RULES)
     parser.add_argument("--tiny", action="store_true", help="the built-in models on the tiny world; needs no files")
     parser.add_argument("--model", type=Path, metavar="DIR", help="a reward model's folder")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="its backbone, where that is not where it was")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="the folder of its backbone, if it has moved")
     parser.add_argument("--data", type=Path, metavar="FILE", help="the benchmark, JSONL")
     parser.add_argument("--format", choices=FORMATS, default="records", help="its schema")
     parser.add_argument(
-        "--map", action="append", default=[], metavar="NAME=FIELD", help="read NAME, such as prompt, from FIELD"
+        "--map", action="append", default=[], metavar="NAME=FIELD", help="read NAME, such as prompt, from FIELD; repeat"
     )
     parser.add_argument("--mode", choices=MODES, help="attention, where not the one the model was trained in")
-    parser.add_argument("--permutations", type=whole(1), default=1, metavar="K", help="orders to show each item in")
+    parser.add_argument(
+        "--permutations", type=whole(1), default=1, metavar="K", help="orders to show each item in, of those there are"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep the scores there, and go on from them")
     parser.add_argument("--overwrite", action="store_true", help="start --out over")
     parser.add_argument("--keep-going", action="store_true", help="leave bad rows out, and list them")
@@ -235,12 +241,15 @@ def run_command(args: argparse.Namespace) -> dict | list[dict]:
     left_out: list[str] = []
     items = read_items(args.data, args.format, args.map, left_out if args.keep_going else None)
     rm = RewardModel.load(args.model, args.base, **computed_on(args))
-    if args.compile:
-        rm.backbone.fuse()
     mode = args.mode or rm.mode
-    about = {"model": digest(args.model), "base": rm.fingerprint, "pictures": str(rm.processor.images)}
-    about |= {"device": rm.backbone.device.type, "dtype": str(rm.backbone.dtype), "compile": args.compile}
-    about |= {"mode": mode, "seed": args.seed, "permutations": args.permutations}
+    model = {"model": digest(args.model), "base": rm.fingerprint, "pictures": str(rm.processor.images)}
+    model |= {"device": rm.backbone.device.type, "dtype": str(rm.backbone.dtype)}
+    if args.compile:
+        model["compile"] = True
+        rm.backbone.fuse()
+    if mode != rm.mode:
+        print(f"mode: {mode} (trained in {rm.mode})")
+    protocol = {"mode": mode, "seed": args.seed, "permutations": args.permutations}
 
     def orders(item: Item) -> list[list[int]]:
         return orders_of(item, args.seed, args.permutations)
@@ -248,13 +257,11 @@ def run_command(args: argparse.Namespace) -> dict | list[dict]:
     def score(item: Item) -> Scores:
         return score_item(rm, item, orders(item), mode)
 
-    done = score_items(items, score, args.out, identity_of(items, about), args.overwrite, args.keep_going)
+    done = score_items(items, score, args.out, identity_of(items, model, protocol), args.overwrite, args.keep_going)
     left_out += [scores for scores in done if isinstance(scores, str)]
     scored = [(item, scores) for item, scores in zip(items, done, strict=True) if not isinstance(scores, str)]
     if not scored:
         raise InputError("no item could be scored; the first: " + left_out[0])
-    if mode != rm.mode:
-        print(f"mode: {mode} (trained in {rm.mode})")
     items, scores = map(list, zip(*scored, strict=True))
     result = report(items, scores, args.format, mode, orders)
     print_report(result, left_out)

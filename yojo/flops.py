@@ -38,9 +38,10 @@ def count(args: argparse.Namespace) -> list[dict]:
         pairs = needed(P, tokens, [R] * n, "isolated")
         rows[-1]["needed"] = one["isolated"] - parts["isolated"]["attention"] + attention(config, *pairs)
     print(f"{args.size}: prompt of {P} tokens, {tokens} of them pictures ({views} views); responses of {R}, separator")
-    print("included. TFLOPs of decoder and head; the pictures are looked at once by either side.\n")
+    unit, name = (1e12, "TFLOPs") if rows[-1]["joint"] > 1e11 else (1e9, "GFLOPs")
+    print(f"included. {name} of decoder and head; the pictures are looked at once by either side.\n")
     shown = [row | {"N": row["n"], "N_passes": row["n_passes"], "N(P+R)/(P+NR)": row["limit"]} for row in rows]
-    tera = dict.fromkeys(("N_passes", *MODES), lambda flops: f"{flops / 1e12:.3f}")
+    tera = dict.fromkeys(("N_passes", *MODES), lambda flops: f"{flops / unit:.3f}")
     columns = {"N": "d", **tera, "ratio": ".2f", "N(P+R)/(P+NR)": ".2f", "needed": tera["N_passes"]}
     print(table(shown, columns))
     print(f"\nratio: N passes over one pass, isolated. For large N it tends to (P + R) / R = {(P + R) / R:.2f}.")
@@ -61,7 +62,9 @@ def size(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = Parser(prog="python -m yojo.flops", description="Count what N passes and one pass cost.", random=False)
     parser.add_argument("--size", "--shape", choices=SIZES, default=SIZES[0], help="whose network")
-    parser.add_argument("--image", type=size, metavar="WxH", action="append", help="a picture's size; repeat")
+    parser.add_argument(
+        "--image", type=size, metavar="WxH", action="append", help="a picture's size, with --size molmo2-4b; repeat"
+    )
     text = {"type": whole(1), "default": 40, "metavar": "P", "help": "tokens of the prompt that are text"}
     parser.add_argument("--prompt-tokens", **text)
     parser.add_argument("--response-tokens", type=whole(1), default=200, metavar="R", help="tokens of each response")

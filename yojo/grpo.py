@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from yojo import memory
-from yojo.cli import Parser, run, whole
+from yojo.cli import Parser, rate, run, whole
 from yojo.core import lora
 from yojo.core.data import Record, read_records
 from yojo.core.grpo import POLICY, GrpoConfig, reward_fn, train_policy
@@ -79,13 +79,19 @@ def main() -> None:
     what = "Train a policy with a one-pass reward."
     parser = Parser(prog="python -m yojo.grpo", description=what, rules=RULES)
     parser.add_argument("--tiny", action="store_true", help="the built-in models and world, judged by an oracle")
-    parser.add_argument("--controls", action="store_true", help="a random reward and the oracle beside the two")
+    parser.add_argument(
+        "--controls", action="store_true", help="two more rewards: random numbers, and the oracle itself"
+    )
     parser.add_argument("--seeds", type=whole(1), default=1, metavar="K", help="K seeds, from --seed on")
-    parser.add_argument("--make-start", action="store_true", help="make the policy that --tiny starts from")
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="the backbone, where that is not where it was")
+    parser.add_argument(
+        "--make-start",
+        action="store_true",
+        help="make the policy that --tiny starts from, in weights/tiny-policy or --out",
+    )
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="the folder of the backbone, if it has moved")
     parser.add_argument("--reward", type=Path, metavar="DIR", help="a reward model; its backbone is the policy's too")
     parser.add_argument("--data", type=Path, metavar="FILE", help="prompts, JSONL")
-    out = "folder for the policy's adapter; with --tiny, for curves"
+    out = "folder for the policy's adapter; with --tiny, for a line a step of every run"
     parser.add_argument("--out", type=Path, metavar="DIR", help=out)
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
@@ -95,7 +101,8 @@ def main() -> None:
     parser.add_argument("--group", type=whole(2), default=d.group, metavar="G", help="answers a prompt")
     length = {"type": whole(1), "default": d.max_new_tokens, "metavar": "T"}
     parser.add_argument("--max-new-tokens", **length, help="length of an answer, at most")
-    parser.add_argument("--lr", type=float, help=f"learning rate (default: {d.lr} with --tiny, {FULL_LR} without)")
+    rates = f"learning rate (default: {FULL_LR}; with --tiny {d.lr})"
+    parser.add_argument("--lr", type=rate, metavar="X", help=rates)
     run(parser, run_command)
 
 

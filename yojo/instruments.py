@@ -93,14 +93,13 @@ def largest(values: Iterable[float]) -> float:
     return torch.tensor(list(values), dtype=torch.float64).max().item()
 
 
-def gigabytes(number: int) -> str:
-    return f"{number / 1e9:.3f}"
-
-
 def print_rows(rows: list[dict], *names: str) -> None:
-    forms = {"arm": "<", "seconds": ".3f", "tokens_per_s": ".0f", "difference": ".1e", "above": gigabytes}
-    memory_of = {name: gigabytes for name in names if name.endswith(("_anon", "_file")) or name == "weights"}
-    print(table(rows, {name: (forms | memory_of).get(name, ".2f") for name in ("arm", *names)}))
+    """A table of what the rows have of these; bytes in GB."""
+    names = [name for name in names if any(name in row for row in rows)]
+    sizes = {name: f"{name}, GB" for name in names if name in ("above", "weights") or name.endswith(("_anon", "_file"))}
+    shown = [{sizes.get(k, k): v / 1e9 if k in sizes else v for k, v in row.items()} for row in rows]
+    forms = {"arm": "<", "seconds": ".3f", "tokens_per_s": ".0f", "difference": ".1e"} | dict.fromkeys(sizes, ".3f")
+    print(table(shown, {sizes.get(name, name): forms.get(name, ".2f") for name in ("arm", *names)}))
 
 
 def hardware(device: torch.device) -> str:

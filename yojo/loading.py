@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
+from yojo.cli import end_with_parent
 from yojo.core.data import Batch, collate
 from yojo.core.mask import MODES
 from yojo.core.prompt import Encoded, Processor
@@ -88,7 +89,7 @@ def compare_load(args: argparse.Namespace) -> list[dict]:
     phases = ("load_s", "load_anon", "load_file", "weights", "joint_s", "isolated_s", "score_anon")
     print_rows(rows, *phases, "times_ours", "memory_ratio", "difference")
     slower = times("load_s", load_ours, clone_all)
-    print(f"\nloading took {slower:.2f} times as long as opening and cloning; difference: of the hidden states read")
+    print(f"\nloading took {slower:.2f} times as long as opening and cloning the files")
     return rows
 
 
@@ -98,7 +99,7 @@ def alone(arm: Callable, folder: Path, args: argparse.Namespace) -> dict:
         with open(shard, "rb") as file:
             os.fsync(file.fileno())  # pages that are not yet on the disk would stay
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as process:
         try:
             return process.submit(arm, folder, args).result()
         except BrokenProcessPool:
@@ -159,6 +160,8 @@ def load_ours(folder: Path, args: argparse.Namespace) -> dict:
 @torch.no_grad()
 def load_theirs(folder: Path, args: argparse.Namespace) -> dict:
     """transformers, all hidden states and logits kept"""
+    import transformers  # noqa: F401  seconds that are no part of loading
+
     device = torch.device(args.device)
     model, found = phase("load", lambda: load_peer(folder, args, getattr(torch, args.dtype)), device)
     _, row = question(folder, model.config.text_config.max_position_embeddings, args.n)

@@ -40,6 +40,7 @@ RULES = [
     ("without", "model data prompt", "seed"),
     ("with", "video", "frames interval"),
     ("or", "tiny", "model"),
+    ("or", "tiny data", "prompt response"),
 ]
 
 
@@ -49,11 +50,13 @@ def main() -> None:
     tiny = "use the built-in model, and its world where no --prompt is given"
     parser.add_argument("--tiny", action="store_true", help=tiny)
     parser.add_argument("--model", type=Path, metavar="DIR", help="a reward model's folder")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="its backbone, where that is not where it was")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="the folder of its backbone, if it has moved")
     parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="a picture; repeat for several")
     parser.add_argument("--video", type=Path, metavar="DIR", help="a folder of frames, or an animated GIF or WebP")
     parser.add_argument("--frames", type=whole(1), default=FRAMES, metavar="K", help="at most so many, evenly spaced")
-    parser.add_argument("--interval", type=float, default=INTERVAL, help="seconds between frames that bring no times")
+    parser.add_argument(
+        "--interval", type=float, default=INTERVAL, metavar="S", help="seconds between frames without times"
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="the question")
     parser.add_argument("--response", action="append", default=[], metavar="TEXT", help="a candidate answer; repeat")
     parser.add_argument("--data", type=Path, metavar="FILE", help="JSONL records to score instead")
@@ -64,13 +67,13 @@ def main() -> None:
 
 
 def run_command(args: argparse.Namespace) -> dict | list[dict]:
+    records, facts = prompts(args)
     folder = shipped(f"weights/{NAMES[args.mode or 'joint']}") if args.tiny else args.model
     rm = RewardModel.load(folder, args.base, **computed_on(args))
     if args.compile:
         rm.backbone.fuse()
     mode = args.mode or rm.mode
     print(f"mode: {mode}" + ("" if mode == rm.mode else f" (trained in {rm.mode})") + f": {MEANS[mode]}")
-    records, facts = prompts(args)
     results, encoded = [], (encode(r, rm.processor) for r in tqdm(records, "scoring", delay=2, leave=False))
     if args.draw_mask:
         row = next(encoded)

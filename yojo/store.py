@@ -161,7 +161,7 @@ def _check_ours(folder: Path, config: dict, base: str | Path | None) -> Path:
         raise InputError(f"{folder / CONFIG} is no reward model of this project: {why}")
     base = folder / config["base"] if base is None else Path(base)
     if not base.is_dir():
-        raise InputError(f"{folder} was trained on a base at {base}, and there is none: pass its folder as `base`")
+        raise InputError(f"{folder} needs its backbone, and there is no folder {base}: say where it is (`base`)")
     return base
 
 

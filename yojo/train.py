@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from yojo import memory, metrics
-from yojo.cli import Parser, add_model_options, run, whole, with_interval
+from yojo.cli import Parser, add_model_options, rate, run, whole, with_interval
 from yojo.core import flops, parallel
 from yojo.core.data import Record, encode, read_records
 from yojo.core.held_out import controls, score_records
@@ -154,11 +154,11 @@ def main() -> None:
         default="absolute",
         help="absolute: answers can be judged alone; corroborated: only by comparison",
     )
+    parser.add_argument("--paraphrase", action="store_true", help="--task corroborated, its copies worded differently")
     parser.add_argument(
-        "--paraphrase", action="store_true", help="with --task corroborated: word the copies differently"
+        "--seeds", type=whole(1), default=1, metavar="K", help="K seeds, from --seed on; 1 where there is an --out"
     )
-    parser.add_argument("--seeds", type=whole(1), default=1, metavar="K", help="K seeds, from --seed on")
-    sizes = "numbers of responses to train on, where not the task's"
+    sizes = "numbers of responses to train on, 2 to 16, with --task absolute; where not the task's"
     parser.add_argument("--sizes", type=whole(2), nargs="+", metavar="N", help=sizes)
     parser.add_argument("--weights", type=Path, metavar="DIR", help="checkpoint folder to train on")
     parser.add_argument("--data", type=Path, metavar="FILE", help="preference records, JSONL")
@@ -169,15 +169,17 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument("--loss", choices=LOSSES, default=Recipe().loss, help="what scores are trained against")
-    parser.add_argument("--steps", type=whole(1), metavar="S", help="training steps, where not the recipe's")
-    parser.add_argument("--lr", type=float, help="learning rate, where not the recipe's")
+    d, tiny = Recipe(), {task: recipe.fit for task, (recipe, _) in TASKS.items()}
+    steps = f"training steps (default: every record {d.epochs} times; with --tiny "
+    steps += " or ".join(f"{fit.steps} for {task}" for task, fit in tiny.items()) + ")"
+    parser.add_argument("--steps", type=whole(1), metavar="S", help=steps)
+    rates = f"learning rate (default: {d.fit.lr}; with --tiny {tiny['absolute'].lr})"
+    parser.add_argument("--lr", type=rate, metavar="X", help=rates)
     add_model_options(parser, dtype=False)
     run(parser, run_command)
 
 
 def run_command(args: argparse.Namespace) -> dict:
-    if args.lr is not None and not 0 < args.lr < 1:
-        raise InputError(f"--lr {args.lr}: between 0 and 1")
     if not args.tiny:
         return run_files(args)
     if args.paraphrase and args.task != "corroborated":

@@ -259,11 +259,15 @@ def read_answers(path: str | Path) -> dict[str, Answered]:
     items: dict[str, Answered] = {}
     for where, raw in read_lines(path):
         item, texts = raw.get("item"), raw.get("responses")
-        if not isinstance(item, str) or not isinstance(texts, dict):
+        if not isinstance(item, str) or not isinstance(texts, dict) or not texts:
             raise InputError(f"{where}: item must be a string, responses an object of answer: text")
+        if bad := [name for name, text in texts.items() if not isinstance(text, str) or not text.strip()]:
+            raise InputError(f"{where}: the answer {bad[0]!r} must be a text that is not empty, got {texts[bad[0]]!r}")
         if item in items:
             raise InputError(f"{where}: item {item!r} stands there a second time")
-        record = record_of(raw | {"responses": list(texts.values())}, where, Path(path).parent, ranked=False)
+        record = record_of(
+            raw | {"responses": list(texts.values()), "rankings": None}, where, Path(path).parent, ranked=False
+        )
         items[item] = Answered(**vars(record), names=list(texts))
     return items
 
@@ -318,6 +322,8 @@ def from_file(args: argparse.Namespace) -> dict:
     if args.sample:
         chosen, left_out = sample(ranks, args.sample, args.ties, random.Random(args.seed))
     lines = [line_of(item, answers[item], names, ranks[item], args.out.parent) for item, names in chosen.items()]
+    if not lines:
+        raise InputError(f"no item has {args.sample} answers with at most {args.ties} ties among them")
     write_lines(args.out, lines)
     print(f"{len(lines)} records written to {args.out}")
     if left_out:
@@ -339,9 +345,18 @@ def main() -> None:
     what = "Rank answers from noisy pairwise votes."
     parser = Parser(prog="python -m yojo.votes", description=what, rules=RULES)
     parser.add_argument("--votes", type=Path, metavar="FILE", help="votes, JSONL; without it, a simulated study")
-    parser.add_argument("--items", type=whole(1), default=40, metavar="K", help="simulated items of every kind")
-    parser.add_argument("--answers", type=Path, metavar="FILE", help="prompts and texts of the items, JSONL")
-    parser.add_argument("--sample", type=whole(2), metavar="N", help="write N answers of each item instead of all")
+    parser.add_argument(
+        "--items", type=whole(1), default=40, metavar="K", help="simulated items for each line of the table"
+    )
+    parser.add_argument(
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="prompts and texts of the items, JSONL; votes for others are refused",
+    )
+    parser.add_argument(
+        "--sample", type=whole(2), metavar="N", help="write N answers of each item, drawn by --seed, not all"
+    )
     parser.add_argument("--ties", type=whole(0), default=0, metavar="K", help="pairs of equal rank allowed in a record")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write preference records")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")

@@ -35,9 +35,9 @@ COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.js
 # --------------------------------------------------------------------------------------------------------------- config
 
 # Our fields carry the names of config.json; where its two dialects differ from ours or from one another:
-RELEASED = {"rms_norm_eps": "layer_norm_eps", "patch_size": "image_patch_size"}
-RELEASED["num_position_embeddings"] = "image_num_pos"
-TRANSFORMERS = {"vit_layers": "vision_feature_layer"}
+RELEASED_NAMES = {"rms_norm_eps": "layer_norm_eps", "patch_size": "image_patch_size"}
+RELEASED_NAMES["num_position_embeddings"] = "image_num_pos"
+OTHER_NAMES = {"vit_layers": "vision_feature_layer"}
 KINDS = {"text_config": TextConfig, "vision_config": VisionConfig, "adapter_config": ConnectorConfig}
 # Switches of the family that this network does not have, with the only value it computes.
 TEXT = {"hidden_act": "silu", "qk_norm_type": "qwen3", "use_qk_norm": True, "qkv_bias": False, "norm_after": False}
@@ -82,12 +82,12 @@ def _part(path: Path, name: str, part: object, kind: type):
     for key, value in FIXED[name].items():
         if part.get(key, value) != value:
             raise InputError(f"{path}: {name}.{key} = {part[key]!r}; this network computes {value!r} only")
-    rope = part.get("rope_parameters") or {}
+    rope, picked = (part.get("rope_parameters") or {}) if kind is TextConfig else {}, {}
     if rope.get("rope_type", "default") != "default":
         raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, only 'default'")
-    part, picked = part | rope, {}
+    part = part | {key: value for key, value in rope.items() if key == "rope_theta"}
     for field in fields(kind):
-        theirs = dict.fromkeys((RELEASED.get(field.name, field.name), TRANSFORMERS.get(field.name, field.name)))
+        theirs = dict.fromkeys((RELEASED_NAMES.get(field.name, field.name), OTHER_NAMES.get(field.name, field.name)))
         values, like = [part[key] for key in theirs if part.get(key) is not None], field.default
         if not values:
             raise InputError(f"{path} lacks {' or '.join(theirs)}")
@@ -105,7 +105,7 @@ def config_json(c: Config, dtype: torch.dtype) -> dict:
     """The released dialect of `config.json`; `read_config` reads it back to `c`."""
 
     def part(values: object, name: str, **more) -> dict:
-        return {RELEASED.get(key, key): value for key, value in asdict(values).items()} | FIXED[name] | more
+        return {RELEASED_NAMES.get(key, key): value for key, value in asdict(values).items()} | FIXED[name] | more
 
     side = int(c.vision.num_position_embeddings**0.5) * c.vision.patch_size
     text = part(c.text, "text_config", model_type="molmo2_text")

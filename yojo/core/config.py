@@ -145,9 +145,8 @@ def read_image_config(folder: str | Path) -> ImageConfig:
         if size["height"] != size["width"] or resample != 2:
             raise InputError(f"{path}: views must be square and resampled bilinearly (2), got {size} and {resample}")
         given = {ours: raw[theirs] for ours, theirs in PREPROCESSOR.items()} | {"size": size["height"]}
-        given["video_pooling"] = (
-            read_json(video).get("pooling_size") if video.exists() else None
-        ) or ImageConfig.video_pooling
+        window = read_json(video).get("pooling_size") if video.exists() else None
+        given["video_pooling"] = window or ImageConfig.video_pooling
         pairs = {f.name: tuple(given[f.name]) for f in fields(ImageConfig) if isinstance(f.default, tuple)}
         return ImageConfig(**given | pairs)
     except KeyError as missing:

@@ -117,7 +117,7 @@ def record_of(raw: dict, where: str, folder: Path, ranked: bool = True, answered
 
 def pictures_of(raw: dict, where: str, folder: Path) -> tuple[list[Path], Path | None]:
     """A line's pictures and its video; what is not there raises."""
-    given = {key: raw[key] for key in ("image", "images", "video") if raw.get(key) is not None}
+    given = {key: raw[key] for key in ("image", "images", "video") if raw.get(key) not in (None, [])}
     if len(given) > 1:
         raise InputError(f"{where} has both {' and '.join(given)}: keep one")
     key, names = next(iter(given.items()), ("images", []))

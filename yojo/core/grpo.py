@@ -100,7 +100,7 @@ def log_probs(
     return logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
 
 
-# -------------------------------------------------------------------------------------------------------- the two verbs
+# ---------------------------------------------------------------------------------------------------- prompts and texts
 
 
 def prompt_row(rm: RewardModel, record: Record) -> Encoded:
@@ -113,6 +113,9 @@ def prompt_row(rm: RewardModel, record: Record) -> Encoded:
 def texts_of(rm: RewardModel, answers: Sequence[Tensor]) -> list[str]:
     """Sampled ids as text, without the end token."""
     return [rm.processor.tokenizer.decode(a[a != rm.backbone.config.eos_id].tolist()) for a in answers]
+
+
+# -------------------------------------------------------------------------------------------------------- the two verbs
 
 
 def advantages(rewards: Tensor, eps: float) -> Tensor:

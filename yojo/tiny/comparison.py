@@ -30,6 +30,7 @@ Models = dict[str, Path]  # by the mode that each was trained in
 
 
 def records_of(folder: Path, seed: int, task: str, n: int = 4, noisy: float = world.NOISE) -> list[Record]:
+    # the string of an older version, so that the records stay the same
     rng = random.Random(f"{seed} ablation World(task={task!r}, n={n}, noisy={noisy})")
     made = world.records(rng, task, GROUPS, GROUPS, (n,))
     return read_records(world.write_records(folder, f"{task}-{n}-{noisy}", made, noisy))
