@@ -276,27 +276,28 @@ def main() -> None:
     for name, (_, what) in COMMANDS.items():
         drawn = "size layers vision-layers" + (" seed" if name == "load" else "")
         sub = commands.add_parser(name, help=what, rules=[] if name == "batch" else [("without", "weights", drawn)])
+        add = sub.add_argument
         number, many = {"type": whole(1), "metavar": "N"}, {"nargs": "+"} if name == "score" else {}
-        sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
-        sub.add_argument("--rounds", **number, default=2 if name == "load" else 5, help="turns of each alternative")
+        add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
+        add("--rounds", **number, default=2 if name == "load" else 5, help="turns of each alternative")
         if name == "batch":
-            sub.add_argument("--n", **number, default=256, help="records")
+            add("--n", **number, default=256, help="records")
             continue
-        sub.add_argument("--weights", type=Path, metavar="DIR", help="a checkpoint; else a random one is written")
-        sub.add_argument("--size", "--shape", choices=SIZES, default=SIZES[0], help="of the random one")
-        sub.add_argument("--layers", **number, help="its decoder blocks, where not all")
-        sub.add_argument("--vision-layers", **number, help="its vision layers, where not all")
-        sub.add_argument("--peer", action="store_true", help=f"measure {PEERS[name]} beside it")
+        add("--weights", type=Path, metavar="DIR", help="a checkpoint; else a random one is written")
+        add("--size", "--shape", choices=SIZES, default=SIZES[0], help="of the random one")
+        add("--layers", **number, help="its decoder blocks, where not all")
+        add("--vision-layers", **number, help="its vision layers, where not all")
+        add("--peer", action="store_true", help=f"measure {PEERS[name]} beside it")
         add_model_options(sub, dtype=False)
         if name == "load":
-            sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="what to compute in")
-            sub.add_argument("--n", **number, default=4, help="answers")
+            add("--dtype", choices=DTYPES, default="bfloat16", help="what to compute in")
+            add("--n", **number, default=4, help="answers")
             continue
-        sub.add_argument("--dtypes", choices=DTYPES, nargs="+", default=[*DTYPES], help="what to compute in")
-        sub.add_argument("--n", **number, nargs="+", default=[2, 4, 8] if many else [4], help="answers")
+        add("--dtypes", choices=DTYPES, nargs="+", default=[*DTYPES], help="what to compute in")
+        add("--n", **number, nargs="+", default=[2, 4, 8] if many else [4], help="answers")
         tokens = [1040] if many else 1040
-        sub.add_argument("--prompt-tokens", **number, **many, default=tokens, help="of the prompt and its picture")
-        sub.add_argument("--response-tokens", **number, default=100, help="of each answer")
+        add("--prompt-tokens", **number, **many, default=tokens, help="of the prompt and its picture")
+        add("--response-tokens", **number, default=100, help="of each answer")
     run(parser, run_command)
 
 

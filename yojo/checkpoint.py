@@ -32,9 +32,8 @@ def show(folder: Path) -> dict:
     Processor.from_folder(folder, config.text.max_position_embeddings)
     files, total = shards(folder), sum(parts.values())
     size = sum(file.stat().st_size for file in files)
-    print(
-        f"{folder}: molmo2, complete; {tensors} tensors in {len(files)} file(s), {size:,} bytes, {' and '.join(dtypes)}"
-    )
+    held = f"{tensors} tensors in {len(files)} file(s), {size:,} bytes, {' and '.join(sorted(dtypes))}"
+    print(f"{folder}: molmo2, complete; {held}")
     rows = [{"part": name, "parameters": number} for name, number in {**parts, "total": total}.items()]
     print(table(rows, {"part": "<", "parameters": ",d"}))
     needs = {}
@@ -59,16 +58,15 @@ def main() -> None:
     parser = Parser(prog="python -m yojo.checkpoint", description=what, random=False)
     commands = parser.add_subparsers(dest="command", required=True)
     what = "what a checkpoint is, what it needs, and whether it is complete"
-    commands.add_parser("show", help=what, random=False).add_argument(
-        "folder", type=Path, metavar="DIR", help="its folder"
-    )
-    write = commands.add_parser("random", help="write random weights in the released layout")
-    write.add_argument("--size", "--shape", choices=SIZES, required=True, help="whose shape")
-    write.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    write.add_argument("--dtype", choices=DTYPES, default="float32", help="of the files")
-    write.add_argument("--layers", type=whole(1), metavar="K", help="decoder blocks, where not all")
-    write.add_argument("--vision-layers", type=whole(1), metavar="K", help="vision layers, where not all")
-    write.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    shown = commands.add_parser("show", help=what, random=False)
+    shown.add_argument("folder", type=Path, metavar="DIR", help="its folder")
+    add = commands.add_parser("random", help="write random weights in the released layout").add_argument
+    add("--size", "--shape", choices=SIZES, required=True, help="whose shape")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--dtype", choices=DTYPES, default="float32", help="of the files")
+    add("--layers", type=whole(1), metavar="K", help="decoder blocks, where not all")
+    add("--vision-layers", type=whole(1), metavar="K", help="vision layers, where not all")
+    add("--overwrite", action="store_true", help="replace what --out holds")
     run(parser, lambda args: show(args.folder) if args.command == "show" else random_checkpoint(args))
 
 

@@ -185,20 +185,16 @@ def print_report(result: dict, left_out: list[str]) -> None:
     rows = [{"figure": title, "value": value} for title, value in found.items()]
     ranks = [name for name in ("pairwise", "tau_b") if result.get(name) is not None]
     rows += [{"figure": name, "value": f"{result[name]:.3f}"} for name in ranks]
-    print(
-        f"\n{result['format']}, {result['mode']}, {result['items']} items, {result['without_picture']} of them ", end=""
-    )
-    print(f"without a picture; ties in {result['ties']:.1%}\n" + table(rows, {"figure": "<", "value": "<"}))
+    n, blind, ties = result["items"], result["without_picture"], result["ties"]
+    print(f"\n{result['format']}, {result['mode']}, {n} items, {blind} of them without a picture; ties in {ties:.1%}")
+    print(table(rows, {"figure": "<", "value": "<"}))
     if len(result["categories"]) > 1:
         rows = [{"category": name} | row for name, row in result["categories"].items()]
         print(table(rows, {"category": "<", "accuracy": ".3f", "items": "d"}))
     print("without a picture: " + ", ".join(f"{name} {value:.3f}" for name, value in result["baselines"].items()))
     if order := result.get("order"):
         places = ", ".join(f"{place}: {value:.3f}" for place, value in order["by_place"].items())
-        print(
-            f"order: the winner changes in {order['changed']:.1%}; mean over orders {order['mean_over_orders']:.3f}; ",
-            end="",
-        )
+        print(f"order: the winner changes in {order['changed']:.1%}; mean over orders {order['mean_over_orders']:.3f};")
         print(f"best answer at place {places}")
     if left_out:
         print(f"left out, {len(left_out)} rows:\n  " + "\n  ".join(left_out))
@@ -214,23 +210,21 @@ RULES = [
 
 
 def main() -> None:
-    what = "Evaluate a reward model on a benchmark's file."
-    parser = Parser(prog="python -m yojo.evaluate", description=what, rules=RULES)
-    parser.add_argument("--tiny", action="store_true", help="the built-in models on the tiny world; needs no files")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a reward model's folder")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="the folder of its backbone, if it has moved")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="the benchmark, JSONL")
-    parser.add_argument("--format", choices=FORMATS, default="records", help="its schema")
-    parser.add_argument(
+    parser = Parser(prog="python -m yojo.evaluate", description="Evaluate a model on a benchmark.", rules=RULES)
+    add = parser.add_argument
+    add("--tiny", action="store_true", help="the built-in models on the tiny world; needs no files")
+    add("--model", type=Path, metavar="DIR", help="a reward model's folder")
+    add("--base", type=Path, metavar="DIR", help="the folder of its backbone, if it has moved")
+    add("--data", type=Path, metavar="FILE", help="the benchmark, JSONL")
+    add("--format", choices=FORMATS, default="records", help="its schema")
+    add(
         "--map", action="append", default=[], metavar="NAME=FIELD", help="read NAME, such as prompt, from FIELD; repeat"
     )
-    parser.add_argument("--mode", choices=MODES, help="attention, where not the one the model was trained in")
-    parser.add_argument(
-        "--permutations", type=whole(1), default=1, metavar="K", help="orders to show each item in, of those there are"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="keep the scores there, and go on from them")
-    parser.add_argument("--overwrite", action="store_true", help="start --out over")
-    parser.add_argument("--keep-going", action="store_true", help="leave bad rows out, and list them")
+    add("--mode", choices=MODES, help="attention, where not the one the model was trained in")
+    add("--permutations", type=whole(1), default=1, metavar="K", help="orders to show each item in, of those there are")
+    add("--out", type=Path, metavar="FILE", help="keep the scores there, and go on from them")
+    add("--overwrite", action="store_true", help="start --out over")
+    add("--keep-going", action="store_true", help="leave bad rows out, and list them")
     add_model_options(parser)
     run(parser, run_command)
 

@@ -61,15 +61,12 @@ def size(text: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = Parser(prog="python -m yojo.flops", description="Count what N passes and one pass cost.", random=False)
-    parser.add_argument("--size", "--shape", choices=SIZES, default=SIZES[0], help="whose network")
-    parser.add_argument(
-        "--image", type=size, metavar="WxH", action="append", help="a picture's size, with --size molmo2-4b; repeat"
-    )
-    text = {"type": whole(1), "default": 40, "metavar": "P", "help": "tokens of the prompt that are text"}
-    parser.add_argument("--prompt-tokens", **text)
-    parser.add_argument("--response-tokens", type=whole(1), default=200, metavar="R", help="tokens of each response")
-    numbers = {"type": whole(1), "nargs": "+", "default": [1, 2, 4, 8, 16], "metavar": "N"}
-    parser.add_argument("--n", **numbers, help="numbers of responses")
+    add = parser.add_argument
+    add("--size", "--shape", choices=SIZES, default=SIZES[0], help="whose network")
+    add("--image", type=size, metavar="WxH", action="append", help="a picture's size, with --size molmo2-4b; repeat")
+    add("--prompt-tokens", type=whole(1), default=40, metavar="P", help="tokens of the prompt that are text")
+    add("--response-tokens", type=whole(1), default=200, metavar="R", help="tokens of each response")
+    add("--n", type=whole(1), nargs="+", default=[1, 2, 4, 8, 16], metavar="N", help="numbers of responses")
     run(parser, count)
 
 

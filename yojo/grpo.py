@@ -75,34 +75,24 @@ RULES = [
 
 
 def main() -> None:
-    d = GrpoConfig()
-    what = "Train a policy with a one-pass reward."
-    parser = Parser(prog="python -m yojo.grpo", description=what, rules=RULES)
-    parser.add_argument("--tiny", action="store_true", help="the built-in models and world, judged by an oracle")
-    parser.add_argument(
-        "--controls", action="store_true", help="two more rewards: random numbers, and the oracle itself"
-    )
-    parser.add_argument("--seeds", type=whole(1), default=1, metavar="K", help="K seeds, from --seed on")
-    parser.add_argument(
-        "--make-start",
-        action="store_true",
-        help="make the policy that --tiny starts from, in weights/tiny-policy or --out",
-    )
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="the folder of the backbone, if it has moved")
-    parser.add_argument("--reward", type=Path, metavar="DIR", help="a reward model; its backbone is the policy's too")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="prompts, JSONL")
-    out = "folder for the policy's adapter; with --tiny, for a line a step of every run"
-    parser.add_argument("--out", type=Path, metavar="DIR", help=out)
-    parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser = Parser(prog="python -m yojo.grpo", description="Train a policy with a one-pass reward.", rules=RULES)
+    add, d = parser.add_argument, GrpoConfig()
+    add("--tiny", action="store_true", help="the built-in models and world, judged by an oracle")
+    add("--controls", action="store_true", help="two more rewards: random numbers, and the oracle itself")
+    add("--seeds", type=whole(1), default=1, metavar="K", help="K seeds, from --seed on")
+    add("--make-start", action="store_true", help="make the policy that --tiny starts from, in its place or in --out")
+    add("--weights", type=Path, metavar="DIR", help="the folder of the backbone, if it has moved")
+    add("--reward", type=Path, metavar="DIR", help="a reward model; its backbone is the policy's too")
+    add("--data", type=Path, metavar="FILE", help="prompts, JSONL")
+    add("--out", type=Path, metavar="DIR", help="folder for the policy's adapter; with --tiny, for every run's log")
+    add("--overwrite", action="store_true", help="replace what --out holds")
+    add("--resume", action="store_true", help="go on with an interrupted run")
     steps = f"training steps (default: {d.steps}, with --make-start {START_STEPS})"
-    parser.add_argument("--steps", type=whole(1), metavar="S", help=steps)
-    parser.add_argument("--prompts", type=whole(1), default=d.prompts, metavar="P", help="prompts a step")
-    parser.add_argument("--group", type=whole(2), default=d.group, metavar="G", help="answers a prompt")
-    length = {"type": whole(1), "default": d.max_new_tokens, "metavar": "T"}
-    parser.add_argument("--max-new-tokens", **length, help="length of an answer, at most")
-    rates = f"learning rate (default: {FULL_LR}; with --tiny {d.lr})"
-    parser.add_argument("--lr", type=rate, metavar="X", help=rates)
+    add("--steps", type=whole(1), metavar="S", help=steps)
+    add("--prompts", type=whole(1), default=d.prompts, metavar="P", help="prompts a step")
+    add("--group", type=whole(2), default=d.group, metavar="G", help="answers a prompt")
+    add("--max-new-tokens", type=whole(1), default=d.max_new_tokens, metavar="T", help="length of an answer, at most")
+    add("--lr", type=rate, metavar="X", help=f"learning rate (default: {FULL_LR}; with --tiny {d.lr})")
     run(parser, run_command)
 
 

@@ -45,23 +45,20 @@ RULES = [
 
 
 def main() -> None:
-    what = "Score several responses to one prompt in one forward pass."
-    parser = Parser(prog="python -m yojo.score", description=what, rules=RULES)
-    tiny = "use the built-in model, and its world where no --prompt is given"
-    parser.add_argument("--tiny", action="store_true", help=tiny)
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a reward model's folder")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="the folder of its backbone, if it has moved")
-    parser.add_argument("--image", type=Path, action="append", metavar="FILE", help="a picture; repeat for several")
-    parser.add_argument("--video", type=Path, metavar="DIR", help="a folder of frames, or an animated GIF or WebP")
-    parser.add_argument("--frames", type=whole(1), default=FRAMES, metavar="K", help="at most so many, evenly spaced")
-    parser.add_argument(
-        "--interval", type=float, default=INTERVAL, metavar="S", help="seconds between frames without times"
-    )
-    parser.add_argument("--prompt", metavar="TEXT", help="the question")
-    parser.add_argument("--response", action="append", default=[], metavar="TEXT", help="a candidate answer; repeat")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="JSONL records to score instead")
-    parser.add_argument("--mode", choices=MODES, help="attention, where not the one the model was trained in")
-    parser.add_argument("--draw-mask", type=Path, metavar="FILE", help="draw the first record's mask as a PNG")
+    parser = Parser(prog="python -m yojo.score", description="Score N responses in one forward pass.", rules=RULES)
+    add = parser.add_argument
+    add("--tiny", action="store_true", help="use the built-in model, and its world where no --prompt is given")
+    add("--model", type=Path, metavar="DIR", help="a reward model's folder")
+    add("--base", type=Path, metavar="DIR", help="the folder of its backbone, if it has moved")
+    add("--image", type=Path, action="append", metavar="FILE", help="a picture; repeat for several")
+    add("--video", type=Path, metavar="DIR", help="a folder of frames, or an animated GIF or WebP")
+    add("--frames", type=whole(1), default=FRAMES, metavar="K", help="at most so many, evenly spaced")
+    add("--interval", type=float, default=INTERVAL, metavar="S", help="seconds between frames without times")
+    add("--prompt", metavar="TEXT", help="the question")
+    add("--response", action="append", default=[], metavar="TEXT", help="a candidate answer; repeat")
+    add("--data", type=Path, metavar="FILE", help="JSONL records to score instead")
+    add("--mode", choices=MODES, help="attention, where not the one the model was trained in")
+    add("--draw-mask", type=Path, metavar="FILE", help="draw the first record's mask as a PNG")
     add_model_options(parser)
     run(parser, run_command)
 

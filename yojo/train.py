@@ -118,7 +118,8 @@ def announce(records: list[Record], lengths: list[Lengths], rm: RewardModel, rec
     row, *rows = (encode(record, rm.processor, pixels=False) for record in some)
     more = recipe.records * memory.activations(config, dtype, recipe.lora, row, rm.mode)
     print(
-        f"memory, computed: {held / 1e9:.1f} GB for weights, adapter and optimiser, and {more / 1e9:.1f} GB at most for"
+        f"memory, computed: {held / 1e9:.1f} GB for weights, adapter, optimiser, and {more / 1e9:.1f} GB at most for",
+        end=" ",
     )
     print(f"the activations of {recipe.records} record(s): {(held + more) / 1e9:.1f} GB")
     cost = metrics.mean([flops.training_step(config, row, rm.mode, recipe.lora.r, recipe.inner) for row in rows])
@@ -145,36 +146,28 @@ RULES = [
 
 
 def main() -> None:
-    what = "Train a reward model: LoRA and a value head."
-    parser = Parser(prog="python -m yojo.train", description=what, rules=RULES)
-    parser.add_argument("--tiny", action="store_true", help="the built-in model and world; needs no files")
-    parser.add_argument(
-        "--task",
-        choices=TASKS,
-        default="absolute",
-        help="absolute: answers can be judged alone; corroborated: only by comparison",
+    parser = Parser(prog="python -m yojo.train", description="Train a reward model: LoRA and a head.", rules=RULES)
+    add = parser.add_argument
+    add("--tiny", action="store_true", help="the built-in model and world; needs no files")
+    add("--task", choices=TASKS, default="absolute", help="absolute: the truest is best; corroborated: the confirmed")
+    add("--paraphrase", action="store_true", help="--task corroborated, its copies worded differently")
+    add("--seeds", type=whole(1), default=1, metavar="K", help="K seeds, from --seed on; 1 where there is an --out")
+    add(
+        "--sizes", type=whole(2), nargs="+", metavar="N", help="--task absolute: answers in training, 2 to 16, if not 4"
     )
-    parser.add_argument("--paraphrase", action="store_true", help="--task corroborated, its copies worded differently")
-    parser.add_argument(
-        "--seeds", type=whole(1), default=1, metavar="K", help="K seeds, from --seed on; 1 where there is an --out"
-    )
-    sizes = "numbers of responses to train on, 2 to 16, with --task absolute; where not the task's"
-    parser.add_argument("--sizes", type=whole(2), nargs="+", metavar="N", help=sizes)
-    parser.add_argument("--weights", type=Path, metavar="DIR", help="checkpoint folder to train on")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="preference records, JSONL")
-    test = "records to evaluate on; else one in twenty is held back"
-    parser.add_argument("--test", type=Path, metavar="FILE", help=test)
-    parser.add_argument("--mode", choices=MODES, help="attention; --tiny trains both where this is not given")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the reward model; with --tiny, for both")
-    parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    parser.add_argument("--loss", choices=LOSSES, default=Recipe().loss, help="what scores are trained against")
+    add("--weights", type=Path, metavar="DIR", help="checkpoint folder to train on")
+    add("--data", type=Path, metavar="FILE", help="preference records, JSONL")
+    add("--test", type=Path, metavar="FILE", help="records to evaluate on; else one in twenty is held back")
+    add("--mode", choices=MODES, help="attention; --tiny trains both where this is not given")
+    add("--out", type=Path, metavar="DIR", help="folder for the reward model; with --tiny, for both")
+    add("--overwrite", action="store_true", help="replace what --out holds")
+    add("--resume", action="store_true", help="go on with an interrupted run")
+    add("--loss", choices=LOSSES, default=Recipe().loss, help="what scores are trained against")
     d, tiny = Recipe(), {task: recipe.fit for task, (recipe, _) in TASKS.items()}
     steps = f"training steps (default: every record {d.epochs} times; with --tiny "
     steps += " or ".join(f"{fit.steps} for {task}" for task, fit in tiny.items()) + ")"
-    parser.add_argument("--steps", type=whole(1), metavar="S", help=steps)
-    rates = f"learning rate (default: {d.fit.lr}; with --tiny {tiny['absolute'].lr})"
-    parser.add_argument("--lr", type=rate, metavar="X", help=rates)
+    add("--steps", type=whole(1), metavar="S", help=steps)
+    add("--lr", type=rate, metavar="X", help=f"learning rate (default: {d.fit.lr}; with --tiny {tiny['absolute'].lr})")
     add_model_options(parser, dtype=False)
     run(parser, run_command)
 

@@ -342,24 +342,15 @@ RULES = [
 
 
 def main() -> None:
-    what = "Rank answers from noisy pairwise votes."
-    parser = Parser(prog="python -m yojo.votes", description=what, rules=RULES)
-    parser.add_argument("--votes", type=Path, metavar="FILE", help="votes, JSONL; without it, a simulated study")
-    parser.add_argument(
-        "--items", type=whole(1), default=40, metavar="K", help="simulated items for each line of the table"
-    )
-    parser.add_argument(
-        "--answers",
-        type=Path,
-        metavar="FILE",
-        help="prompts and texts of the items, JSONL; votes for others are refused",
-    )
-    parser.add_argument(
-        "--sample", type=whole(2), metavar="N", help="write N answers of each item, drawn by --seed, not all"
-    )
-    parser.add_argument("--ties", type=whole(0), default=0, metavar="K", help="pairs of equal rank allowed in a record")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write preference records")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+    parser = Parser(prog="python -m yojo.votes", description="Rank answers from noisy pairwise votes.", rules=RULES)
+    add = parser.add_argument
+    add("--votes", type=Path, metavar="FILE", help="votes, JSONL; without it, a simulated study")
+    add("--items", type=whole(1), default=40, metavar="K", help="simulated items for each line of the table")
+    add("--answers", type=Path, metavar="FILE", help="prompts and texts of the items, JSONL; other votes are refused")
+    add("--sample", type=whole(2), metavar="N", help="write N answers of each item, drawn by --seed, not all")
+    add("--ties", type=whole(0), default=0, metavar="K", help="pairs of equal rank allowed in a record")
+    add("--out", type=Path, metavar="FILE", help="write preference records")
+    add("--overwrite", action="store_true", help="replace --out")
     run(parser, run_command)
 
 

@@ -139,11 +139,9 @@ def run_one(name: str, seed: int, c: GrpoConfig, folder: Path | None) -> dict:
 
     def report(entry: dict) -> None:
         parts = [f"{entry[f'{part}_share']:.0%} {part}" for part in ("rollout", "scoring", "update")]
-        print(
-            f"{name:9s}{entry['step']:4d}  reward {entry['reward']:7.3f}  quality {entry['quality']:.3f}  "
-            f"kl {entry['kl']:.4f}  length {entry['length']:4.1f}  {', '.join(parts)}",
-            flush=True,
-        )
+        said = f"{name:9s}{entry['step']:4d}  reward {entry['reward']:7.3f}  quality {entry['quality']:.3f}  "
+        said += f"kl {entry['kl']:.4f}  length {entry['length']:4.1f}  {', '.join(parts)}"
+        print(said, flush=True)
 
     def measured(when: str, adapter: str) -> dict[str, list[float]]:
         temperatures = {"sampled": c.temperature, "greedy": 0.0}
