@@ -83,8 +83,8 @@ def test_options_that_would_do_nothing_or_are_missing_are_named(words, why):
 
 def test_the_help_says_which_options_go_together_and_names_defaults_once():
     said = " ".join(parser().format_help().split())
-    assert "--seeds SEEDS with --tiny: how many" in said and "--overwrite with --out or --model: replace it" in said
-    assert "give --tiny, or --model and --out" in said and said.count("without --tiny: ") == 2
+    assert "--seeds SEEDS (with --tiny) how many" in said and "--overwrite (with --out or --model) replace it" in said
+    assert "give --tiny, or --model and --out" in said and said.count("(without --tiny) ") == 2
     assert "None" not in said and "False" not in said and said.count("(default: 0)") == 1
 
 

@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """With what an option goes stands before its own help."""
         for how, first, names in self.rules:
-            prefix = f"{how} {listed(first, ' or ')}: "
+            prefix = f"({how} {listed(first, ' or ')}) "
             for action in self._actions if how != "or" else ():
                 if action.dest in names.replace("-", "_").split() and prefix not in action.help:
                     action.help = prefix + action.help
