@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import yojo
-from yojo import bench
+from yojo import instruments
 from yojo.cli import WEIGHTS
 from yojo.files import InputError
 from yojo.tiny import world
@@ -89,5 +89,5 @@ def test_10_000_records_take_no_more_memory_than_500(judge):
     for i, scores in enumerate(judge.score_all(records())):
         assert len(scores) > 1
         if i <= 500 or i == 9_999:
-            held.append(bench.memory_of()["RssAnon"])
+            held.append(instruments.memory()["anon"])
     assert held[-1] < 1.03 * max(held[:-1]), f"{held[-1] / 1e6:.0f} MB, at most {max(held[:-1]) / 1e6:.0f} at first"
