@@ -52,9 +52,12 @@ def mean(values: Sequence[float | None]) -> float:
     return float(np.mean([v for v in values if v is not None]))
 
 
-def interval(values: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+DRAWS = 2000  # of the bootstrap
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
     """95% bootstrap interval of the mean: records drawn again with replacement."""
-    return macro_interval(values, [""] * len(values), seed, draws)
+    return macro_interval(values, [""] * len(values))
 
 
 def by_category(values: Sequence[float], categories: Sequence[str]) -> dict[str, list[float]]:
@@ -68,13 +71,11 @@ def macro(values: Sequence[float], categories: Sequence[str]) -> float:
     return mean([mean(some) for some in by_category(values, categories).values()])
 
 
-def macro_interval(
-    values: Sequence[float], categories: Sequence[str], seed: int = 0, draws: int = 2000
-) -> tuple[float, float]:
+def macro_interval(values: Sequence[float], categories: Sequence[str]) -> tuple[float, float]:
     """95% bootstrap interval of `macro`: records drawn again inside their category."""
-    rng, total, parts = np.random.default_rng(seed), np.zeros(draws), by_category(values, categories)
+    rng, total, parts = np.random.default_rng(0), np.zeros(DRAWS), by_category(values, categories)
     for some in map(np.array, parts.values()):
-        total += some[rng.integers(0, len(some), (draws, len(some)))].mean(1)
+        total += some[rng.integers(0, len(some), (DRAWS, len(some)))].mean(1)
     low, high = np.quantile(total / len(parts), [0.025, 0.975])
     return float(low), float(high)
 

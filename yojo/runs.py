@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from yojo.cli import refuse_existing
 from yojo.core import parallel
 from yojo.core.state import Log, NotFinite, RunState
 from yojo.files import InputError, add_line, whole_file, write_lines
@@ -93,8 +94,7 @@ class SavedRun(RunState):
 def run_folder(out: Path, overwrite: bool, resume: bool) -> Path:
     """The folder of a run's state; refuses what it was not told to replace."""
     training = out.absolute().with_name(out.absolute().name + ".training")
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists already: choose another --out, or say --overwrite")
+    refuse_existing(out, overwrite)
     if resume and not training.exists():
         raise InputError(f"there is no unfinished run at {training} to resume")
     if training.exists() and not resume and not overwrite:
