@@ -40,10 +40,13 @@ RELEASED_NAMES["num_position_embeddings"] = "image_num_pos"
 OTHER_NAMES = {"vit_layers": "vision_feature_layer"}
 KINDS = {"text_config": TextConfig, "vision_config": VisionConfig, "adapter_config": ConnectorConfig}
 # Switches of the family that this network does not have, with the only value it computes.
-TEXT = {"hidden_act": "silu", "qk_norm_type": "qwen3", "use_qk_norm": True, "qkv_bias": False, "norm_after": False}
-TEXT |= {"attention_bias": False, "rope_scaling": None}
-CONNECTOR = {"hidden_act": "silu", "pooling_attention_mask": True}
-FIXED = {"text_config": TEXT, "vision_config": {"hidden_act": "gelu_pytorch_tanh"}, "adapter_config": CONNECTOR}
+FIXED_TEXT = {"hidden_act": "silu", "qk_norm_type": "qwen3", "use_qk_norm": True, "qkv_bias": False}
+FIXED_TEXT |= {"norm_after": False, "attention_bias": False, "rope_scaling": None}
+FIXED = {
+    "text_config": FIXED_TEXT,
+    "vision_config": {"hidden_act": "gelu_pytorch_tanh"},
+    "adapter_config": {"hidden_act": "silu", "pooling_attention_mask": True},
+}
 
 
 def read_config(folder: str | Path) -> Config:
@@ -82,7 +85,8 @@ def _part(path: Path, name: str, part: object, kind: type):
     for key, value in FIXED[name].items():
         if part.get(key, value) != value:
             raise InputError(f"{path}: {name}.{key} = {part[key]!r}; this network computes {value!r} only")
-    rope, picked = (part.get("rope_parameters") or {}) if kind is TextConfig else {}, {}
+    picked: dict = {}
+    rope = part.get("rope_parameters") or {} if kind is TextConfig else {}
     if rope.get("rope_type", "default") != "default":
         raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, only 'default'")
     part = part | {key: value for key, value in rope.items() if key == "rope_theta"}
@@ -264,9 +268,9 @@ def fingerprint(model: Molmo2, tokenizer_file: str | Path) -> dict[str, str]:
     return {"weights": digest.hexdigest(), "tokenizer": hashlib.sha256(Path(tokenizer_file).read_bytes()).hexdigest()}
 
 
-VISION = "model.vision_backbone."
-PARTS = {f"{VISION}image_vit.": "vision tower", VISION: "connector", WTE: "embedding table"}
-PARTS |= {"model.transformer.": "decoder", "lm_head.": "lm_head"}
+# How the names of a part's tensors begin; the first that fits counts.
+PARTS = {"model.vision_backbone.image_vit.": "vision tower", "model.vision_backbone.": "connector"}
+PARTS |= {WTE: "embedding table", "model.transformer.": "decoder", "lm_head.": "lm_head"}
 
 
 def part_of(name: str) -> str:

@@ -29,8 +29,8 @@ from yojo.tiny import world
 
 FIT = FitConfig(steps=200, lr=2e-3, warmup=10, schedule="cosine")
 TINY = Recipe(LoraConfig(r=16, alpha=64, dropout=0.0), inner=128, records=32, fit=FIT)
-FIT_6 = replace(FIT, steps=220, betas=(0.9, 0.95))
-CORROBORATED = replace(TINY, lora=LoraConfig(r=32, alpha=64, dropout=0.0), records=64, fit=FIT_6)
+LONGER = replace(FIT, steps=220, betas=(0.9, 0.95))
+CORROBORATED = replace(TINY, lora=LoraConfig(r=32, alpha=64, dropout=0.0), records=64, fit=LONGER)
 TASKS = {"absolute": (TINY, 4), "corroborated": (CORROBORATED, 6)}  # recipe, responses to choose among
 SCENES, TEST, HELD_OUT = 2400, 2000, 1000
 CONTROLLED = 1000  # of the test groups, shown with other pictures
