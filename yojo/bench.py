@@ -284,9 +284,9 @@ def main() -> None:
             add("--n", **number, default=256, help="records")
             continue
         add("--weights", type=Path, metavar="DIR", help="a checkpoint; else a random one is written")
-        add("--size", "--shape", choices=SIZES, default=SIZES[0], help="of the random one")
-        add("--layers", **number, help="its decoder blocks, where not all")
-        add("--vision-layers", **number, help="its vision layers, where not all")
+        add("--size", "--shape", choices=SIZES, default=SIZES[0], help="size of the random checkpoint")
+        add("--layers", **number, help="decoder blocks of the random checkpoint, where not all")
+        add("--vision-layers", **number, help="vision layers of the random checkpoint, where not all")
         add("--peer", action="store_true", help=f"measure {PEERS[name]} beside it")
         add_model_options(sub, dtype=False)
         if name == "load":

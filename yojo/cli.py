@@ -162,6 +162,7 @@ def table(rows: Sequence[Mapping], columns: Mapping[str, str | Callable[[object]
 
 
 def with_interval(value: float, interval: tuple[float, float]) -> str:
+    """A figure as tables show it."""
     return "{:.3f} [{:.3f}, {:.3f}]".format(value, *interval)
 
 

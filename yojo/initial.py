@@ -72,7 +72,7 @@ def write_random(
     out: str | Path, size: str, config: Config, dtype: torch.dtype, seed: int, overwrite: bool = False
 ) -> None:
     """A checkpoint of random weights in the released layout: config, shards with their index, companions. A shard is a
-    block of the decoder, or one of the other parts, so no more than that is held in memory."""
+    block of the decoder, or one of the other parts, and one is made at a time."""
     shapes, shards = stored_shapes(config), {}
     for name in shapes:
         block = re.match(r"model\.transformer\.blocks\.\d+", name)

@@ -10,7 +10,7 @@ How it differs from a textbook decoder (facts: the Molmo2 report and `transforme
 - the forward pass returns hidden states after the final norm and never logits: a reward model needs none.
 
 Attribute names are the checkpoint's tensor names, so loading is one strict `load_state_dict` (`weights.py`).
-Norms, rotary angles and softmax run in at least float32 (bf16 goes up, float64 stays). `ops.py` makes it fast.
+Norms, rotary angles and softmax run in at least float32 (bf16 goes up, float64 stays); `ops.py` is there for speed.
 
 Shape alphabet: B batch rows, T tokens, N responses, R kept positions, P patches of a view, M pooled picture tokens,
 D decoder width, H query heads, K key/value heads, d head width, V vocabulary; in attention Q queries, S keys.
