@@ -23,7 +23,8 @@ from yojo.core.prompt import Tokenizer
 from yojo.core.reward import RewardModel
 from yojo.files import InputError, whole_file, whole_folder
 from yojo.initial import size_config, stand_in_tokenizer, stored_shapes, write_random
-from yojo.weights import config_json, fingerprint, load_backbone, read_config, save_backbone
+from yojo.settings import config_json, read_config
+from yojo.weights import fingerprint, load_backbone, save_backbone
 
 DATA = Path(__file__).parent / "data"
 

@@ -24,6 +24,7 @@ COMMANDS = {n for n, t in TREES.items() if any(isinstance(x, ast.If) and ast.dum
 SERVES_CORE = {"yojo.files", "yojo.media"}
 PACKAGES = {"PIL", "numpy", "tokenizers", "torch", "tqdm"}  # that core may use
 EXCEPTION = {("yojo.core.reward", "RewardModel", method, "yojo.store") for method in ("new", "load", "save")}
+EXCEPTION |= {("yojo.core.prompt", "Processor", "from_folder", "yojo.settings")}
 TYPES = ("yojo.core.molmo2", "if TYPE_CHECKING", "", "yojo.core.generate")  # the network names the cache's types
 CONTENTS = re.findall(r"^ {4}([* ]) (\w+)\.py ", ast.get_docstring(TREES["yojo.core.__init__"]), re.MULTILINE)
 READING_PATH = [name for star, name in CONTENTS if star == "*"]

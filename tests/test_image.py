@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from yojo.core.config import ImageConfig, read_image_config
+from yojo.core.config import ImageConfig
 from yojo.core.image import choose_tiling, frames_to_patches, images_to_patches, pool_windows
 from yojo.files import InputError
 from yojo.media import open_picture
+from yojo.settings import read_image_config
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = load_file(DATA / "molmo2_images.safetensors")

@@ -21,7 +21,8 @@ from yojo.core.config import ConnectorConfig, ImageConfig, TextConfig, VisionCon
 from yojo.core.generate import Cache, generate
 from yojo.core.image import frames_to_patches, images_to_patches
 from yojo.core.mask import AttentionMask
-from yojo.weights import load_backbone, read_config, save_backbone
+from yojo.settings import read_config
+from yojo.weights import load_backbone, save_backbone
 
 PATCH, START, END, COL, LOW = 407, 401, 402, 403, 404
 PICTURES = ImageConfig(size=84, margins=(1, 1), max_crops=4)

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from yojo.core.config import Markup, read_markup
+from yojo.core.config import Markup
 from yojo.core.prompt import IMAGE_TOKENS, SEPARATOR, Processor, Tokenizer
 from yojo.files import InputError
+from yojo.settings import read_markup
 
 SPECIAL = ["<|resp_sep|>", "<|im_end|>", "<|im_start|>", "<im_patch>", "<|image|>", "<|video|>", "<|endoftext|>"]
 SPECIAL += [name for name in IMAGE_TOKENS if name not in SPECIAL]

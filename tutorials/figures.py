@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from yojo import Processor, load_backbone
 from yojo.cli import WEIGHTS
-from yojo.core.config import ImageConfig, read_image_config
+from yojo.core.config import ImageConfig
 from yojo.core.data import collate
 from yojo.core.grpo import GrpoConfig
 from yojo.core.image import images_to_patches
@@ -31,6 +31,7 @@ from yojo.core.mask import MODES
 from yojo.core.molmo2 import rotary_angles, rotate
 from yojo.drawing import draw_mask
 from yojo.metrics import mean, tau_b
+from yojo.settings import read_image_config
 from yojo.tiny import world
 from yojo.votes import METHODS, simulate
 

@@ -18,7 +18,8 @@ from yojo.cli import DTYPES, Parser, run, table, whole
 from yojo.core.lora import LoraConfig
 from yojo.core.prompt import Processor
 from yojo.initial import SIZES, size_config, write_random
-from yojo.weights import open_weights, part_of, read_config, shards
+from yojo.settings import read_config
+from yojo.weights import open_weights, part_of, shards
 
 
 def show(folder: Path) -> dict:

@@ -15,10 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from yojo.cli import shipped
-from yojo.core.config import Config, ImageConfig, preprocessor_json
+from yojo.core.config import Config, ImageConfig
 from yojo.core.molmo2 import Molmo2
 from yojo.files import InputError, read_json, whole_folder, write_json
-from yojo.weights import COMPANIONS, WTE, part_of, read_config, write_settings
+from yojo.settings import preprocessor_json, read_config, write_settings
+from yojo.weights import COMPANIONS, WTE, part_of
 
 RELEASED = "molmo2-4b"
 SIZES = (RELEASED, "tiny")

@@ -32,7 +32,7 @@ from tokenizers import Tokenizer as BPE
 from torch import Tensor, nn
 
 from yojo.cli import WEIGHTS, Parser, refuse_existing, run, shipped, whole
-from yojo.core.config import Config, ConnectorConfig, ImageConfig, Markup, TextConfig, VisionConfig, preprocessor_json
+from yojo.core.config import Config, ConnectorConfig, ImageConfig, Markup, TextConfig, VisionConfig
 from yojo.core.data import Batch, collate
 from yojo.core.generate import generate
 from yojo.core.mask import MODES
@@ -41,6 +41,7 @@ from yojo.core.prompt import TURN_END, Encoded, Processor, Tokenizer
 from yojo.core.training import FitConfig, fit
 from yojo.files import write_json, write_lines
 from yojo.initial import init_weights
+from yojo.settings import preprocessor_json
 from yojo.tiny import world
 from yojo.weights import save_backbone
 

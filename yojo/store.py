@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from yojo.core import lora
-from yojo.core.lora import TARGETS, LoraConfig
 from yojo.core.molmo2 import Molmo2
 from yojo.core.prompt import SEPARATOR, Processor
 from yojo.core.reward import ADAPTER, RewardModel, ValueHead
 from yojo.files import InputError, open_tensors, read_json, read_pickle, read_tensors, whole_folder, write_json
+from yojo.settings import read_adapter_config
 from yojo.weights import fingerprint, load_backbone
 
 MOST_INNER = 65_536  # hidden units of a head: beyond this a file is not believed, since it would cost memory
@@ -59,34 +59,6 @@ def save_adapter(model: nn.Module, name: str, folder: str | Path) -> None:
     tensors = {k: v.contiguous() for k, v in adapter_tensors(model, name).items()}
     save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(Path(folder) / "adapter_config.json", peft)
-
-
-# What PEFT can write and `lora.py` does not compute, with the value under which both mean the same.
-OFF = "modules_to_save layers_to_transform layer_replication exclude_modules alora_invocation_tokens".split()
-PLAIN = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False}
-PLAIN |= {"rank_pattern": {}, "alpha_pattern": {}, **dict.fromkeys(OFF)}
-
-
-def read_adapter_config(folder: str | Path) -> LoraConfig:
-    path = Path(folder) / "adapter_config.json"
-    raw = read_json(path)
-    for key, plain in PLAIN.items():
-        if (raw.get(key) or plain) != plain:
-            raise InputError(f"{path}: {key} = {raw[key]!r} is not supported, only {plain!r}")
-    try:
-        names = raw["target_modules"]
-        if not isinstance(names, list):
-            raise TypeError(f"target_modules must be a list of names, got {names!r}")
-        config = LoraConfig(raw["r"], raw["lora_alpha"], raw["lora_dropout"], tuple(sorted(map(str, names))))
-        if not isinstance(config.r, int) or config.r < 1 or not 0 <= config.dropout < 1:
-            raise TypeError(f"r must be a whole number from 1 and lora_dropout in [0, 1), got {config}")
-        if missing := set(config.targets) - set(TARGETS):
-            raise ValueError(f"{sorted(missing)} name no matrix of this model; it has {sorted(TARGETS)}")
-        return replace(config, alpha=float(config.alpha))
-    except KeyError as missing:
-        raise InputError(f"{path} has no {missing}: is this a PEFT LoRA adapter?") from None
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def load_adapter(model: nn.Module, name: str, folder: str | Path) -> list[nn.Parameter]:

@@ -1,14 +1,13 @@
 """The numbers of a checkpoint: of its network, of how pictures are cut, of how they are marked up in a prompt. Every
 default is Molmo2-4B's.
 
-`config.json` is read into `Config` by `weights.py`; the two files that a prompt needs are read here. Against the
-released files the defaults are held by `pytest tests/test_molmo2.py tests/test_image.py`.
+The files are read into them by `settings.py`. Against the released files the defaults are held by
+`pytest tests/test_molmo2.py tests/test_image.py`.
 """
 
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from yojo.files import InputError, read_json
+from yojo.files import InputError
 
 
 @dataclass(frozen=True)
@@ -130,39 +129,3 @@ class Markup:
     use_single_crop_start_token: bool = True
     video_use_col_tokens: bool = False
     use_frame_special_tokens: bool = False
-
-
-PREPROCESSOR = {"patch": "patch_size", "margins": "overlap_margins", "max_crops": "max_crops"}
-PREPROCESSOR |= {"pooling": "pooling_size", "mean": "image_mean", "std": "image_std"}  # our name: the file's
-
-
-def read_image_config(folder: str | Path) -> ImageConfig:
-    """`preprocessor_config.json`; the video window from `video_preprocessor_config.json` where there is one."""
-    path, video = (Path(folder) / name for name in ("preprocessor_config.json", "video_preprocessor_config.json"))
-    raw = read_json(path)
-    try:
-        size, resample = raw["size"], raw.get("resample", 2)
-        if size["height"] != size["width"] or resample != 2:
-            raise InputError(f"{path}: views must be square and resampled bilinearly (2), got {size} and {resample}")
-        given = {ours: raw[theirs] for ours, theirs in PREPROCESSOR.items()} | {"size": size["height"]}
-        window = read_json(video).get("pooling_size") if video.exists() else None
-        given["video_pooling"] = window or ImageConfig.video_pooling
-        pairs = {f.name: tuple(given[f.name]) for f in fields(ImageConfig) if isinstance(f.default, tuple)}
-        return ImageConfig(**given | pairs)
-    except KeyError as missing:
-        raise InputError(f"{path} lacks {missing}") from None
-    except TypeError as error:
-        raise InputError(f"{path} has a value of the wrong kind: {error}") from None
-
-
-def preprocessor_json(c: ImageConfig) -> dict:
-    """What `read_image_config` reads back to `c`, but for the window of videos, which has a file of its own."""
-    ours = {theirs: getattr(c, name) for name, theirs in PREPROCESSOR.items()}
-    return {"size": {"height": c.size, "width": c.size}, **ours, "resample": 2}
-
-
-def read_markup(folder: str | Path) -> Markup:
-    """The five flags, each at its default where the file, or the flag in it, is missing."""
-    path = Path(folder) / "processor_config.json"
-    raw = read_json(path) if path.exists() else {}
-    return Markup(**{k: raw[k] for k in Markup.__dataclass_fields__ if raw.get(k) is not None})

@@ -40,7 +40,7 @@ from PIL import Image
 from tokenizers import Tokenizer as BPE
 from torch import Tensor
 
-from yojo.core.config import ImageConfig, Markup, read_image_config, read_markup
+from yojo.core.config import ImageConfig, Markup
 from yojo.core.image import Pictures, frames_to_patches, images_to_patches
 from yojo.core.mask import MODES, PROMPT
 from yojo.files import InputError, read_json
@@ -208,8 +208,11 @@ class Processor:
 
     @classmethod
     def from_folder(cls, folder: str | Path, max_tokens: int, layout: str = "default") -> "Processor":
+        """That of a checkpoint; rows of at most `max_tokens`."""
+        from yojo import settings
+
         tokenizer = Tokenizer(Path(folder) / "tokenizer.json")
-        return cls(tokenizer, read_image_config(folder), read_markup(folder), max_tokens, layout)
+        return cls(tokenizer, settings.read_image_config(folder), settings.read_markup(folder), max_tokens, layout)
 
     def encode(
         self,

@@ -6,7 +6,7 @@
 
 The gather happens inside the last block (`keep` in `molmo2.py`), since nothing else is needed beyond it. No logits are
 ever computed. `collate` in `data.py` makes the batch and says where scores are read. `new`, `load` and
-`save` ask `store.py`, which knows the files; nowhere else does `core/` use more than `files.py` and `media.py`.
+`save` ask `store.py`, which knows the files.
 
     rm = RewardModel.load("weights/tiny-rm")
     rm.score("Describe the star.", ["a small red star, ...", "..."], image="picture.png")
