@@ -29,7 +29,7 @@ TINY = Config(
     VisionConfig(24, 3, 2, 12, 40, 14, 36),
     ConnectorConfig(24, 2, 8, 24, (-1, -3)),
     image_patch_id=407,
-    eos_id=399,
+    eos_ids=(399,),
     pad_id=0,
 )
 
@@ -56,7 +56,7 @@ def tiny_folder(tmp_path_factory):
     processor = write_companions(companions)
     tokenizer = processor.tokenizer
     text = replace(TINY.text, vocab_size=512, additional_vocab_size=16)
-    ids = {"image_patch_id": tokenizer.id("<im_patch>"), "eos_id": tokenizer.id("<|im_end|>")}
+    ids = {"image_patch_id": tokenizer.id("<im_patch>"), "eos_ids": (tokenizer.id("<|im_end|>"),)}
     save_backbone(
         random_model(replace(TINY, text=text, **ids), dtype=torch.float32), companions.parent / "base", companions
     )

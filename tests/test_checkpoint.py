@@ -18,8 +18,9 @@ from conftest import TINY, edit, random_model
 from safetensors.torch import load_file, save_file
 
 from yojo.checkpoint import show
+from yojo.cli import WEIGHTS
 from yojo.core.lora import LoraConfig
-from yojo.core.prompt import Tokenizer
+from yojo.core.prompt import Processor, Tokenizer
 from yojo.core.reward import RewardModel
 from yojo.files import InputError, whole_file, whole_folder
 from yojo.initial import size_config, stand_in_tokenizer, stored_shapes, write_random
@@ -46,8 +47,9 @@ def test_a_round_trip_changes_no_bit(folder, tmp_path):
 
 
 def test_the_config_is_read_back_as_it_was_written(tmp_path):
-    config = replace(TINY, eos_id=None, pad_id=0)
-    (tmp_path / "config.json").write_text(json.dumps(config_json(config, torch.float32)))
+    config = replace(TINY, eos_ids=(), pad_id=0)
+    processor = Processor.from_folder(WEIGHTS / "tiny", 100)
+    (tmp_path / "config.json").write_text(json.dumps(config_json(config, torch.float32, processor)))
     assert read_config(tmp_path) == config
 
 
@@ -136,9 +138,12 @@ def test_a_truncated_file_is_named(folder, size):
         (lambda c: c.pop("image_patch_id"), "image_patch_id must be a token id"),
         (
             lambda c: c["text_config"].update(qk_norm_type="olmo"),
-            "qk_norm_type = 'olmo'; this network computes 'qwen3'",
+            "qk_norm_type = 'olmo' is not supported, only 'qwen3'",
         ),
-        (lambda c: c["text_config"].update(rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' is not supported"),
+        (
+            lambda c: c["text_config"].update(rope_parameters={"rope_type": "yarn"}),
+            "rope_type = 'yarn' is not supported",
+        ),
     ],
 )
 def test_wrong_configs_are_named(folder, change, message):
@@ -161,10 +166,14 @@ def test_a_folder_without_a_checkpoint(tmp_path, folder):
 # ------------------------------------------------------------------------------------------- random checkpoints, show
 
 
-def test_the_released_config_is_written_as_it_is_released():
-    """Every key of ours stands in the released file with the same value."""
+def test_the_released_config_is_written_as_it_is_released(tmp_path):
+    """Every key of ours stands in the released file with the same value, the ids of all picture tokens among them."""
+    config = size_config("molmo2-4b")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stand_in_tokenizer(config)))
+    shutil.copyfile(DATA / "preprocessor_config.json", tmp_path / "preprocessor_config.json")
     released = json.loads((DATA / "config.json").read_text())
-    ours = json.loads(json.dumps(config_json(size_config("molmo2-4b"), torch.float32)))
+    ours = json.loads(json.dumps(config_json(config, torch.float32, Processor.from_folder(tmp_path, 100))))
+    assert {key for key in released if "_id" in key or "use_frame" in key} < set(ours)
     assert ours["architectures"] == released["architectures"]
     for part in ("text_config", "vit_config", "adapter_config"):
         assert {k: released[part].get(k) for k in ours[part]} == ours[part]
@@ -277,10 +286,10 @@ def test_a_kill_while_a_random_checkpoint_is_written_leaves_nothing_of_its_name(
 
 def test_a_folder_is_replaced_only_when_told(tmp_path):
     model = random_model(dtype=torch.float32)
-    save_backbone(model, tmp_path / "out", companions=tmp_path)
+    save_backbone(model, tmp_path / "out", companions=WEIGHTS / "tiny")
     with pytest.raises(InputError, match="exists already"):
-        save_backbone(model, tmp_path / "out", companions=tmp_path)
-    save_backbone(model, tmp_path / "out", companions=tmp_path, overwrite=True)
+        save_backbone(model, tmp_path / "out", companions=WEIGHTS / "tiny")
+    save_backbone(model, tmp_path / "out", companions=WEIGHTS / "tiny", overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
+from yojo.cli import WEIGHTS
 from yojo.core.config import ConnectorConfig, ImageConfig, TextConfig, VisionConfig
 from yojo.core.generate import Cache, generate
 from yojo.core.image import frames_to_patches, images_to_patches
@@ -225,7 +226,7 @@ def test_the_embedding_may_be_split_at_any_row(theirs, tmp_path, row):
 @torch.no_grad()
 def test_what_is_saved_here_loads_there(tmp_path):
     ours = random_model(dtype=torch.float32)
-    save_backbone(ours, tmp_path / "ours", companions=tmp_path)
+    save_backbone(ours, tmp_path / "ours", companions=WEIGHTS / "tiny")
     model, report = Molmo2ForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids, seen = scene("images")
@@ -257,7 +258,7 @@ def test_a_sample_ends_with_the_end_token_and_is_padded_after_it():
     model = random_model()
     ids = torch.randint(0, 399, (1, 6))
     first, second = generate(model, ids, max_new_tokens=2, temperature=0)[0].tolist()
-    model.config = replace(model.config, eos_id=second, pad_id=0)
+    model.config = replace(model.config, eos_ids=(second,), pad_id=0)
     assert generate(model, ids, max_new_tokens=9, temperature=0).tolist() == [[first, second]]
 
 
@@ -297,4 +298,4 @@ def test_defaults_are_the_released_4b(tmp_path):
 
     config = read_config(DATA)
     assert config.text == TextConfig() and config.vision == VisionConfig() and config.connector == ConnectorConfig()
-    assert (config.image_patch_id, config.eos_id, config.pad_id) == (151938, 151645, 151643)
+    assert (config.image_patch_id, config.eos_ids, config.pad_id) == (151938, (151645,), 151643)

@@ -199,7 +199,7 @@ def test_pictures_must_be_cut_as_the_tower_reads_them(saved):
     with pytest.raises(InputError, match="cuts views into 16 patches of 14 pixels, the vision tower reads 36 of 14"):
         RewardModel.load(folder / "rm")
     path.write_text(json.dumps(raw | {"overlap_margins": 1}))
-    with pytest.raises(InputError, match="wrong kind"):
+    with pytest.raises(InputError, match="overlap_margins must be like"):
         RewardModel.load(folder / "rm")
 
 

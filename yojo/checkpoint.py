@@ -18,7 +18,7 @@ from yojo.cli import DTYPES, Parser, run, table, whole
 from yojo.core.lora import LoraConfig
 from yojo.core.prompt import Processor
 from yojo.initial import SIZES, size_config, write_random
-from yojo.settings import read_config
+from yojo.settings import check_tokens, read_config
 from yojo.weights import open_weights, part_of, shards
 
 
@@ -30,7 +30,7 @@ def show(folder: Path) -> dict:
             parts[part_of(name)] += sum(math.prod(piece.get_shape()) for piece in some)
             dtypes |= {piece.get_dtype() for piece in some}
         tensors = sum(map(len, pieces.values()))
-    Processor.from_folder(folder, config.text.max_position_embeddings)
+    check_tokens(folder, Processor.from_folder(folder, config.text.max_position_embeddings))
     files, total = shards(folder), sum(parts.values())
     size = sum(file.stat().st_size for file in files)
     held = f"{tensors} tensors in {len(files)} file(s), {size:,} bytes, {' and '.join(sorted(dtypes))}"

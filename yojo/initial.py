@@ -5,7 +5,6 @@ See it: `python -m yojo.checkpoint random --size tiny --out runs/random`; `pytes
 
 import math
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from yojo.core.config import Config, ImageConfig
 from yojo.core.molmo2 import Molmo2
 from yojo.files import InputError, read_json, whole_folder, write_json
 from yojo.settings import preprocessor_json, read_config, write_settings
-from yojo.weights import COMPANIONS, WTE, part_of
+from yojo.weights import WTE, copy_companions, part_of
 
 RELEASED = "molmo2-4b"
 SIZES = (RELEASED, "tiny")
@@ -80,13 +79,12 @@ def write_random(
         shards.setdefault(block[0] if block else part_of(name), []).append(name)
     generator, weight_map = torch.Generator().manual_seed(seed), {}
     with whole_folder(out, overwrite) as new:
-        write_settings(config, dtype, new)
         if size == RELEASED:
             write_json(new / "preprocessor_config.json", preprocessor_json(ImageConfig()))
             write_json(new / "tokenizer.json", stand_in_tokenizer(config))
         else:
-            for name in COMPANIONS:
-                shutil.copyfile(shipped("weights/tiny") / name, new / name)
+            copy_companions(shipped("weights/tiny"), new)
+        write_settings(config, dtype, new)
         for i, names in enumerate(tqdm(shards.values(), "writing", delay=2, leave=False), 1):
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
             drawn = {name: init_tensor(name, torch.empty(shapes[name]), config, generator).to(dtype) for name in names}

@@ -326,7 +326,7 @@ def write_companions(folder: Path) -> Processor:
 
 def new_model(tokenizer: Tokenizer, generator: torch.Generator) -> Molmo2:
     end, pad = tokenizer.id(TURN_END), tokenizer.id(TEXT_TOKENS[0])
-    model = Molmo2(Config(TEXT, VISION, CONNECTOR, tokenizer.id("<im_patch>"), end, pad))
+    model = Molmo2(Config(TEXT, VISION, CONNECTOR, tokenizer.id("<im_patch>"), (end,), pad))
     init_weights(model, generator, std=0.05)
     nn.init.normal_(model.model.vision_backbone.image_vit.positional_embedding, std=0.3, generator=generator)
     return model

@@ -1,19 +1,51 @@
 """The JSON files of a checkpoint and of an adapter <-> our configs.
 
+A key that is known is computed, checked or refused. One that is not known must say nothing: null, false, 0, nothing, or
+the value that its library writes by default. Any other might change what the network computes, so it is refused by
+name.
+
 Two dialects of `config.json` are read, the released one (`vit_config`) and that of transformers 5 (`vision_config`);
 the released one is written.
 
-See it: `python -m yojo.checkpoint show weights/tiny`; `pytest tests/test_checkpoint.py tests/test_lora.py`.
+See it: `python -m yojo.checkpoint show weights/tiny`; `pytest tests/test_checkpoint.py tests/test_settings.py`.
 """
 
-from dataclasses import asdict, fields, replace
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
 from yojo.core.config import Config, ConnectorConfig, ImageConfig, Markup, TextConfig, VisionConfig
 from yojo.core.lora import TARGETS, LoraConfig
+from yojo.core.prompt import Processor
 from yojo.files import InputError, read_json, write_json
+
+
+def check_keys(raw: Mapping, where: str, read: Iterable[str], only: Mapping[str, object]) -> None:
+    """Refuse what nobody reads. `read`: keys that are read, or change nothing; `only`: the one value of others."""
+    for key, value in raw.items():
+        if key in only:
+            if value != only[key] and (value or only[key]):
+                raise InputError(f"{where}: {key} = {value!r} is not supported, only {only[key]!r}")
+        elif value and key not in read:
+            raise InputError(f"{where}: {key} = {value!r} is not supported: nothing here computes it")
+
+
+def typed(value: object, like: object, where: str):
+    """A value of the kind that `like` is: a flag, a number above 0, or a list of numbers, which becomes a tuple."""
+    if isinstance(like, tuple):
+        good = isinstance(value, list) and value and all(type(v) in (int, type(like[0])) for v in value)
+        good = good and all(map(math.isfinite, value))
+    elif isinstance(like, bool):
+        good = type(value) is bool
+    else:
+        good = type(value) in (int, type(like)) and 0 < value < math.inf
+    if not good:
+        raise InputError(f"{where} must be like {like}, got {value!r}")
+    return tuple(value) if isinstance(like, tuple) else value
+
 
 # ---------------------------------------------------------------------------------------------------------- config.json
 
@@ -24,11 +56,31 @@ OTHER_NAMES = {"vit_layers": "vision_feature_layer"}
 KINDS = {"text_config": TextConfig, "vision_config": VisionConfig, "adapter_config": ConnectorConfig}
 # Switches of the family that this network does not have, with the only value it computes.
 FIXED_TEXT = {"hidden_act": "silu", "qk_norm_type": "qwen3", "use_qk_norm": True, "qkv_bias": False}
-FIXED_TEXT |= {"norm_after": False, "attention_bias": False, "rope_scaling": None}
+FIXED_TEXT |= {"norm_after": False, "rope_scaling": None}
 FIXED = {
     "text_config": FIXED_TEXT,
     "vision_config": {"hidden_act": "gelu_pytorch_tanh"},
     "adapter_config": {"hidden_act": "silu", "pooling_attention_mask": True},
+}
+# What transformers says, the release does not, and this network computes in one way.
+THEIRS = {"attention_bias": True, "mlp_bias": False, "num_channels": 3, "partial_rotary_factor": 1.0}
+# What every config of transformers holds, at its default.
+LIBRARY = {"return_dict": True, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+LIBRARY["tie_word_embeddings"] = False
+# Where a config comes from, how it is computed and how training starts: not what is computed.
+FREE = "architectures attn_implementation auto_map dtype float32_attention initializer_range model_type torch_dtype"
+FREE = {*FREE.split(), "_name_or_path", "transformers_version", "use_cache"}
+ENDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+TOKEN_IDS = {
+    "image_start_token_id": "<im_start>",
+    "image_end_token_id": "<im_end>",
+    "image_patch_id": "<im_patch>",
+    "image_high_res_id": "<im_patch>",
+    "image_col_id": "<im_col>",
+    "image_low_res_id": "<im_low>",
+    "low_res_image_start_token_id": "<low_res_im_start>",
+    "frame_start_token_id": "<frame_start>",
+    "frame_end_token_id": "<frame_end>",
 }
 
 
@@ -38,6 +90,9 @@ def read_config(folder: str | Path) -> Config:
     raw = read_json(path)
     if raw.get("model_type") != "molmo2":
         raise InputError(f"{path}: model_type is {raw.get('model_type')!r}, this network is 'molmo2'")
+    if raw.get("vit_config") and raw.get("vision_config"):
+        raise InputError(f"{path} has both vit_config and vision_config: keep one")
+    check_keys(raw, str(path), {*KINDS, "vit_config", "use_frame_special_tokens", *TOKEN_IDS, *ENDS, *FREE}, LIBRARY)
     parts = raw | {"vision_config": raw.get("vit_config") or raw.get("vision_config")}
     text, vision, connector = (_part(path, name, parts.get(name), kind) for name, kind in KINDS.items())
     patch_id = raw.get("image_patch_id")
@@ -45,96 +100,165 @@ def read_config(folder: str | Path) -> Config:
         raise InputError(f"{path}: image_patch_id must be a token id, got {patch_id!r}")
     if text.num_attention_heads % text.num_key_value_heads:
         raise InputError(f"{path}: key/value heads must divide the query heads, got {text}")
-    config = Config(text, vision, connector, patch_id, *_ends(Path(folder) / "generation_config.json"))
+    ends = Path(folder) / "generation_config.json"
+    config = Config(text, vision, connector, patch_id, *_ends(ends, read_json(ends) if ends.exists() else raw))
     _ = config.vision_layers  # raises where these do not fit the declared depth
+    for name, more in implied(config).items():
+        also = LIBRARY | THEIRS | {"attention_bias": name != "text_config", "image_size": more.get(IMAGE_SIZE)}
+        also |= {"layer_types": ["full_attention"] * text.num_hidden_layers} if name == "text_config" else {}
+        names = {field.name for field in fields(KINDS[name])}
+        names |= {table.get(key, key) for key in names for table in (RELEASED_NAMES, OTHER_NAMES)}
+        names |= {"rope_parameters", "rope_scaling_layers"} if name == "text_config" else set()
+        check_keys(parts[name], f"{path}: {name}", names | FREE, also | FIXED[name] | more)
     return config
 
 
-def _ends(path: Path) -> tuple[int | None, int]:
-    """The id that ends an answer, None where none does, and the one that fills its row up and is never read."""
-    given = read_json(path) if path.exists() else {}
+def _ends(path: Path, given: dict) -> tuple[tuple[int, ...], int]:
+    """The ids that end an answer, and the one that fills its row up and is never read."""
     eos, pad = given.get("eos_token_id"), given.get("pad_token_id")
-    if isinstance(eos, list):
-        if len(eos) != 1:
-            raise InputError(f"{path}: eos_token_id {eos} names {len(eos)} tokens; this network stops at one")
-        eos = eos[0]
-    return eos, eos or 0 if pad is None else pad
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(type(token) is int and token >= 0 for token in [*eos, *([] if pad is None else [pad])]):
+        raise InputError(f"{path}: eos_token_id and pad_token_id must be token ids, got {eos} and {pad!r}")
+    return tuple(eos), (eos[0] if eos else 0) if pad is None else pad
 
 
 def _part(path: Path, name: str, part: object, kind: type):
     """One of the three configs in the file; a value must be of the kind that the field's default is."""
     if not isinstance(part, dict):
         raise InputError(f"{path} has no {name}")
-    for key, value in FIXED[name].items():
-        if part.get(key, value) != value:
-            raise InputError(f"{path}: {name}.{key} = {part[key]!r}; this network computes {value!r} only")
-    picked: dict = {}
     rope = part.get("rope_parameters") or {} if kind is TextConfig else {}
-    if rope.get("rope_type", "default") != "default":
-        raise InputError(f"{path}: rope_type {rope['rope_type']!r} is not supported, only 'default'")
-    part = part | {key: value for key, value in rope.items() if key == "rope_theta"}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: {name}.rope_parameters must be an object, got {rope!r}")
+    plain = {"rope_type": "default", "partial_rotary_factor": 1.0}
+    check_keys(rope, f"{path}: {name}.rope_parameters", {"rope_theta"}, plain)
+    picked: dict = {}
     for field in fields(kind):
-        theirs = dict.fromkeys((RELEASED_NAMES.get(field.name, field.name), OTHER_NAMES.get(field.name, field.name)))
-        values, like = [part[key] for key in theirs if part.get(key) is not None], field.default
+        names = dict.fromkeys((RELEASED_NAMES.get(field.name, field.name), OTHER_NAMES.get(field.name, field.name)))
+        values = [where[key] for where in (part, rope) for key in names if where.get(key) is not None]
         if not values:
-            raise InputError(f"{path} lacks {' or '.join(theirs)}")
-        if isinstance(like, tuple):
-            good = isinstance(values[0], list) and values[0] and all(type(v) is int for v in values[0])
-        else:
-            good = type(values[0]) in ((int,) if isinstance(like, int) else (int, float)) and values[0] > 0
-        if not good and not (field.name == "additional_vocab_size" and values[0] == 0):
-            raise InputError(f"{path}: {next(iter(theirs))} must be like {like}, got {values[0]!r}")
-        picked[field.name] = tuple(values[0]) if isinstance(like, tuple) else values[0]
+            raise InputError(f"{path} lacks {' or '.join(names)}")
+        if any(value != values[0] for value in values):
+            raise InputError(f"{path}: {name} says both {values[0]!r} and {values[-1]!r} for {' or '.join(names)}")
+        zero = field.name == "additional_vocab_size" and values[0] == 0
+        picked[field.name] = 0 if zero else typed(values[0], field.default, f"{path}: {next(iter(names))}")
     return kind(**picked)
 
 
-def config_json(c: Config, dtype: torch.dtype) -> dict:
-    """The released dialect of `config.json`; `read_config` reads it back to `c`."""
+IMAGE_SIZE = "image_default_input_size"
 
-    def part(values: object, name: str, **more) -> dict:
-        return {RELEASED_NAMES.get(key, key): value for key, value in asdict(values).items()} | FIXED[name] | more
 
-    side = int(c.vision.num_position_embeddings**0.5) * c.vision.patch_size
-    text = part(c.text, "text_config", model_type="molmo2_text")
-    del text["attention_bias"]  # transformers' word for qkv_bias
-    vision = {"image_default_input_size": [side, side], "num_key_value_heads": c.vision.num_attention_heads}
+def implied(c: Config) -> dict[str, dict]:
+    """Of each part, what other numbers of the config say already."""
+    side = math.isqrt(c.vision.num_position_embeddings) * c.vision.patch_size
+    vision = {IMAGE_SIZE: [side, side], "num_key_value_heads": c.vision.num_attention_heads}
     connector = {"text_hidden_size": c.text.hidden_size, "num_key_value_heads": c.connector.num_attention_heads}
+    return {"text_config": {}, "vision_config": vision, "adapter_config": connector}
+
+
+def config_json(c: Config, dtype: torch.dtype, processor: Processor) -> dict:
+    """The released dialect of `config.json`; `read_config` reads it back to `c`. The processor names the ids of picture
+    tokens, which other readers of the file look up there."""
+
+    def part(values: object, name: str, model_type: str = "molmo2") -> dict:
+        numbers = {RELEASED_NAMES.get(key, key): value for key, value in asdict(values).items()}
+        return numbers | FIXED[name] | {"model_type": model_type} | implied(c)[name]
+
     whole = {"architectures": ["Molmo2ForConditionalGeneration"], "model_type": "molmo2", "tie_word_embeddings": False}
-    whole |= {"dtype": str(dtype).removeprefix("torch."), "image_patch_id": c.image_patch_id, "text_config": text}
-    whole["vit_config"] = part(c.vision, "vision_config", model_type="molmo2", **vision)
-    return whole | {"adapter_config": part(c.connector, "adapter_config", model_type="molmo2", **connector)}
+    whole |= {key: processor.tokenizer.id(name) for key, name in TOKEN_IDS.items()}
+    whole |= {"image_patch_id": c.image_patch_id, "dtype": str(dtype).removeprefix("torch.")}
+    whole["use_frame_special_tokens"] = processor.markup.use_frame_special_tokens
+    whole["text_config"] = part(c.text, "text_config", "molmo2_text")
+    whole["vit_config"] = part(c.vision, "vision_config")
+    return whole | {"adapter_config": part(c.connector, "adapter_config")}
 
 
 def write_settings(config: Config, dtype: torch.dtype, folder: Path) -> None:
-    """`config.json` and `generation_config.json`."""
-    write_json(folder / "config.json", config_json(config, dtype))
-    ids = {"bos_token_id": config.eos_id, "eos_token_id": config.eos_id, "pad_token_id": config.pad_id}
+    """`config.json` and `generation_config.json` of a folder that has its tokenizer and its processor's files."""
+    processor = Processor.from_folder(folder, config.text.max_position_embeddings)
+    write_json(folder / "config.json", config_json(config, dtype, processor))
+    ends = list(config.eos_ids) if len(config.eos_ids) > 1 else config.eos_ids[0] if config.eos_ids else None
+    first = config.eos_ids[0] if config.eos_ids else None
+    ids = {"bos_token_id": first, "eos_token_id": ends, "pad_token_id": config.pad_id}
     write_json(folder / "generation_config.json", ids)
+
+
+def check_tokens(folder: str | Path, processor: Processor) -> None:
+    """The picture tokens that `config.json` names must be the tokenizer's, and the frames' the processor's."""
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    found = {key: processor.tokenizer.id(name) for key, name in TOKEN_IDS.items() if raw.get(key) is not None}
+    if raw.get("use_frame_special_tokens") is not None:
+        found["use_frame_special_tokens"] = processor.markup.use_frame_special_tokens
+    for key, value in found.items():
+        if raw[key] != value:
+            raise InputError(f"{path}: {key} is {raw[key]!r}, but the tokenizer's and processor's files say {value!r}")
 
 
 # ------------------------------------------------------------------------------------------------------------ processor
 
 PREPROCESSOR = {"patch": "patch_size", "margins": "overlap_margins", "max_crops": "max_crops"}
 PREPROCESSOR |= {"pooling": "pooling_size", "mean": "image_mean", "std": "image_std"}  # our name: the file's
+STEPS = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 2}
+# Names and ways of passing tensors; and how others choose frames of a video, which here `media.py` does.
+UNUSED = "auto_map data_format default_to_square do_convert_rgb image_processor_type processor_class"
+UNUSED = {*UNUSED.split(), "video_processor_type"}
+SAMPLING = set("do_sample_frames fps frame_sample_mode max_fps num_frames return_metadata sampling_fps".split())
 
 
 def read_image_config(folder: str | Path) -> ImageConfig:
-    """`preprocessor_config.json`; the video window from `video_preprocessor_config.json` where there is one."""
-    path, video = (Path(folder) / name for name in ("preprocessor_config.json", "video_preprocessor_config.json"))
-    raw = read_json(path)
-    try:
-        size, resample = raw["size"], raw.get("resample", 2)
-        if size["height"] != size["width"] or resample != 2:
-            raise InputError(f"{path}: views must be square and resampled bilinearly (2), got {size} and {resample}")
-        given = {ours: raw[theirs] for ours, theirs in PREPROCESSOR.items()} | {"size": size["height"]}
-        window = read_json(video).get("pooling_size") if video.exists() else None
-        given["video_pooling"] = window or ImageConfig.video_pooling
-        pairs = {f.name: tuple(given[f.name]) for f in fields(ImageConfig) if isinstance(f.default, tuple)}
-        return ImageConfig(**given | pairs)
-    except KeyError as missing:
-        raise InputError(f"{path} lacks {missing}") from None
-    except TypeError as error:
-        raise InputError(f"{path} has a value of the wrong kind: {error}") from None
+    """`preprocessor_config.json` and, for the window of videos, `video_preprocessor_config.json`; or what stands in
+    place of either in `processor_config.json`, where transformers 5 writes them."""
+    path, raw = _processor_file(folder, "preprocessor_config.json", "image_processor")
+    if raw is None:
+        raise InputError(f"{path} does not exist")
+    if lacking := [key for key in ("size", *PREPROCESSOR.values()) if key not in raw]:
+        raise InputError(f"{path} lacks {lacking[0]}")
+    check_keys(raw, path, {"size", *PREPROCESSOR.values(), *UNUSED}, STEPS)
+    given = {ours: typed(raw[key], getattr(ImageConfig, ours), f"{path}: {key}") for ours, key in PREPROCESSOR.items()}
+    c = ImageConfig(size=_side(raw["size"], path), **given)
+    if not _fits(c):
+        raise InputError(f"{path}: views of {c.size} pixels cannot be cut so: {c}")
+    return c if (window := _video_window(folder, c)) is None else ImageConfig(**asdict(c) | {"video_pooling": window})
+
+
+def _video_window(folder: str | Path, c: ImageConfig) -> tuple[int, int] | None:
+    """How frames are pooled, where a file says so. In all else they must be cut as images are."""
+    path, raw = _processor_file(folder, "video_preprocessor_config.json", "video_processor")
+    if raw is None or raw.get("pooling_size") is None:
+        window = None
+    else:
+        window = typed(raw["pooling_size"], ImageConfig.video_pooling, f"{path}: pooling_size")
+        if len(window) != 2 or min(window) < 1:
+            raise InputError(f"{path}: pooling_size must be two numbers from 1, got {window}")
+    same = {"size": {"height": c.size, "width": c.size}, "patch_size": c.patch}
+    same |= {"image_mean": list(c.mean), "image_std": list(c.std)}
+    check_keys(raw or {}, path, {"pooling_size", *UNUSED, *SAMPLING}, STEPS | same)
+    return window
+
+
+def _processor_file(folder: str | Path, name: str, key: str) -> tuple[str, dict | None]:
+    """A file, or the same under `key` in `processor_config.json` -> (where it stands, what it holds)."""
+    path, whole = Path(folder) / name, Path(folder) / "processor_config.json"
+    inside = read_json(whole).get(key) if whole.exists() else None
+    if inside is None:
+        return str(path), read_json(path) if path.exists() else None
+    if not isinstance(inside, dict):
+        raise InputError(f"{whole}: {key} must be an object, got {inside!r}")
+    if path.exists() and read_json(path) != inside:
+        raise InputError(f"{path} and {key} in {whole} differ: keep one")
+    return f"{whole}: {key}", inside
+
+
+def _side(size: object, path: str) -> int:
+    sides = [size.get(name) for name in ("height", "width")] if isinstance(size, dict) else [None]
+    if type(sides[0]) is not int or sides[0] < 1 or sides[0] != sides[-1]:
+        raise InputError(f"{path}: views must be square, a height and a width in pixels, got {size!r}")
+    return sides[0]
+
+
+def _fits(c: ImageConfig) -> bool:
+    pairs = len(c.margins) == len(c.pooling) == 2 and len(c.mean) == len(c.std) == 3
+    return pairs and c.size % c.patch == 0 and min(c.margins) >= 0 and c.window > 0 and min(*c.pooling, *c.std) > 0
 
 
 def preprocessor_json(c: ImageConfig) -> dict:
@@ -145,36 +269,36 @@ def preprocessor_json(c: ImageConfig) -> dict:
 
 def read_markup(folder: str | Path) -> Markup:
     """The five flags, each at its default where the file, or the flag in it, is missing."""
-    path = Path(folder) / "processor_config.json"
+    path, flags = Path(folder) / "processor_config.json", Markup.__dataclass_fields__
     raw = read_json(path) if path.exists() else {}
-    return Markup(**{k: raw[k] for k in Markup.__dataclass_fields__ if raw.get(k) is not None})
+    check_keys(raw, str(path), {*flags, "image_processor", "video_processor", *UNUSED}, {})
+    given = {name: raw[name] for name in flags if name in raw}
+    if given.get("use_single_crop_col_tokens", False) is None:  # transformers: as in the crops
+        given["use_single_crop_col_tokens"] = given.get("image_use_col_tokens", Markup.image_use_col_tokens)
+    return Markup(**{name: typed(value, True, f"{path}: {name}") for name, value in given.items()})
 
 
 # -------------------------------------------------------------------------------------------------------------- adapter
 
-# What PEFT can write and `lora.py` does not compute, with the value under which both mean the same.
-OFF = "modules_to_save layers_to_transform layer_replication exclude_modules alora_invocation_tokens".split()
-PLAIN = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False}
-PLAIN |= {"rank_pattern": {}, "alpha_pattern": {}, **dict.fromkeys(OFF)}
+ADAPTER_READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "init_lora_weights"}
+ADAPTER_FREE = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
+ADAPTER_ONLY = {"peft_type": "LORA", "bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
+STARTS = (True, False, "gaussian")  # others, such as PiSSA, change the matrices that the adapter is laid beside
 
 
 def read_adapter_config(folder: str | Path) -> LoraConfig:
+    """PEFT's `adapter_config.json`, of plain LoRA."""
     path = Path(folder) / "adapter_config.json"
     raw = read_json(path)
-    for key, plain in PLAIN.items():
-        if (raw.get(key) or plain) != plain:
-            raise InputError(f"{path}: {key} = {raw[key]!r} is not supported, only {plain!r}")
-    try:
-        names = raw["target_modules"]
-        if not isinstance(names, list):
-            raise TypeError(f"target_modules must be a list of names, got {names!r}")
-        config = LoraConfig(raw["r"], raw["lora_alpha"], raw["lora_dropout"], tuple(sorted(map(str, names))))
-        if not isinstance(config.r, int) or config.r < 1 or not 0 <= config.dropout < 1:
-            raise TypeError(f"r must be a whole number from 1 and lora_dropout in [0, 1), got {config}")
-        if missing := set(config.targets) - set(TARGETS):
-            raise ValueError(f"{sorted(missing)} name no matrix of this model; it has {sorted(TARGETS)}")
-        return replace(config, alpha=float(config.alpha))
-    except KeyError as missing:
-        raise InputError(f"{path} has no {missing}: is this a PEFT LoRA adapter?") from None
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from None
+    check_keys(raw, str(path), ADAPTER_READ | ADAPTER_FREE, ADAPTER_ONLY)
+    if lacking := [key for key in ("r", "lora_alpha", "lora_dropout", "target_modules") if key not in raw]:
+        raise InputError(f"{path} has no {lacking[0]!r}: is this a PEFT LoRA adapter?")
+    if (start := raw.get("init_lora_weights", True)) not in STARTS:
+        raise InputError(f"{path}: init_lora_weights = {start!r} is not supported, only {', '.join(map(str, STARTS))}")
+    r, alpha = (typed(raw[key], like, f"{path}: {key}") for key, like in (("r", 1), ("lora_alpha", 1.0)))
+    dropout, names = raw["lora_dropout"], raw["target_modules"]
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise InputError(f"{path}: lora_dropout must be in [0, 1), got {dropout!r}")
+    if not isinstance(names, list) or not names or set(map(str, names)) - set(TARGETS):
+        raise InputError(f"{path}: target_modules must be among {sorted(TARGETS)}, got {names!r}")
+    return LoraConfig(r, float(alpha), dropout, tuple(sorted(names)))

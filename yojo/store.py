@@ -29,7 +29,7 @@ from yojo.core.molmo2 import Molmo2
 from yojo.core.prompt import SEPARATOR, Processor
 from yojo.core.reward import ADAPTER, RewardModel, ValueHead
 from yojo.files import InputError, open_tensors, read_json, read_pickle, read_tensors, whole_folder, write_json
-from yojo.settings import read_adapter_config
+from yojo.settings import check_tokens, read_adapter_config
 from yojo.weights import fingerprint, load_backbone
 
 MOST_INNER = 65_536  # hidden units of a head: beyond this a file is not believed, since it would cost memory
@@ -176,6 +176,7 @@ def open_base(base: str | Path, layout: str = "default", **how) -> tuple[Molmo2,
             f"{base}: preprocessor_config.json cuts views into {views.side**2} patches of {views.patch} pixels, the "
             f"vision tower reads {tower.num_position_embeddings} of {tower.patch_size}"
         )
+    check_tokens(base, processor)
     digest = fingerprint(backbone, processor.tokenizer.path)
     place_separator(backbone, processor.tokenizer.separator_id)
     return backbone, processor, digest

@@ -28,7 +28,9 @@ from yojo.settings import read_config, write_settings
 
 WTE = "model.transformer.wte."
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+# What stands beside the weights, for this reader and for others.
+COMPANIONS = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt"
+COMPANIONS += " preprocessor_config.json video_preprocessor_config.json processor_config.json chat_template.jinja"
 
 
 def shards(folder: str | Path) -> list[Path]:
@@ -145,12 +147,16 @@ def save_backbone(
     tensors |= {WTE + "embedding": table[:V].clone(), WTE + "new_embedding": table[V:].clone()}
     with whole_folder(folder, overwrite) as new:
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        copy_companions(Path(companions), new)
         write_settings(model.config, model.dtype, new)
-        for name in COMPANIONS:
-            if (Path(companions) / name).exists():
-                shutil.copyfile(Path(companions) / name, new / name)
         for path in also:
             shutil.copyfile(path, new / path.name)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    for name in COMPANIONS.split():
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
 
 def fingerprint(model: Molmo2, tokenizer_file: str | Path) -> dict[str, str]:

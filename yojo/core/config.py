@@ -74,7 +74,7 @@ class Config:
     vision: VisionConfig = field(default_factory=VisionConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     image_patch_id: int = 151938
-    eos_id: int | None = 151645  # None: `generate` never stops early
+    eos_ids: tuple[int, ...] = (151645,)  # an answer ends with any of them; none: `generate` never stops early
     pad_id: int = 151643
 
     @property

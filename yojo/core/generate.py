@@ -58,8 +58,8 @@ def generate(
 ) -> Tensor:
     """n continuations of one prompt [1, T] -> int [n, L], L <= max_new_tokens.
 
-    The prompt is read once, whatever n. temperature 0 = greedy. A sample ends with `config.eos_id`, after which its
-    row is filled with `config.pad_id`. adapter: as in `Molmo2.forward`.
+    The prompt is read once, whatever n. temperature 0 = greedy. A sample ends with one of `config.eos_ids`, after
+    which its row is filled with `config.pad_id`. adapter: as in `Molmo2.forward`.
     """
     room = model.config.text.max_position_embeddings - input_ids.shape[1]
     if len(input_ids) != 1 or n < 1 or temperature < 0 or not 1 <= max_new_tokens <= room:
@@ -71,11 +71,12 @@ def generate(
     hidden = model(input_ids, features, mask, cache=cache, adapter=adapter)[:, -1:].expand(n, -1, -1)
     cache.expand(n)
     done = torch.zeros(n, dtype=torch.bool, device=input_ids.device)
+    ends = torch.tensor(model.config.eos_ids, device=input_ids.device)
     out = []
     while True:
         token = sample(model.logits(hidden[:, -1]), temperature, generator)
         out.append(torch.where(done, model.config.pad_id, token))
-        done = done | (token == model.config.eos_id)
+        done = done | torch.isin(token, ends)
         if len(out) == max_new_tokens or bool(done.all()):
             return torch.stack(out, dim=1)
         hidden = model(out[-1][:, None], cache=cache, adapter=adapter)

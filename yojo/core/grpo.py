@@ -112,7 +112,8 @@ def prompt_row(rm: RewardModel, record: Record) -> Encoded:
 
 def texts_of(rm: RewardModel, answers: Sequence[Tensor]) -> list[str]:
     """Sampled ids as text, without the end token."""
-    return [rm.processor.tokenizer.decode(a[a != rm.backbone.config.eos_id].tolist()) for a in answers]
+    ends = rm.backbone.config.eos_ids
+    return [rm.processor.tokenizer.decode([token for token in a.tolist() if token not in ends]) for a in answers]
 
 
 # -------------------------------------------------------------------------------------------------------- the two verbs
@@ -183,8 +184,8 @@ def sample_group(
     batch = collate([prompt], "joint", device=model.device)
     inputs = batch.input_ids, model.encode_images(batch.pictures), batch.mask
     out = generate(model, *inputs, n, max_new_tokens, temperature, generator, adapter).cpu()
-    ends = [(row == model.config.eos_id).nonzero().flatten()[:1].tolist() for row in out]
-    return [row[: end[0] + 1] if end else row for row, end in zip(out, ends, strict=True)]
+    ends = torch.isin(out, torch.tensor(model.config.eos_ids)).long()
+    return [row[: int(end.argmax()) + 1] if end.any() else row for row, end in zip(out, ends, strict=True)]
 
 
 def objective(now: Tensor, r: Rollout, c: GrpoConfig) -> tuple[Tensor, Tensor, Tensor]:

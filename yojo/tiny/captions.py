@@ -81,7 +81,7 @@ class CaptionLoss:
 
     def __call__(self, step: int, micro_batch: int) -> tuple[Tensor, dict[str, float]]:
         rng, groups = random.Random(f"{self.seed} captions {step} {micro_batch}"), []
-        tokenizer, end = self.rm.processor.tokenizer, self.rm.backbone.config.eos_id
+        tokenizer, end = self.rm.processor.tokenizer, self.rm.backbone.config.eos_ids[0]
         for _ in range(self.pictures):
             q = question(rng)
             captions = [torch.tensor([*tokenizer.encode(noisy_caption(q, rng)), end]) for _ in range(4)]
