@@ -204,9 +204,13 @@ def test_score_reads_records(command, tmp_path):
 
 
 def test_scores_that_are_not_finite_are_named_not_ranked(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(RewardModel, "score_all", lambda *_: iter([[1.0, math.nan, 7.0, math.inf]]))
+    monkeypatch.setattr(RewardModel, "raw_scores", lambda rm, rows, *_: [[1.0, math.nan, 7.0, math.inf]] * len(rows))
     status, out, err = command(score, "--tiny", "--json", tmp_path / "s.json")
-    assert status == 1 and "scores are not finite" in err and "rank" not in out and not (tmp_path / "s.json").exists()
+    assert status == 2 and "scores are not finite" in err and "rank" not in out and not (tmp_path / "s.json").exists()
+    data = tmp_path / "d.jsonl"
+    data.write_text(json.dumps({"prompt": "?", "responses": ["a"]}))
+    status, out, err = command(score, "--tiny", "--data", data, "--json", tmp_path / "s.json")
+    assert status == 2 and f"{data}:1: scores are not finite" in err and not (tmp_path / "s.json").exists()
 
 
 def test_the_drawn_mask_has_labels_that_can_be_read(command, monkeypatch, tmp_path):

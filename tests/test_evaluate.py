@@ -84,7 +84,10 @@ def test_vl_rewardbench_by_hand(folder):
 def test_multimodal_rewardbench_by_hand(folder):
     got = judged(folder, "multimodal-rewardbench")
     assert got["accuracy"] == pytest.approx(4 / 6)
-    assert got["categories"]["safety"] == {"items": 2, "accuracy": 0.5} and got["categories"]["vqa"]["accuracy"] == 0.75
+    assert (
+        got["categories"]["safety/toxicity"] == {"items": 2, "accuracy": 0.5}
+        and got["categories"]["vqa"]["accuracy"] == 0.75
+    )
 
 
 def test_mm_rlhf_by_hand(folder):
@@ -150,11 +153,6 @@ GOOD = {"prompt": "?", "responses": ["a", "b"], "rankings": [1, 2]}
             "records",
             {"responses": ["a", "b"], "rankings": [1, 2]},
             "prompt must be a str, got None; --map prompt=FIELD",
-        ),
-        (
-            "vl-rewardbench",
-            {"id": "x-1", "query": "?", "response": ["a", "b"], "human_ranking": [0, 1]},
-            "starts with none of",
         ),
         (
             "vl-rewardbench",
@@ -326,9 +324,7 @@ def test_scores_do_not_depend_on_how_they_are_asked_for(benchmark):
 
 
 def test_a_score_that_is_not_finite_raises(command, benchmark, monkeypatch):
-    monkeypatch.setattr(
-        RewardModel, "score_encoded", lambda rm, rows, *_: [[math.nan for _ in row.spans] for row in rows]
-    )
+    monkeypatch.setattr(RewardModel, "raw_scores", lambda rm, rows, *_: [[math.nan for _ in row.spans] for row in rows])
     status, _, err = command(evaluate, *words(benchmark))
     assert status == 2 and "bench.jsonl:1: scores are not finite" in err
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from yojo.core.config import Markup
 from yojo.core.prompt import IMAGE_TOKENS, SEPARATOR, Processor, Tokenizer
+from yojo.drawing import readable
 from yojo.files import InputError
 from yojo.settings import read_markup
 
@@ -51,7 +52,7 @@ def test_a_picture_written_out(processor):
 
 def test_the_label_of_a_line_break_can_be_read(processor):
     row = processor.encode("Describe\nthe star.", ["a red\tstar\\  or not"])
-    labels = processor.tokenizer.labels(row.ids.tolist())
+    labels = readable(map(processor.tokenizer.name, row.ids.tolist()))
     assert labels[2:6] == ["user", r"\n", "Describe", r"\n"] and r"\t" in labels
     assert "space" in labels and "\\" in labels
     assert all(label and label == label.strip() and label.isprintable() for label in labels)

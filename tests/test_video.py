@@ -11,7 +11,7 @@ from PIL import Image
 from yojo.core.data import read_records
 from yojo.core.prompt import Processor
 from yojo.files import InputError
-from yojo.media import open_video, spread
+from yojo.media import Clip, open_video, spread
 
 GREYS = range(0, 200, 20)  # ten frames, each of its own grey
 
@@ -90,7 +90,7 @@ def test_a_record_names_its_video(frames, tiny_folder):
     path = frames.parent / "d.jsonl"
     path.write_text(json.dumps(record))
     (read,) = read_records(path)
-    assert read.video == frames and read.images == []
+    assert read.video == Clip(frames) and read.images == []
     processor = Processor.from_folder(tiny_folder, 4096)
     text = processor.tokenizer.decode(processor.encode("?", [], video=read.video).ids.tolist())
     assert text.count("<im_start>") == 10 and "36.0 <im_start>" in text

@@ -29,7 +29,7 @@ from yojo.core.grpo import GrpoConfig
 from yojo.core.image import images_to_patches
 from yojo.core.mask import MODES
 from yojo.core.molmo2 import rotary_angles, rotate
-from yojo.drawing import draw_mask
+from yojo.drawing import draw_mask, readable
 from yojo.metrics import mean, tau_b
 from yojo.settings import read_image_config
 from yojo.tiny import world
@@ -252,7 +252,8 @@ def mask_isolated() -> Image.Image:
 def _mask(mode: str) -> Image.Image:
     processor = Processor.from_folder(WEIGHTS / "tiny", max_tokens=4096)
     encoded = processor.encode("Describe the star.", ["a red star", "a star", "a small star"])
-    labels, mask = processor.tokenizer.labels(encoded.ids.tolist()), collate([encoded], mode).mask
+    labels = readable(map(processor.tokenizer.name, encoded.ids.tolist()))
+    mask = collate([encoded], mode).mask
     return _remember(draw_mask(mask, labels=labels, cell=16), mask.dense.flatten().tolist(), labels)
 
 

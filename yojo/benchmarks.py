@@ -28,25 +28,33 @@ def records(row: dict, fields: dict[str, str]) -> dict:
 
 
 PREFIXES = {
-    "general": ("wildvision", "vlfeedback"),
-    "hallucination": ("rlaif-v", "rlhf-v", "povid", "hallucination"),
+    "hallucination": ("rlaif", "rlhf", "povid", "hallucination"),
     "reasoning": ("mathverse", "mmmu", "reasoning"),
 }
 
 
 def vl_rewardbench(row: dict, fields: dict[str, str]) -> dict:
-    """Ranks count from 0. No field names the category; where an id comes from says it."""
+    """Ranks count from 0. No field names the category; where an id comes from says it, and every other source is
+    general, as in the benchmark's own script."""
     ranks, name = row["rankings"], str(row["group"])
     if len(ranks) == len(row["responses"]) and all(type(rank) is int and rank >= 0 for rank in ranks):
         row = row | {"rankings": [rank + 1 for rank in ranks]}
     found = [category for category, starts in PREFIXES.items() if name.lower().startswith(starts)]
-    if "category" not in row and not found:
-        raise InputError(f"the id {name!r} starts with none of {PREFIXES}; --map category=FIELD")
-    return {"category": found and found[0]} | row
+    return {"category": found[0] if found else "general"} | row
+
+
+HALVES = {"safety": ("pairs", "bias", "toxicity"), "reasoning": ("math", "math", "coding")}  # by how an id starts
 
 
 def multimodal_rewardbench(row: dict, fields: dict[str, str]) -> dict:
-    """The better answer is named by its field."""
+    """The better answer is named by its field. Two categories are reported in halves, which the ids tell apart."""
+    category = str(row["category"]).lower()
+    if category in HALVES:
+        start, this, other = HALVES[category]
+        if "group" not in row:
+            raise InputError(f"{category} is reported as {this} and {other}, and no id tells which; --map group=FIELD")
+        half = this if str(row["group"]).lower().startswith(start) else other
+        row = row | {"category": f"{category}/{half}"}
     names = [fields["first"], fields["second"]]
     if row["better"] not in names:
         raise InputError(f"{fields['better']} must be one of {', '.join(names)}, got {row['better']!r}")
@@ -60,20 +68,23 @@ def pair(row: dict, fields: dict[str, str]) -> dict:
 
 # Of each format its converter, and of each of our names the field it is read from; `--map name=field` names another.
 # Those of MR2Bench (records) and VideoRewardBench could not be confirmed against the published files.
-SAME = {name: name for name in ("image", "images", "video", "prompt")}
+SHOWN = {name: name for name in ("image", "images", "video", "sampling_interval", "fps")}  # checked with our own files
+SAME = SHOWN | {"prompt": "prompt"}
 CHOICE = SAME | {"chosen": "chosen", "rejected": "rejected"}
-BETTER = {"first": "Output1", "second": "Output2", "better": "Better", "category": "Category", "image": "Image"}
+BETTER = {"first": "Output1", "second": "Output2", "better": "Better", "category": "Category"}
+BETTER |= {"image": "Image", "group": "ID", "prompt": "Text"}
+OURS = {name: name for name in ("question", "responses", "rankings", "category")}
 FORMATS: dict[str, tuple[Callable[[dict, dict], dict], dict[str, str]]] = {
-    "records": (records, SAME | {"responses": "responses", "rankings": "rankings", "category": "category"}),
+    "records": (records, SAME | OURS),
     "vl-rewardbench": (
         vl_rewardbench,
         SAME | {"prompt": "query", "responses": "response", "rankings": "human_ranking", "group": "id"},
     ),
-    "multimodal-rewardbench": (multimodal_rewardbench, SAME | {"prompt": "Text"} | BETTER),
+    "multimodal-rewardbench": (multimodal_rewardbench, SAME | BETTER),
     "mm-rlhf": (pair, CHOICE | {"group": "id"}),
     "videorewardbench": (pair, CHOICE | {"category": "category"}),
 }
-SHOWN = {"image", "images", "video"}  # what may be left out, and is checked with our own files
+FREE = {"records": {"question", "category"}, "multimodal-rewardbench": {"group"}}  # what may be left out
 KINDS = {"responses": list, "rankings": list, "group": (str, int), "category": (str, int)}  # all others are texts
 
 
@@ -86,6 +97,9 @@ def read_items(path: str | Path, form: str, mapping: Sequence[str] = (), bad: li
         if not field or name not in {*fields, "category"}:
             raise InputError(f"--map {word}: NAME=FIELD, NAME one of {', '.join({**fields, 'category': ''})}")
         fields = fields | {name: field}
+    contents = [field for name, field in fields.items() if name not in ("category", "group")]
+    if twice := [field for field in contents if contents.count(field) > 1]:
+        raise InputError(f"--map: {twice[0]} is read as two things")
     items = []
     for where, raw in read_lines(path, bad):
         try:
@@ -101,7 +115,7 @@ def read_items(path: str | Path, form: str, mapping: Sequence[str] = (), bad: li
 
 def item_of(raw: dict, form: str, convert: Callable, fields: dict[str, str], where: str, folder: Path) -> Item:
     row = {name: raw[field] for name, field in fields.items() if raw.get(field) is not None}
-    free = SHOWN | ({"category"} if form == "records" else set())
+    free = SHOWN.keys() | FREE.get(form, set()) | ({"prompt"} if "question" in row else set())
     for name in [name for name in fields if name in row or name not in free]:
         kind = object if name in SHOWN else KINDS.get(name, str)
         if not isinstance(row.get(name), kind):
@@ -116,6 +130,6 @@ def item_of(raw: dict, form: str, convert: Callable, fields: dict[str, str], whe
         raise InputError(f"{where}: one response is no comparison")
     if form != "records" and (len(record.responses) > 2 or len(set(record.rankings)) < 2):
         raise InputError(f"{where}: a pair with one better answer is needed, got ranks {record.rankings}")
-    shown = [*record.images, *([record.video] if record.video else [])]
+    shown = [*record.images, *([record.video.path] if record.video else [])]
     beside = (shown[0].parent.name or "all") if shown else "text"  # what MM-RLHF says of a category
     return Item(**vars(record), category=str(row.get("category", beside)), group=str(row.get("group", where)))

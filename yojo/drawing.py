@@ -1,5 +1,7 @@
 """A mask as a picture: `python -m yojo.score --tiny --draw-mask mask.png`."""
 
+from collections.abc import Iterable
+
 from PIL import Image, ImageDraw, ImageFont
 
 from yojo.core.mask import PADDING, PROMPT, AttentionMask
@@ -9,6 +11,12 @@ COLOURS = {"prompt": (175, 175, 175), "picture": (200, 140, 50)}
 RESPONSES = ((25, 50, 110), (95, 165, 60), (185, 40, 70), (150, 120, 190), (0, 90, 90), (205, 120, 30))
 MARGIN = 120  # pixels for labels
 DRAWN_UP_TO = 1000  # tokens
+
+
+def readable(names: Iterable[str]) -> list[str]:
+    r"""Names of tokens to print beside a row: a line break as \n, and no blank before a word."""
+    names = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in name) for name in names)
+    return [name.strip() or "space" for name in names]
 
 
 def draw_mask(mask: AttentionMask, b: int = 0, labels: list[str] | None = None, cell: int = 12):

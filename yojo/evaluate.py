@@ -63,10 +63,7 @@ def orders_of(item: Item, seed: int, count: int) -> list[list[int]]:
 @torch.no_grad()
 def score_item(rm: RewardModel, item: Item, orders: list[list[int]], mode: str) -> Scores:
     shown = replace(item, pictures=rm.backbone.keep_features(open_pictures(item, rm.processor)))
-    scores = list(score_orders(rm, [(shown, order) for order in orders], mode, tokens=1))
-    if bad := [row for row in scores if not all(map(math.isfinite, row))]:
-        raise InputError(f"{item.where}: scores are not finite: {bad[0]}")
-    return scores
+    return list(score_orders(rm, [(shown, order) for order in orders], mode, tokens=1))
 
 
 def score_items(
@@ -110,9 +107,10 @@ def identity_of(items: list[Item], model: dict, protocol: dict) -> str:
     """One line that names everything the scores depend on; of pictures, their names, sizes and times."""
     content = []
     for item in items:
-        paths = [*item.images, *([item.video] if item.video else [])]
+        paths = [*item.images, *([item.video.path] if item.video else [])]
         files = [f for path in paths for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
         stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        stats += [item.video.interval] if item.video else []
         content.append((item.prompt, item.responses, item.rankings, stats))
     items_digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps({**model, "items": items_digest, **protocol})

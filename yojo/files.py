@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -31,19 +31,21 @@ def read_json(path: str | Path) -> dict:
 
 
 def read_lines(path: str | Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
-    """Every line of a JSONL file that is not blank -> ("file:line", its object). A line that holds none raises; with a
-    list `bad` it is passed over and its error put there."""
-    for number, line in enumerate(_read(path).split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
-        where = f"{path}:{number}"
+    """Every line of a JSONL file that is not blank -> ("file:line", its object); or every item of a file that is one
+    JSON array -> ("file, item 3", its object). What holds none raises; with a list `bad` it is passed over and its
+    error put there."""
+    text = _read(path)
+    lines = [(f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]  # U+2028 ends none
+    if text.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):  # what is no JSON as a whole is named by its line
+            lines = [(f"{path}, item {i}", json.dumps(item)) for i, item in enumerate(json.loads(text), 1)]
+    for where, line in lines:
         try:
-            raw = _object(line, where) if line.strip() else None
+            yield where, _object(line, where)
         except InputError as error:
             if bad is None:
                 raise
             bad.append(str(error))
-            continue
-        if raw is not None:
-            yield where, raw
 
 
 def _read(path: str | Path) -> str:

@@ -1,17 +1,28 @@
 """Pictures and videos, opened strictly: what cannot be read raises `InputError` with its name.
 
+Whatever a picture is stored as, what is seen is RGB, upright, on white where it is transparent. Grey levels of more
+than 8 bits are scaled by the range of the data, since the same mode holds 0..1, 0..255 and 0..65535.
+
 See it: `pytest tests/test_image.py tests/test_video.py`.
 """
 
+import base64
+import io
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from decimal import Decimal
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import IO
+from urllib.parse import unquote, urlsplit
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from yojo.files import InputError
 
@@ -20,9 +31,20 @@ MOVIES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
 TIMES = "timestamps.json"
 
 
+@dataclass(frozen=True)
+class Clip:
+    """A video by path, at most so many of its frames, and the seconds between them where nothing else says so."""
+
+    path: Path
+    frames: int = FRAMES
+    interval: float = INTERVAL
+
+
 @contextmanager
-def opened(source: "str | Path | Image.Image") -> Iterator[Image.Image]:
-    """A picture or an animation, up to twice Pillow's limit; whatever it raises in the block gets the file's name."""
+def opened(source: "str | Path | IO | Image.Image", name: str | None = None) -> Iterator[Image.Image]:
+    """A picture or an animation, up to twice Pillow's limit; whatever it raises in the block gets the file's name, or
+    the one given."""
+    name = name or str(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow warns at its limit, raises at twice
         try:
@@ -31,48 +53,140 @@ def opened(source: "str | Path | Image.Image") -> Iterator[Image.Image]:
         except InputError:
             raise
         except FileNotFoundError:
-            raise InputError(f"no picture at {source}") from None
+            raise InputError(f"no picture at {name}") from None
         except Image.DecompressionBombError as error:
-            raise InputError(f"{source} is too large to open safely: {error}") from None
+            raise InputError(f"{name} is too large to open safely: {error}") from None
         except UnidentifiedImageError:
-            raise InputError(f"{source} is not a picture that Pillow can read") from None
-        except (OSError, EOFError, SyntaxError, ValueError, RuntimeError) as error:  # decoders raise any of these
-            raise InputError(f"{source} cannot be read as a picture: {error}") from None
+            raise InputError(f"{name} is not a picture that Pillow can read") from None
+        except Exception as error:  # decoders raise whatever the bytes lead them to
+            raise InputError(f"{name} cannot be read as a picture: {error}") from None
 
 
 def picture_size(source: "str | Path | Image.Image") -> tuple[int, int]:
     """(width, height) of a picture, upright."""
     with opened(source) as picture:
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return picture.size[::-1] if turned else picture.size
+        turn = turn_of(picture)
+        return picture.size[::-1] if turn in SIDEWAYS else picture.size
 
 
-def open_picture(source: "str | Path | Image.Image") -> Image.Image:
-    """A path or a Pillow picture of any mode -> RGB, upright."""
-    with opened(source) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I"):  # 16 and 32 bit grey: Pillow would clip, not scale
-            picture = picture.convert("I").point(lambda level: level / 256).convert("L")
+def open_picture(source: "str | Path | IO | Image.Image", name: str | None = None) -> Image.Image:
+    """A path, an open file or a Pillow picture of any mode -> RGB, upright, on white."""
+    with opened(source, name) as picture:
+        turn, deep = turn_of(picture), picture.mode == "F" or picture.mode.startswith("I")
+        picture = eight_bits(picture, name or str(source)) if deep else on_white(picture)
+        return picture if turn is None else picture.transpose(turn)
+
+
+def picture_from(value: object, what: str) -> "Path | Image.Image":
+    """A picture in any form in which other libraries hand one over, `what` its name in errors: a path or file URL, a
+    Pillow picture, bytes, base64, a data URL, `{"bytes", "path"}`, or a list of one of these. Nothing is fetched."""
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        return picture_from(value[0], what)
+    if isinstance(value, dict) and value.keys() <= {"bytes", "path"} and any(v is not None for v in value.values()):
+        value = value["path"] if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, (Path, Image.Image)):
+        return value
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return open_picture(io.BytesIO(value), what)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{what} is a {type(value).__name__} that is no picture here: give a path or a Pillow picture")
+    scheme = value.partition(":")[0].lower() if "://" in value[:32] or value[:5].lower() == "data:" else ""
+    if scheme == "data":
+        head, comma, data = value.partition(",")
+        if not head.lower().startswith("data:image/") or not head.lower().endswith(";base64") or not comma:
+            raise InputError(f"{what} is a data URL, {head[:60]!r}: only pictures in base64 can be read")
+        return _from_base64(data, what)
+    if scheme == "file":
+        return Path(unquote(urlsplit(value).path))
+    if scheme:
+        raise InputError(f"{what} is an address, {value[:80]!r}: nothing is fetched, so download it and give its path")
+    if len(value) > 64 and re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", value) and not _is_file(value):
+        return _from_base64(value, what)
+    return Path(value)
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):  # too long for a name
+        return False
+
+
+def _from_base64(text: str, what: str) -> Image.Image:
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:
+        raise InputError(f"{what} is not base64: {error}") from None
+    return open_picture(io.BytesIO(data), what)
+
+
+Turn = Image.Transpose
+SIDEWAYS = (Turn.TRANSPOSE, Turn.ROTATE_270, Turn.TRANSVERSE, Turn.ROTATE_90)
+TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM}
+TURNS |= dict(enumerate(SIDEWAYS, 5))  # EXIF's numbers, 1 = upright
+
+
+def turn_of(picture: Image.Image) -> Turn | None:
+    """What brings a picture upright. Metadata that cannot be read turn nothing: the pixels are whole."""
+    if picture.format == "TIFF":
+        picture.load()  # where Pillow turns these itself
+    try:
+        return TURNS.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # struct.error and others, by what is wrong
+        return None
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """Any picture of 8 bits a channel -> RGB; what can be seen through is laid on white."""
+    if not picture.has_transparency_data:
         return picture.convert("RGB")
+    straight = picture.convert("LA") if picture.mode == "La" else picture
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
 
 
-def open_video(source: str | Path, frames: int = FRAMES, interval: float = INTERVAL) -> list[tuple[float, Image.Image]]:
+def eight_bits(picture: Image.Image, name: str) -> Image.Image:
+    """Grey levels in 16 or 32 bits, or as floats -> RGB. Their range is the smallest of the usual ones that holds them:
+    whole numbers of 8, 10, 12, 14 or 16 bits, floats in 0..1 or 0..255. Any other raises."""
+    levels, mode, most = np.asarray(picture), picture.mode, 255 if picture.mode == "F" else 65_535
+    if getattr(picture, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0:
+        raise InputError(f"{name}: 0 is white in it, and its levels are {mode}: save it in 8 bits")
+    low, high = levels.min(), levels.max()
+    if not (low >= 0 and high <= most):  # NaN is neither
+        raise InputError(f"{name} holds grey levels from {low} to {high}, in {mode}: scale them to 0..255")
+    if mode == "F":
+        grey = np.rint(levels * 255 if high <= 1 else levels)
+    else:
+        grey = levels >> next(bits - 8 for bits in (8, 10, 12, 14, 16) if high < 1 << bits)
+    if isinstance(clear := picture.info.get("transparency"), int):
+        grey = np.where(levels == clear, 255, grey)
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+Frames = list[tuple[float, Image.Image]]  # with their seconds
+
+
+def open_video(source: str | Path | Clip, frames: int = FRAMES, interval: float = INTERVAL) -> Frames:
     """A folder of pictures or an animated GIF or WebP -> [(seconds, RGB frame)], at most `frames`, evenly spaced, the
     first and the last among them.
 
-    The pictures of a folder are taken in the order of their names, at the seconds that `timestamps.json` beside them
-    lists, or else `interval` seconds apart; an animation brings its own times, or else is spaced in the same way.
+    The pictures of a folder are taken in the order of the numbers in their names, at the seconds that `timestamps.json`
+    beside them lists, or else `interval` seconds apart; an animation brings its own times, or else is spaced in the
+    same way. A `Clip` brings its own number of frames and interval.
     """
-    source, plan = Path(source), video_plan(source, frames, interval)
+    plan = video_plan(source, frames, interval)
+    source = source.path if isinstance(source, Clip) else Path(source)
     if source.is_dir():
-        paths = _frames(source)
+        paths = frames_of(source)
         return [(seconds, open_picture(paths[i])) for seconds, i in plan]
     with opened(source) as movie:
         return [(seconds, open_picture(_seek(movie, i).copy())) for seconds, i in plan]
 
 
-def video_plan(source: str | Path, frames: int = FRAMES, interval: float = INTERVAL) -> list[tuple[float, int]]:
+def video_plan(source: str | Path | Clip, frames: int = FRAMES, interval: float = INTERVAL) -> list[tuple[float, int]]:
     """Of the frames that `open_video` opens: the second of each, and its number among all."""
+    if isinstance(source, Clip):
+        source, frames, interval = source.path, source.frames, source.interval
     source = Path(source)
     if not 0 < interval < math.inf:
         raise InputError(f"frames {interval} seconds apart: more than 0 is needed")
@@ -82,7 +196,7 @@ def video_plan(source: str | Path, frames: int = FRAMES, interval: float = INTER
     if not source.exists():
         raise InputError(f"no video at {source}")
     if source.is_dir():
-        count = len(_frames(source))
+        count = len(frames_of(source))
         times = _times(source / TIMES, count)
     else:
         with opened(source) as movie:
@@ -91,11 +205,25 @@ def video_plan(source: str | Path, frames: int = FRAMES, interval: float = INTER
     return [(i * interval if times is None else times[i], i) for i in spread(count, frames)]
 
 
-def _frames(source: Path) -> list[Path]:
-    paths = sorted(path for path in source.iterdir() if path.name != TIMES and not path.name.startswith("."))
+def frames_of(folder: Path) -> list[Path]:
+    """The frames of a folder, in the order of the numbers in their names: 2 before 10, however they are padded. Names
+    such as 1.5 and 1.25, whose order depends on whether the point is a decimal one, raise."""
+    paths = [path for path in folder.iterdir() if path.name != TIMES and not path.name.startswith(".")]
     if not paths:
-        raise InputError(f"{source} holds no frames")
-    return paths
+        raise InputError(f"{folder} holds no frames")
+
+    def numbered(number: str) -> list[Path]:
+        def key(path: Path) -> tuple:
+            parts = re.split(number, path.name.casefold())
+            return [Decimal(part) if i % 2 else part for i, part in enumerate(parts)], path.name
+
+        return sorted(paths, key=key)
+
+    if (whole := numbered(r"(\d+)")) != numbered(r"(\d+(?:\.\d+)?)"):
+        raise InputError(
+            f"{folder}: names such as {whole[0].name} do not tell the order of frames: number them 1, 2, 3"
+        )
+    return whole
 
 
 def _times(path: Path, count: int) -> list[float] | None:

@@ -8,7 +8,6 @@ Prints a ranked table per record; with `--draw-mask FILE`, also which token may 
 """
 
 import argparse
-import math
 import random
 from collections.abc import Sequence
 from itertools import chain
@@ -21,9 +20,9 @@ from yojo.core.data import Record, collate, encode, read_records
 from yojo.core.mask import MODES
 from yojo.core.prompt import Encoded
 from yojo.core.reward import RewardModel
-from yojo.drawing import DRAWN_UP_TO, draw_mask
+from yojo.drawing import DRAWN_UP_TO, draw_mask, readable
 from yojo.files import InputError, whole_file
-from yojo.media import FRAMES, INTERVAL, open_video
+from yojo.media import FRAMES, INTERVAL, Clip
 from yojo.tiny import world
 from yojo.tiny.experiment import NAMES
 
@@ -77,8 +76,6 @@ def run_command(args: argparse.Namespace) -> dict | list[dict]:
         save_mask(row, mode, rm, args.draw_mask, records[0].prefix)
         encoded = chain([row], encoded)
     for record, scores in zip(records, rm.score_all(encoded, mode), strict=True):
-        if not all(map(math.isfinite, scores)):
-            raise FloatingPointError(f"{record.prefix}scores are not finite: {scores}")
         print(f"\n{record.prompt}\n" + ranked(record.responses, scores, facts))
         results.append({"mode": mode, "scores": scores} | ({"true_facts": facts} if facts else {}))
     return results if args.data else results[0]
@@ -94,7 +91,7 @@ def prompts(args: argparse.Namespace) -> tuple[list[Record], list[int]]:
         return [Record(prompt, responses, images=[world.render(scene)])], facts
     if args.prompt is None or not args.response:
         raise InputError("give --prompt and at least one --response, or --data FILE")
-    video = open_video(args.video, args.frames, args.interval) if args.video else None
+    video = Clip(args.video, args.frames, args.interval) if args.video else None
     return [Record(args.prompt, args.response, images=args.image or [], video=video)], []
 
 
@@ -123,7 +120,7 @@ def ranked(responses: Sequence[str], scores: Sequence[float], facts: Sequence[in
 def save_mask(encoded: Encoded, mode: str, rm: RewardModel, path: Path, prefix: str) -> None:
     if len(encoded.ids) > DRAWN_UP_TO:
         raise InputError(f"{prefix}{len(encoded.ids)} tokens are too many to draw: at most {DRAWN_UP_TO}")
-    mask, labels = collate([encoded], mode).mask, rm.processor.tokenizer.labels(encoded.ids.tolist())
+    mask, labels = collate([encoded], mode).mask, readable(map(rm.processor.tokenizer.name, encoded.ids.tolist()))
     with whole_file(path) as temporary:
         draw_mask(mask, labels=labels).save(temporary, "PNG")
     print(f"mask drawn in {path}")

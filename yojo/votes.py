@@ -296,8 +296,11 @@ def line_of(item: str, answered: Answered, names: Sequence[str], ranks: dict[str
     """An ordinary preference record of some of an item's answers, picture paths relative to `folder`; who wrote them
     stays readable in "models"."""
     texts = dict(zip(answered.names, answered.responses, strict=True))
-    paths = [os.path.relpath(path.resolve(), folder.resolve()) for path in (*answered.images, answered.video) if path]
-    shown = {"video": paths[0]} if answered.video else {"images": paths} if paths else {}
+    clips = [answered.video] if answered.video else []
+    paths = [os.path.relpath(p.resolve(), folder.resolve()) for p in (*answered.images, *(clip.path for clip in clips))]
+    shown = {"images": paths} if paths else {}
+    if clips:
+        shown = {"video": paths[0], "sampling_interval": clips[0].interval}
     return {
         "item": item,
         "prompt": answered.prompt,

@@ -6,8 +6,9 @@ A record is one line of JSONL, in the schema of the released training code:
      "image": path | "images": [path, ...] | "video": path}
 
 rankings: 1 = best, ties allowed, one per response; only training and evaluation need them. Paths are relative to the
-JSONL file; a video is a folder of frames or an animation (`media.open_video`). A bad line raises `InputError` with
-the file and the line number; nothing is skipped.
+JSONL file; a video is a folder of frames or an animation (`media.open_video`), its frames `sampling_interval` seconds
+apart, which the released records also call `fps`. `question` is another name of `prompt`. A bad line raises
+`InputError` with the file and the line number; nothing is skipped.
 
 A batch is rows beside each other. By default a row is a record; several records in one row see nothing of each other.
 
@@ -29,6 +30,7 @@ from yojo.core.image import Pictures
 from yojo.core.mask import PADDING, PROMPT, AttentionMask
 from yojo.core.prompt import Encoded, Processor
 from yojo.files import InputError, read_lines
+from yojo.media import INTERVAL, Clip, Frames
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Record:
     rankings: list[int] | None = None
     images: list[Path | Image.Image] = field(default_factory=list)
     where: str = ""
-    video: Path | list[tuple[float, Image.Image]] | None = None
+    video: Clip | Path | Frames | None = None
     max_crops: int | None = None
     pictures: Pictures | None = None
 
@@ -64,7 +66,8 @@ def encode(record: Record, processor: Processor, pixels: bool = True) -> Encoded
     """A record as the model reads it. pixels False: as long, but with pictures that have not been opened."""
     pictures = open_pictures(record, processor, pixels)
     with record.named():
-        return processor.encode(record.prompt, record.responses, pictures=pictures)
+        row = processor.encode(record.prompt, record.responses, pictures=pictures)
+        return replace(row, prefix=record.prefix)
 
 
 def open_pictures(record: Record, processor: Processor, pixels: bool = True) -> Pictures:
@@ -96,7 +99,10 @@ def read_records(path: str | Path, ranked: bool = True, answered: bool = True) -
 def record_of(raw: dict, where: str, folder: Path, ranked: bool = True, answered: bool = True) -> Record:
     """One line as a record; paths are relative to `folder`. `ranked`: a record without rankings raises; not `answered`:
     a prompt, whatever responses and rankings the line holds."""
-    prompt, responses, rankings = raw.get("prompt"), raw.get("responses"), raw.get("rankings")
+    prompts = [raw[key] for key in ("prompt", "question") if raw.get(key) is not None]
+    if len(prompts) > 1:
+        raise InputError(f"{where} has both prompt and question: keep one")
+    prompt, responses, rankings = prompts[0] if prompts else None, raw.get("responses"), raw.get("rankings")
     if not isinstance(prompt, str):
         raise InputError(f"{where}: prompt must be a string, got {prompt!r}")
     images, video = pictures_of(raw, where, folder)
@@ -115,7 +121,7 @@ def record_of(raw: dict, where: str, folder: Path, ranked: bool = True, answered
     return Record(prompt, responses, rankings, images, where, video)
 
 
-def pictures_of(raw: dict, where: str, folder: Path) -> tuple[list[Path], Path | None]:
+def pictures_of(raw: dict, where: str, folder: Path) -> tuple[list[Path], Clip | None]:
     """A line's pictures and its video; what is not there raises."""
     given = {key: raw[key] for key in ("image", "images", "video") if raw.get(key) not in (None, [])}
     if len(given) > 1:
@@ -127,7 +133,10 @@ def pictures_of(raw: dict, where: str, folder: Path) -> tuple[list[Path], Path |
     paths = [folder / name for name in names]
     if absent := [path for path in paths if not path.exists()]:
         raise InputError(f"{where}: no {'video' if key == 'video' else 'picture'} at {absent[0]}")
-    return ([], paths[0]) if key == "video" else (paths, None)
+    apart = [raw[key] for key in ("sampling_interval", "fps") if raw.get(key) is not None] or [INTERVAL]
+    if any(type(seconds) not in (int, float) or seconds != apart[0] for seconds in apart):
+        raise InputError(f"{where}: sampling_interval and fps are the seconds between frames, got {apart}")
+    return ([], Clip(paths[0], interval=apart[0])) if key == "video" else (paths, None)
 
 
 @dataclass(frozen=True)

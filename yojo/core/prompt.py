@@ -9,8 +9,9 @@ the finished ids. Each response is tokenized alone, so its ids are the same wher
 its last token, just before the separator that closes it.
 
 Markup (turns, picture tokens, the separator) enters as ids, looked up by name. Text goes through a copy of the
-tokenizer that knows no added token, so a prompt or response that spells `<|resp_sep|>` or `<im_patch>` is encoded as
-the ordinary characters it is: no answer can add a separator, end a turn or fake a picture.
+tokenizer that takes none of it, nor any other special token, for more than the characters it is spelled with: no prompt
+or response can add a separator, end a turn or fake a picture. Added tokens that are not special, such as `<think>`, are
+single tokens of a text, as they are to the released model.
 
 In `isolated` mode the positions of every response start right after the prompt, as they would if it stood alone.
 
@@ -29,7 +30,7 @@ See it: `pytest tests/test_prompt.py`, `tutorials/04_separators_and_masks.md`.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +45,7 @@ from yojo.core.config import ImageConfig, Markup
 from yojo.core.image import Pictures, frames_to_patches, images_to_patches
 from yojo.core.mask import MODES, PROMPT
 from yojo.files import InputError, read_json
-from yojo.media import open_picture, open_video, picture_size, video_plan
+from yojo.media import Clip, open_picture, open_video, picture_size, video_plan
 
 SEPARATOR = "<|resp_sep|>"
 BOS = TURN_END = "<|im_end|>"  # one token, two uses: the release opens rows with it
@@ -52,7 +53,12 @@ TURN_START = "<|im_start|>"
 PATCH = "<im_patch>"
 # All image tokens of a record see each other; these are image tokens.
 IMAGE_TOKENS = (PATCH, *"<im_col> <im_start> <low_res_im_start> <frame_start> <im_end> <frame_end> <im_low>".split())
+MARKUP = {SEPARATOR, TURN_END, TURN_START, *IMAGE_TOKENS}
 MAX_RESPONSES = 64
+
+
+Images = str | Path | Image.Image | Sequence | None  # a picture, or several
+Video = str | Path | Clip | Sequence[tuple[float, Image.Image]] | None  # a file or folder, or frames with their seconds
 
 
 class Layout(NamedTuple):
@@ -74,16 +80,18 @@ LAYOUTS = {
 
 
 class Tokenizer:
-    """A `tokenizer.json` in two halves: text, which can spell nothing but text, and added tokens by name."""
+    """A `tokenizer.json` in two halves: text, which can spell no markup, and added tokens by name."""
 
     def __init__(self, path: str | Path):
         raw = read_json(path)
         try:
             self.full = BPE.from_str(json.dumps(raw))
-            self.text = BPE.from_str(json.dumps(raw | {"added_tokens": [], "post_processor": None}))
+            added = [t | {"special": t["special"] or t["content"] in MARKUP} for t in raw["added_tokens"]]
+            self.text = BPE.from_str(json.dumps(raw | {"added_tokens": added, "post_processor": None}))
         except Exception as error:  # `tokenizers` raises bare Exception
             raise InputError(f"{path} is not a tokenizer: {error}") from None
         self.path = Path(path)
+        self.text.encode_special_tokens = True  # as the text they are
         self.text.no_truncation()
         self.text.no_padding()
 
@@ -97,13 +105,11 @@ class Tokenizer:
         self.__init__(path)
 
     def encode(self, text: str, what: str = "text") -> list[int]:
-        """Text -> ids, never an added token's. A lone surrogate, which no file can hold, raises."""
+        """Text -> ids, never a special token's. A lone surrogate, which no file can hold, raises."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise InputError(
-                f"{what} holds a lone surrogate at character {error.start}: it is not valid Unicode"
-            ) from None
+            raise InputError(f"{what} holds a lone surrogate at character {error.start}: not valid Unicode") from None
         return self.text.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -114,18 +120,13 @@ class Tokenizer:
         """How one id reads: an added token's name, or the text it stands for."""
         return SEPARATOR if token == self.separator_id else self.decode([token])
 
-    def labels(self, tokens: Sequence[int]) -> list[str]:
-        r"""Names to print beside a row: a line break as \n, and no blank before a word."""
-        names = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in self.name(token)) for token in tokens)
-        return [name.strip() or "space" for name in names]
-
     def spells(self, text: str) -> bool:
-        """Does a text spell the name of an added token, which `encode` takes for the text it is?"""
+        """Does a text spell the name of a special token, which `encode` takes for the text it is?"""
         return any(name in text for name in self.added)
 
     @cached_property
     def added(self) -> set[str]:
-        return {SEPARATOR, *(token.content for token in self.full.get_added_tokens_decoder().values())}
+        return {SEPARATOR, *(t.content for t in self.text.get_added_tokens_decoder().values() if t.special)}
 
     def id(self, name: str) -> int:
         token = self.full.token_to_id(name)
@@ -145,7 +146,8 @@ class Encoded:
     """One record as the model reads it: a row of tokens. All spans are known by construction.
 
     ids int [T]; response int [T], -1 = prompt; image bool [T]; spans [(start, stop)] of each response without its
-    separator (in layout "released" with its blank lines); pictures: what the <im_patch> tokens show.
+    separator (in layout "released" with its blank lines); pictures: what the <im_patch> tokens show; same: of each
+    response, the first one with an equal text; prefix: how an error about it begins.
     """
 
     ids: Tensor
@@ -153,6 +155,8 @@ class Encoded:
     image: Tensor
     spans: list[tuple[int, int]]
     pictures: Pictures
+    same: list[int] = field(default_factory=list)
+    prefix: str = ""
 
     @property
     def score_positions(self) -> list[int]:
@@ -187,7 +191,16 @@ class Encoded:
             ids += response + end
             owner += [i] * len(response + end)
         image = F.pad(self.image, (0, len(ids) - len(self.ids)))  # no response can show a picture
-        return Encoded(torch.tensor(ids), torch.tensor(owner), image, spans, self.pictures)
+        return Encoded(torch.tensor(ids), torch.tensor(owner), image, spans, self.pictures, [*range(len(spans))])
+
+    def distinct(self) -> tuple["Encoded", list[int]]:
+        """The row without the responses that repeat an earlier one, and where the score of each response is then."""
+        first = sorted(set(self.same))
+        kept = torch.isin(self.response, torch.tensor([PROMPT, *first]))
+        moved = kept.cumsum(0).tolist()  # a token that was the i-th is the moved[i]-th
+        spans = [(moved[start] - 1, moved[stop - 1]) for start, stop in (self.spans[i] for i in first)]
+        row = replace(self, ids=self.ids[kept], response=self.response[kept], image=self.image[kept], spans=spans)
+        return row, [first.index(i) for i in self.same]
 
 
 @dataclass(eq=False)
@@ -218,8 +231,8 @@ class Processor:
         self,
         prompt: str,
         responses: Sequence[str],
-        image: "str | Path | Image.Image | Sequence | None" = None,
-        video: "str | Path | Sequence[tuple[float, Image.Image]] | None" = None,
+        image: Images = None,
+        video: Video = None,
         pictures: Pictures | None = None,
     ) -> Encoded:
         """One record -> `Encoded`. No responses = the prompt alone, ready for the first one to be written.
@@ -248,7 +261,8 @@ class Processor:
                 f"{len(row.ids)} tokens ({len(ids)} of the prompt, {len(pictures.ids)} of them pictures) "
                 f"are {over} more than the model's limit of {self.max_tokens}: shorten or drop responses"
             )
-        return row
+        texts = [encode(text) for text in responses]  # in layout "released", the pieces of equal texts differ by place
+        return replace(row, same=[texts.index(text) for text in texts])
 
     def row(self, ids: list[int], pictures: Pictures) -> Encoded:
         """The ids of a prompt, those of its pictures among them -> a row that has no response yet."""
@@ -261,7 +275,7 @@ class Processor:
         if image is not None and video is not None:
             raise InputError("a record shows images or a video, not both")
         if video is not None:
-            if isinstance(video, (str, Path)):
+            if isinstance(video, (str, Path, Clip)):
                 video = open_video(video) if pixels else video_plan(video)
             if not video:
                 raise InputError("the video has no frames")

@@ -19,14 +19,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from yojo.core import lora, ops
 from yojo.core.data import Batch, collate
 from yojo.core.mask import MODES
 from yojo.core.molmo2 import Molmo2
-from yojo.core.prompt import Encoded, Processor
+from yojo.core.prompt import Encoded, Images, Processor, Video
 from yojo.files import InputError
 
 ADAPTER = "reward"
@@ -105,12 +104,7 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def score(
-        self,
-        prompt: str,
-        responses: Sequence[str],
-        image: "str | Path | Image.Image | Sequence | None" = None,
-        video: "str | Path | Sequence[tuple[float, Image.Image]] | None" = None,
-        mode: str | None = None,
+        self, prompt: str, responses: Sequence[str], image: Images = None, video: Video = None, mode: str | None = None
     ) -> list[float]:
         """One score per response, in input order, from one forward pass.
 
@@ -124,11 +118,23 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def score_encoded(self, rows: Sequence[Encoded], mode: str | None = None) -> list[list[float]]:
-        """Scores of several records' rows, in one batch. Long ones, which are computed run by run anyway,
-        stand in one row, which needs no padding."""
+        """Scores of several records' rows, in one batch. Scores that are not finite raise `InputError`."""
+        scores = self.raw_scores(rows, mode or self.mode)
+        for row, some in zip(rows, scores, strict=True):
+            if not all(map(math.isfinite, some)):
+                raise InputError(f"{row.prefix}scores are not finite: {some}")
+        return scores
+
+    @torch.no_grad()
+    def raw_scores(self, rows: Sequence[Encoded], mode: str) -> list[list[float]]:
+        """Scores as they come. In isolated mode equal texts of a record are read once and share their score: read
+        twice they would differ by rounding. Long rows, which are computed run by run anyway, stand in one row, which
+        needs no padding."""
+        rows, places = zip(*(row.distinct() if mode == "isolated" else (row, None) for row in rows), strict=True)
         together = [rows] if ops.by_runs(max(len(row.ids) for row in rows)) else rows
-        batch = collate(together, mode or self.mode, self.backbone.config.pad_id, self.backbone.device)
-        return [s.tolist() for s in self(batch).split(batch.counts)]
+        batch = collate(together, mode, self.backbone.config.pad_id, self.backbone.device)
+        scores = [s.tolist() for s in self(batch).split(batch.counts)]
+        return [some if at is None else [some[i] for i in at] for some, at in zip(scores, places, strict=True)]
 
     def score_all(
         self, rows: Iterable[Encoded], mode: str | None = None, tokens: int = BATCH_TOKENS
@@ -165,22 +171,15 @@ class RewardModel(nn.Module):
         store.save_reward_model(self, folder, overwrite, also)
 
     @classmethod
-    def load(
-        cls,
-        folder: str | Path,
-        base: str | Path | None = None,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        lm_head: bool = False,
-    ) -> "RewardModel":
+    def load(cls, folder: str | Path, base: str | Path | None = None, lm_head: bool = False, **how) -> "RewardModel":
         """A saved reward model, in eval mode: ours, a released merged one, or a PEFT run of the released code.
 
-        base None = where the folder says it is; dtype, device and lm_head, which only a policy on the same backbone
-        needs, as in `load_backbone`. Anything that does not fit what was saved raises `InputError`.
+        base None = where the folder says it is; lm_head, which only a policy on the same backbone needs, and how, that
+        is dtype and device, as in `load_backbone`. Anything that does not fit what was saved raises `InputError`.
         """
         from yojo import store
 
-        return store.load_reward_model(cls, folder, base, dtype=dtype, device=device, lm_head=lm_head)
+        return store.load_reward_model(cls, folder, base, lm_head=lm_head, **how)
 
 
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:

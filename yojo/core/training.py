@@ -90,7 +90,7 @@ class PreferenceLoss:
     def culprits(self, step: int) -> list[Record]:
         """The records of a step; where some have scores that are not finite now, only those."""
         records = [record for k in range(self.recipe.fit.accumulate) for record in self.records_of(step, k)]
-        scores = [self.rm.score_encoded([encode(record, self.rm.processor)])[0] for record in records]
+        scores = [self.rm.raw_scores([encode(record, self.rm.processor)], self.rm.mode)[0] for record in records]
         bad = [record for record, row in zip(records, scores, strict=True) if not all(map(math.isfinite, row))]
         return bad or records
 
