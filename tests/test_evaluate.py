@@ -25,6 +25,7 @@ from yojo.cli import WEIGHTS
 from yojo.core.reward import RewardModel
 from yojo.evaluate import order_sensitivity, orders_of, report, score_item
 from yojo.files import InputError
+from yojo.media import Clip
 
 CASES = json.loads((Path(__file__).parent / "data/evaluate.json").read_text())
 CASES["habit of position"]["rows"] = [
@@ -195,6 +196,90 @@ def test_bad_rows_are_named_and_with_keep_going_listed(folder, form, row, why):
     assert why in str(error.value)
     items = read_items(path, form, bad=(left_out := []))
     assert len(items) == 1 and len(left_out) == 1 and why in left_out[0]
+
+
+@pytest.mark.parametrize(
+    "name, category",
+    [
+        ("RLAIF-V-1", "hallucination"),
+        ("RLHF-V-2", "hallucination"),
+        ("hallucination_pair-10", "hallucination"),
+        ("povid_3", "hallucination"),
+        ("mathverse_1", "reasoning"),
+        ("mmmu_pro_test_Art_2", "reasoning"),
+        ("wildvision-5", "general"),
+        ("jailbreak-Fraud-29", "general"),
+        ("LRVInstruction-000000007746", "general"),
+        ("svit_1", "general"),
+        ("a source of next year", "general"),
+        (17, "general"),
+    ],
+)
+def test_where_an_id_of_vl_rewardbench_comes_from_is_its_category(folder, name, category):
+    row = {"id": name, "query": "?", "response": ["a", "b"], "human_ranking": [1, 0]}
+    (item,) = read_items(write(folder, [row]), "vl-rewardbench")
+    assert item.category == category and item.rankings == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "category, name, half",
+    [
+        ("safety", "pairs_12", "safety/bias"),
+        ("safety", "Pairs-3", "safety/bias"),
+        ("safety", "toxic_1", "safety/toxicity"),
+        ("Reasoning", "math_500_7", "reasoning/math"),
+        ("reasoning", "webcode_7", "reasoning/coding"),
+        ("vqa", "math_1", "vqa"),
+    ],
+)
+def test_multimodal_rewardbench_reports_two_categories_in_halves(folder, category, name, half):
+    row = {"ID": name, "Text": "?", "Output1": "a", "Output2": "b", "Better": "Output1", "Category": category}
+    (item,) = read_items(write(folder, [row]), "multimodal-rewardbench")
+    assert item.category == half
+    if "/" in half:
+        with pytest.raises(InputError, match="no id tells which; --map group=FIELD"):
+            read_items(write(folder, [{k: v for k, v in row.items() if k != "ID"}]), "multimodal-rewardbench")
+
+
+def test_a_file_that_is_one_json_list_is_read(folder):
+    """As Multimodal RewardBench's all_data.json is; a bad item is named by its number."""
+    row = {"ID": "1", "Text": "?", "Output1": "a", "Output2": "b", "Better": "Output1", "Category": "vqa"}
+    path = folder / "all_data.json"
+    path.write_text(json.dumps([row, row], indent=1))
+    assert [item.responses for item in read_items(path, "multimodal-rewardbench")] == [["a", "b"]] * 2
+    path.write_text(json.dumps([row, row | {"Better": "c"}, 5]))
+    with pytest.raises(InputError, match="all_data.json, item 2: Better must be one of"):
+        read_items(path, "multimodal-rewardbench")
+    items = read_items(path, "multimodal-rewardbench", bad=(left_out := []))
+    assert len(items) == 1 and "item 2" in left_out[0] and "item 3 holds a JSON int" in left_out[1]
+
+
+def test_released_records_say_question_and_seconds_between_frames(folder):
+    (folder / "clip").mkdir()
+    row = {"question": "?", "responses": ["a", "b"], "rankings": [1, 2], "video": "clip", "fps": 2.0}
+    (item,) = read_items(write(folder, [row]), "records")
+    assert item.prompt == "?" and item.video == Clip(folder / "clip", interval=2.0)
+    with pytest.raises(InputError, match="both prompt and question"):
+        read_items(write(folder, [row | {"prompt": "!"}]), "records")
+
+
+def test_a_field_is_read_as_one_thing(folder):
+    row = {"Text": "?", "A": "a", "Better": "A", "Category": "x"}
+    with pytest.raises(InputError, match="--map: A is read as two things"):
+        read_items(write(folder, [row]), "multimodal-rewardbench", ["first=A", "second=A"])
+
+
+@pytest.mark.parametrize("mode, right", [("isolated", 0.0), ("joint", None)])
+def test_equal_answers_are_a_tie_in_isolated_mode_in_every_dtype(command, folder, mode, right):
+    """Read twice they differed by rounding, and half of them, or an eighth, counted as right."""
+    text = "a small red star very very very very bright"
+    rows = [{"prompt": f"Describe the star number {i}.", "responses": [text] * 2, "rankings": [1, 2]} for i in range(8)]
+    for dtype in ("float32", "bfloat16"):
+        words = ["--model", WEIGHTS / "tiny-rm", "--data", write(folder, rows), "--mode", mode, "--dtype", dtype]
+        status, _, err = command(evaluate, *words, "--json", folder / "out.json")
+        assert status == 0, err
+        found = json.loads((folder / "out.json").read_text())
+        assert (found["accuracy"], found["ties"]) == (right, 1.0) if right is not None else found["ties"] == 0.0
 
 
 def test_fields_of_other_names_are_what_the_better_one_may_be_called(folder):

@@ -16,6 +16,7 @@ import torch
 from test_single_pass import make_model, noise
 
 from yojo import grpo as grpo_command
+from yojo.cli import WEIGHTS
 from yojo.core import grpo, lora
 from yojo.core.data import Record
 from yojo.core.generate import Cache, sample
@@ -27,6 +28,7 @@ from yojo.core.grpo import (
     group_row,
     log_probs,
     objective,
+    reward_fn,
     rollout,
 )
 from yojo.core.mask import PROMPT, AttentionMask
@@ -225,6 +227,20 @@ def test_an_empty_answer_is_not_judged_and_ranks_last():
     assert group_rewards(reward, Record("?"), ["abc", " ", "a"]).tolist() == [3.0, 0.0, 1.0]
     assert judged == [["abc", "a"]]
     assert group_rewards(reward, Record("?"), ["", " "]).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_answers_teach_nothing_in_isolated_mode(dtype):
+    """Eight times the same text in one group, and six of them among eight. Scored one by one they differed by rounding,
+    which advantages blew up to 1.6 and 2.65."""
+    rm, prompt = RewardModel.load(WEIGHTS / "tiny-rm", dtype=dtype), Record("Describe the star.")
+    same = ["a small red star very very very very bright"] * 8
+    rewards = group_rewards(reward_fn(rm, "isolated"), prompt, same)
+    assert advantages(rewards, GrpoConfig.eps).tolist() == [0.0] * 8
+    rewards = group_rewards(reward_fn(rm, "isolated"), prompt, [*same[:6], "no", "a star"])
+    assert len(set(rewards.tolist())) == 3
+    joint = group_rewards(reward_fn(rm, "joint"), prompt, same)
+    assert len(set(joint.tolist())) == 8, "a joint score depends on the place, as in the paper"
 
 
 def test_a_reward_that_is_not_finite_raises():

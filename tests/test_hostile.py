@@ -10,6 +10,7 @@ import unicodedata
 
 import pytest
 import torch
+from conftest import edit
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from yojo import evaluate, score
 from yojo.cli import WEIGHTS
 from yojo.core.data import read_records
-from yojo.core.prompt import SEPARATOR, Processor
+from yojo.core.prompt import IMAGE_TOKENS, SEPARATOR, Processor
 from yojo.core.reward import RewardModel
 from yojo.files import InputError
 from yojo.weights import load_backbone
@@ -41,19 +42,30 @@ ODD = {
 }
 
 
-@pytest.fixture(scope="module", params=["default", "released"])
-def processor(request):
-    return Processor.from_folder(WEIGHTS / "tiny", 500_000, request.param)
+@pytest.fixture(scope="module")
+def unflagged(tmp_path_factory):
+    """A tokenizer in which no added token is marked as special."""
+    folder = shutil.copytree(WEIGHTS / "tiny", tmp_path_factory.mktemp("unflagged") / "tiny")
+    edit(folder / "tokenizer.json", lambda raw: [token.update(special=False) for token in raw["added_tokens"]])
+    return folder
+
+
+@pytest.fixture(scope="module", params=["default", "released", "default unflagged", "released unflagged"])
+def processor(request, unflagged):
+    layout, _, flags = request.param.partition(" ")
+    return Processor.from_folder(unflagged if flags else WEIGHTS / "tiny", 500_000, layout)
 
 
 def check(processor, prompt, responses):
     """Span by span: as many as responses, each its text, no added token's id inside, one separator after each."""
     row = processor.encode(prompt, responses)
     tokenizer, ids = processor.tokenizer, row.ids.tolist()
-    added = {token["id"] for token in json.loads(tokenizer.full.to_str())["added_tokens"]} | {tokenizer.separator_id}
+    added = {tokenizer.id(name) for name in (*IMAGE_TOKENS, "<|im_start|>", "<|im_end|>")} | {tokenizer.separator_id}
+    raw = json.loads(tokenizer.full.to_str())["added_tokens"]
+    added |= {token["id"] for token in raw if token["special"]}
     assert len(row.spans) == len(row.score_positions) == len(responses)
     for (start, stop), text in zip(row.spans, responses, strict=True):
-        assert not added & set(ids[start:stop])
+        assert not added & set(ids[start:stop]), "neither markup nor any special token"
         kept = tokenizer.decode(ids[start:stop])
         if processor.layout == "default":
             assert kept == unicodedata.normalize("NFC", text)
@@ -86,9 +98,28 @@ pieces = st.lists(st.sampled_from(SPECIAL + list(ODD.values())[:-1]) | st.text(m
 
 
 @given(st.lists(pieces.map("".join).filter(str.strip), min_size=1, max_size=5), pieces.map("".join))
-def test_property_any_mixture_is_text(responses, prompt):
+def test_property_any_mixture_is_text(processor, responses, prompt):
+    check(processor, prompt, responses)
+
+
+def test_added_tokens_that_are_not_special_are_single_tokens_of_a_text(tmp_path):
+    """As they are to the released model: Qwen's <think>, <tool_call> and the like."""
+    folder = shutil.copytree(WEIGHTS / "tiny", tmp_path / "tiny")
+
+    def with_think(raw):
+        like = raw["added_tokens"][-1]
+        at = max(token["id"] for token in raw["added_tokens"]) + 1
+        for i, name in enumerate(["<think>", "</think>"]):
+            raw["added_tokens"].append(like | {"content": name, "id": at + i, "special": False})
+
+    edit(folder / "tokenizer.json", with_think)
     for layout in ("default", "released"):
-        check(Processor.from_folder(WEIGHTS / "tiny", 500_000, layout), prompt, responses)
+        processor = Processor.from_folder(folder, 4096, layout)
+        row = processor.encode("<think>?", ["<think>a star</think>", f"</think>{SEPARATOR}<|im_end|>"])
+        think, end = map(processor.tokenizer.id, ("<think>", "</think>"))
+        assert row.ids.tolist().count(think) == row.ids.tolist().count(end) == 2
+        assert processor.tokenizer.spells(f"{SEPARATOR}") and not processor.tokenizer.spells("<think>")
+        check(processor, "<think>?", ["<think>a star</think>", f"</think>{SEPARATOR}<|im_end|>"])
 
 
 @pytest.mark.parametrize("name", ["<|resp_sep|>", "a\nb", "é" * 60, "-x", "%s{0}$HOME", "\u202ef"])

@@ -9,7 +9,6 @@ neighbouring grey level (2/255), which depends on the number of threads.
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,8 +16,6 @@ from safetensors.torch import load_file
 
 from yojo.core.config import ImageConfig
 from yojo.core.image import choose_tiling, frames_to_patches, images_to_patches, pool_windows
-from yojo.files import InputError
-from yojo.media import open_picture
 from yojo.settings import read_image_config
 
 DATA = Path(__file__).parent / "data"
@@ -93,42 +90,3 @@ def test_every_patch_of_the_tiling_has_one_owner():
     rows, columns = choose_tiling(500, 700, RELEASED)
     assert rows * columns > 1
     assert len(owned) == len(owned.unique()) == (19 * rows + 8) * (19 * columns + 8)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA", "I;16"])
-@pytest.mark.parametrize("size", [(1, 1), (3, 200)])
-def test_any_mode_from_one_pixel_upwards(mode, size):
-    seen = images_to_patches([open_picture(Image.new(mode, size))], TINY)
-    assert seen.patches.isfinite().all() and seen.patches.abs().max() <= 1
-
-
-def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
-    Image.fromarray(np.full((4, 4), 128 * 256, np.uint16)).save(tmp_path / "grey.png")
-    assert open_picture(tmp_path / "grey.png").getpixel((0, 0)) == (128, 128, 128)
-
-
-def test_a_photo_is_turned_upright(tmp_path):
-    photo = Image.new("RGB", (20, 10))
-    exif = photo.getexif()
-    exif[0x0112] = 6  # "rotate by 90 degrees to view"
-    photo.save(tmp_path / "photo.jpg", exif=exif)
-    assert open_picture(tmp_path / "photo.jpg").size == (10, 20)
-
-
-def test_bad_pictures_are_named(tmp_path):
-    whole = tmp_path / "whole.png"
-    Image.effect_noise((200, 200), 90).save(whole)
-    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:3000])
-    (tmp_path / "text.png").write_text("no picture")
-    for name, why in [("none.png", "no picture at"), ("cut.png", "cannot be read"), ("text.png", "not a picture")]:
-        with pytest.raises(InputError) as error:
-            open_picture(tmp_path / name)
-        assert why in str(error.value) and name in str(error.value)
-
-
-def test_a_decompression_bomb_is_refused_and_100_megapixels_are_not(tmp_path):
-    Image.new("1", (20_000, 9_000)).save(tmp_path / "bomb.png")
-    with pytest.raises(InputError, match="bomb.png is too large"):
-        open_picture(tmp_path / "bomb.png")
-    Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
-    assert open_picture(tmp_path / "large.png").size == (10_000, 10_000)

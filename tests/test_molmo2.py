@@ -260,6 +260,8 @@ def test_a_sample_ends_with_the_end_token_and_is_padded_after_it():
     first, second = generate(model, ids, max_new_tokens=2, temperature=0)[0].tolist()
     model.config = replace(model.config, eos_ids=(second,), pad_id=0)
     assert generate(model, ids, max_new_tokens=9, temperature=0).tolist() == [[first, second]]
+    model.config = replace(model.config, eos_ids=(second, first))
+    assert generate(model, ids, max_new_tokens=9, temperature=0).tolist() == [[first]], "any of them ends it"
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from yojo.core.lora import LoraConfig
 from yojo.core.mask import MODES
 from yojo.core.ops import DENSE_UP_TO
 from yojo.core.reward import RewardModel
+from yojo.files import InputError
 from yojo.tiny import world
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
@@ -233,3 +234,43 @@ def test_property_records_may_share_rows_and_batches(exact, records, cuts, mode)
         together = exact.rm(collate(rows, mode)).tolist()
     alone = [score for record in encoded for score in exact.rm.score_encoded([record], mode)[0]]
     assert_equal(together, alone, exact.tolerance)
+
+
+# --------------------------------------------------------------------------------------------------------- equal texts
+
+
+@pytest.mark.parametrize("layout", ["default", "released"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_texts_are_read_once_and_share_a_score_in_isolated_mode(tiny_folder, monkeypatch, layout, dtype):
+    """Read twice, they would differ by rounding, and GRPO would take that for a preference. NFC and NFD are equal."""
+    rm, lengths, real = make_model(tiny_folder, dtype=dtype), [], RewardModel.forward
+    rm.processor.layout = layout
+    monkeypatch.setattr(RewardModel, "forward", lambda rm, batch: lengths.append(batch.counts) or real(rm, batch))
+    texts = ["\u00e9", "a star", "e\u0301", "a star", "a star ", "b"]
+    scores = rm.score("?", texts, noise(1), mode="isolated")
+    assert lengths == [[4]] and scores[0] == scores[2] and scores[1] == scores[3] and len(set(scores)) == 4
+    assert scores[:2] + scores[4:] == rm.score("?", texts[:2] + texts[4:], noise(1), mode="isolated")
+    several = [rm.processor.encode("?", some) for some in (texts, ["b", "b"], ["a"])]
+    assert [len(set(some)) for some in rm.score_encoded(several, "isolated")] == [4, 1, 1]
+
+
+def test_equal_texts_of_a_joint_pass_are_as_many_as_they_are(tiny_folder):
+    """As in the paper: the second sees the first. Nothing is shared and nothing left out."""
+    rm = make_model(tiny_folder)
+    row = rm.processor.encode("?", ["a star"] * 3)
+    scores = rm.score("?", ["a star"] * 3, mode="joint")
+    with torch.no_grad():
+        assert rm(collate([row], "joint")).tolist() == scores and len(set(scores)) == 3
+
+
+def test_scores_that_are_not_finite_never_leave_the_model(tiny_folder):
+    rm = make_model(tiny_folder)
+    with torch.no_grad():
+        rm.head[2].bias.fill_(math.nan)
+    for score in (
+        lambda: rm.score("?", ["a", "b"]),
+        lambda: list(rm.score_all([rm.processor.encode("?", ["a"])] * 3)),
+        lambda: rm.score_encoded([rm.processor.encode("?", ["a"])]),
+    ):
+        with pytest.raises(InputError, match="scores are not finite"):
+            score()

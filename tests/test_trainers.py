@@ -1,9 +1,12 @@
-"""`GroupReward` under TRL's signature, and inside a real `GRPOTrainer`: one scoring pass a group, counted.
+"""`GroupReward` under TRL's signature, and inside a real `GRPOTrainer`: one scoring pass a group, counted; and no
+answer, whatever it is, ends a run.
 
 pytest tests/test_trainers.py
 """
 
+import math
 import pickle
+import warnings
 
 import pytest
 from test_single_pass import noise
@@ -67,11 +70,79 @@ def test_a_group_cut_by_the_batch_is_counted_or_refused(reward, rm):
         strict([ASK] * 2, ANSWERS[:2])
 
 
-def test_empty_answers(reward, rm):
-    got = reward([ASK] * 3, [ANSWERS[0], " ", ANSWERS[1]])
+LONG = "a star " * 3000
+CALL = [{"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}]}]
+SHOWN = [{"role": "assistant", "content": [{"type": "image", "image": noise(1)}]}]
+UNJUDGED = {
+    "": "it is empty",
+    " \n": "it is empty",
+    "\ud800": "not valid Unicode",
+    LONG: "tokens of the group are more than the model's 4096",
+    7: "must be a text or a list of messages",
+    "call": (CALL, "it is empty"),
+    "shown": (SHOWN, "only text can be judged"),
+}
+
+
+@pytest.mark.parametrize("case", UNJUDGED, ids=lambda case: str(case)[:8])
+def test_an_answer_that_cannot_be_judged_is_below_the_others(reward, rm, case):
+    bad, why = UNJUDGED[case] if isinstance(UNJUDGED[case], tuple) else (case, UNJUDGED[case])
     scores = rm.score(ASK, ANSWERS[:2])
-    assert got == [scores[0], min(scores) - 1, scores[1]]
-    assert reward([ASK] * 3, ["", " ", "\n"]) == [None] * 3
+    with pytest.warns(UserWarning, match=f"answer 2 of a group cannot be judged: .*{why}"):
+        assert reward([ASK] * 3, [ANSWERS[0], bad, ANSWERS[1]]) == [scores[0], min(scores) - 1, scores[1]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # warned of once, counted always
+        assert reward([ASK] * 3, [bad] * 3) == [None] * 3
+    assert reward.unjudged == 4
+
+
+def test_a_score_that_is_not_finite_is_none(reward, rm, monkeypatch):
+    def third_is(value):
+        monkeypatch.setattr(RewardModel, "raw_scores", lambda *_: [[1.0, 2.0, value]])
+
+    with pytest.warns(UserWarning, match="answer 3 of a group cannot be judged: its score is nan"):
+        third_is(math.nan)
+        assert reward([ASK] * 3, ANSWERS) == [1.0, 2.0, 0.0]
+    third_is(math.inf)
+    assert reward([ASK] * 3, ANSWERS) == [1.0, 2.0, 0.0] and reward.unjudged == 2
+
+
+def test_a_group_that_is_too_long_loses_its_longest_answers(reward, rm):
+    """Each alone would fit; two of the three do, together."""
+    texts = ["a star " * 1000, "a star " * 500, "a star " * 600]
+    with pytest.warns(UserWarning, match="answer 1 of a group"):
+        got = reward([ASK] * 3, texts)
+    scores = rm.score(ASK, texts[1:])
+    assert got == [min(scores) - 1, *scores] and reward.unjudged == 1
+
+
+def test_a_prompt_that_is_too_long_judges_nobody(reward):
+    with pytest.warns(UserWarning, match="cannot be judged"):
+        assert reward([LONG] * 3, ANSWERS) == [None] * 3
+
+
+def test_a_tools_output_is_no_part_of_the_answer(reward, rm):
+    talk = [[*CALL, {"role": "tool", "content": "42"}, {"role": "assistant", "content": text}] for text in ANSWERS]
+    assert reward([ASK] * 3, talk) == rm.score(ASK, ANSWERS)
+
+
+def test_columns_are_one_row_a_prompt(reward, rm):
+    """What is no list is no column: a trainer hands over functions and its state, too."""
+    expected = rm.score(ASK, ANSWERS)
+    assert reward([ASK] * 3, ANSWERS, log_extra=print, trainer_state=object(), step=3, name="x") == expected
+    assert reward([ASK] * 3, ANSWERS, images=None, audio=[None] * 3) == expected
+    for wrong in ([noise(1)], noise(1), "a.png"):
+        with pytest.raises(InputError, match="the column 'images' must be a list of 3, one for each prompt"):
+            reward([ASK] * 3, ANSWERS, images=wrong)
+    with pytest.raises(InputError, match="column 'shot' may show something"):
+        reward([ASK] * 3, ANSWERS, shot=[noise(1)] * 3)
+    deaf = GroupReward(WEIGHTS / "tiny-rm", ignore=["shot"])
+    assert deaf([ASK] * 3, ANSWERS, shot=[noise(1)] * 3) == expected
+
+
+def test_videos_come_as_columns(reward, rm):
+    frames = [(4.0 * i, noise(i)) for i in range(3)]
+    assert reward([ASK] * 3, ANSWERS, video=[[noise(i) for i in range(3)]] * 3) == rm.score(ASK, ANSWERS, video=frames)
 
 
 def test_it_can_be_pickled_before_and_after_loading(reward):
@@ -89,8 +160,9 @@ def test_bad_calls_are_named(reward):
         GroupReward("x", generations=0)
 
 
-def test_trl_trains_with_it_and_scores_one_group_a_pass(tmp_path):
-    """Two steps of TRL's own trainer on a tiny text model: 2 prompts x 3 answers a step."""
+@pytest.fixture
+def trainer(tmp_path):
+    """TRL's own, of a tiny text model: 2 prompts x 3 answers a step, two steps."""
     datasets = pytest.importorskip("datasets")
     trl = pytest.importorskip("trl")
     from tokenizers import Tokenizer
@@ -111,7 +183,6 @@ def test_trl_trains_with_it_and_scores_one_group_a_pass(tmp_path):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    reward = GroupReward(WEIGHTS / "tiny-rm", generations=3)
     arguments = trl.GRPOConfig(
         output_dir=str(tmp_path),
         max_steps=2,
@@ -123,13 +194,39 @@ def test_trl_trains_with_it_and_scores_one_group_a_pass(tmp_path):
         logging_steps=1,
         save_strategy="no",
     )
-    trainer = trl.GRPOTrainer(
-        model=Qwen2ForCausalLM(config),
-        reward_funcs=reward,
-        args=arguments,
-        train_dataset=datasets.Dataset.from_list([{"prompt": ASK}, {"prompt": "What is in the picture?"}] * 4),
-        processing_class=tokenizer,
-    )
+
+    def make(reward):
+        return trl.GRPOTrainer(
+            model=Qwen2ForCausalLM(config),
+            reward_funcs=reward,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list([{"prompt": ASK}, {"prompt": "What is in the picture?"}] * 4),
+            processing_class=tokenizer,
+        )
+
+    return make
+
+
+def test_trl_trains_with_it_and_scores_one_group_a_pass(trainer):
+    reward = GroupReward(WEIGHTS / "tiny-rm", generations=3)
+    trainer = trainer(reward)
     trainer.train()
     assert reward.cut == 0 and reward.passes == 2 * 2
     assert any("rewards/group_reward/mean" in entry for entry in trainer.state.log_history)
+
+
+def test_no_answer_ends_a_run_of_trl(trainer):
+    """Every kind of answer that cannot be judged, one after the other, in the place of what was sampled."""
+
+    class Odd(GroupReward):
+        def __call__(self, prompts, completions, **columns):
+            bad = [case[0] if isinstance(case, tuple) else name for name, case in UNJUDGED.items()]
+            completions = [bad[(self.passes + i) % len(bad)] if i % 3 else text for i, text in enumerate(completions)]
+            return super().__call__(prompts, completions, **columns)
+
+    reward = Odd(WEIGHTS / "tiny-rm", generations=3)
+    trainer = trainer(reward)
+    with pytest.warns(UserWarning, match="cannot be judged"):
+        trainer.train()
+    assert trainer.state.global_step == 2 and reward.unjudged >= 8
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)

@@ -8,7 +8,7 @@ import json
 import pytest
 from PIL import Image
 
-from yojo.core.data import read_records
+from yojo.core.data import encode, open_pictures, read_records
 from yojo.core.prompt import Processor
 from yojo.files import InputError
 from yojo.media import Clip, open_video, spread
@@ -42,6 +42,29 @@ def test_a_folder_is_read_in_the_order_of_names(frames):
     video = open_video(frames, frames=4, interval=0.5)
     assert [t for t, _ in video] == [0.0, 1.5, 3.0, 4.5] and greys(video) == [0, 60, 120, 180]
     assert [t for t, _ in open_video(frames)] == [4.0 * i for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["frame{}.png", "{}.png", "Frame ({}).png", "shot 2, take 10, {}.png", "{:03d}.png", "f{}s.png", "a1.{:02d}.png"],
+)
+def test_frames_stand_in_the_order_of_their_numbers(tmp_path, name):
+    """However they are padded, and wherever the number stands: 2 before 10."""
+    for i in range(13):
+        Image.new("RGB", (8, 8), (20 * i,) * 3).save(tmp_path / name.format(i))
+    (tmp_path / "timestamps.json").write_text(json.dumps([i / 2 for i in range(13)]))
+    video = open_video(tmp_path)
+    assert greys(video) == [20 * i for i in range(13)] and [t for t, _ in video] == [i / 2 for i in range(13)]
+
+
+def test_names_whose_order_depends_on_how_a_point_is_read_are_refused(tmp_path):
+    """Is 1.5 before 1.25? Not as seconds."""
+    for name in ("1.5", "1.25"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    with pytest.raises(InputError, match="names such as 1.5.png do not tell the order of frames"):
+        open_video(tmp_path)
+    (tmp_path / "1.5.png").rename(tmp_path / "1.50.png")
+    assert len(open_video(tmp_path)) == 2
 
 
 def test_timestamps_beside_the_frames_are_used(frames):
@@ -94,10 +117,20 @@ def test_a_record_names_its_video(frames, tiny_folder):
     processor = Processor.from_folder(tiny_folder, 4096)
     text = processor.tokenizer.decode(processor.encode("?", [], video=read.video).ids.tolist())
     assert text.count("<im_start>") == 10 and "36.0 <im_start>" in text
-    for change, why in (({"video": "none"}, "no video at"), ({"video": 3}, "video must be a path")):
+    for change, why in (
+        ({"video": "none"}, "no video at"),
+        ({"video": 3}, "video must be a path"),
+        ({"fps": "2"}, "sampling_interval and fps are the seconds between frames, got .'2'."),
+        ({"fps": 2, "sampling_interval": 1.0}, "are the seconds between frames, got .1.0, 2."),
+        ({"fps": 0}, "frames 0 seconds apart"),
+    ):
         path.write_text(json.dumps(record | change))
         with pytest.raises(InputError, match=why):
-            read_records(path)
+            open_pictures(read_records(path)[0], processor)
+    for change in ({"sampling_interval": 0.5}, {"fps": 0.5}, {"fps": 0.5, "sampling_interval": 0.5}):
+        path.write_text(json.dumps(record | change))
+        (read,) = read_records(path)
+        assert "4.5 <im_start>" in processor.tokenizer.decode(encode(read, processor).ids.tolist())
     path.write_text(json.dumps(record | {"image": "x.png"}))
     with pytest.raises(InputError, match="both image and video"):
         read_records(path)

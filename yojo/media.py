@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def opened(source: "str | Path | IO | Image.Image", name: str | None = None) -> 
     the one given."""
     name = name or str(source)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow warns at its limit, raises at twice
+        warnings.simplefilter("ignore")  # of metadata that nobody needs, and at the limit; at twice that, Pillow raises
         try:
             with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as picture:
                 yield picture
@@ -100,16 +101,9 @@ def picture_from(value: object, what: str) -> "Path | Image.Image":
         return Path(unquote(urlsplit(value).path))
     if scheme:
         raise InputError(f"{what} is an address, {value[:80]!r}: nothing is fetched, so download it and give its path")
-    if len(value) > 64 and re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", value) and not _is_file(value):
+    if len(value) > 64 and re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", value) and not os.path.exists(value):
         return _from_base64(value, what)
     return Path(value)
-
-
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).exists()
-    except (OSError, ValueError):  # too long for a name
-        return False
 
 
 def _from_base64(text: str, what: str) -> Image.Image:
@@ -193,7 +187,7 @@ def video_plan(source: str | Path | Clip, frames: int = FRAMES, interval: float 
     if source.suffix.lower() in MOVIES:
         make = f"mkdir {source.stem} && ffmpeg -i {source} -vf fps=1/{interval:g} {source.stem}/%05d.png"
         raise InputError(f"{source} must be a folder of frames first: {make}, then give {source.stem}")
-    if not source.exists():
+    if not os.path.exists(source):  # which a name too long for Path.exists does not
         raise InputError(f"no video at {source}")
     if source.is_dir():
         count = len(frames_of(source))

@@ -67,9 +67,9 @@ THEIRS = {"attention_bias": True, "mlp_bias": False, "num_channels": 3, "partial
 # What every config of transformers holds, at its default.
 LIBRARY = {"return_dict": True, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
 LIBRARY["tie_word_embeddings"] = False
-# Where a config comes from, how it is computed and how training starts: not what is computed.
+# Where a config comes from, how it is computed, how training starts, and a width that the tensors' shapes hold.
 FREE = "architectures attn_implementation auto_map dtype float32_attention initializer_range model_type torch_dtype"
-FREE = {*FREE.split(), "_name_or_path", "transformers_version", "use_cache"}
+FREE = {*FREE.split(), "_name_or_path", "text_hidden_size", "transformers_version", "use_cache"}
 ENDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 TOKEN_IDS = {
     "image_start_token_id": "<im_start>",
@@ -151,7 +151,7 @@ def implied(c: Config) -> dict[str, dict]:
     """Of each part, what other numbers of the config say already."""
     side = math.isqrt(c.vision.num_position_embeddings) * c.vision.patch_size
     vision = {IMAGE_SIZE: [side, side], "num_key_value_heads": c.vision.num_attention_heads}
-    connector = {"text_hidden_size": c.text.hidden_size, "num_key_value_heads": c.connector.num_attention_heads}
+    connector = {"num_key_value_heads": c.connector.num_attention_heads}
     return {"text_config": {}, "vision_config": vision, "adapter_config": connector}
 
 
@@ -169,7 +169,8 @@ def config_json(c: Config, dtype: torch.dtype, processor: Processor) -> dict:
     whole["use_frame_special_tokens"] = processor.markup.use_frame_special_tokens
     whole["text_config"] = part(c.text, "text_config", "molmo2_text")
     whole["vit_config"] = part(c.vision, "vision_config")
-    return whole | {"adapter_config": part(c.connector, "adapter_config")}
+    whole["adapter_config"] = part(c.connector, "adapter_config") | {"text_hidden_size": c.text.hidden_size}
+    return whole
 
 
 def write_settings(config: Config, dtype: torch.dtype, folder: Path) -> None:

@@ -4,8 +4,8 @@
     trainer = GRPOTrainer(..., reward_funcs=GroupReward("runs/rm", generations=8))
 
 The signature is TRL's: `prompts, completions, **columns` -> one float an answer, or None where there is nothing to
-judge. Prompts and completions are strings or lists of messages; pictures come in a column `image` or `images`, or as
-image blocks inside the messages.
+judge. Prompts and completions are strings or lists of messages; pictures stand in image blocks, or in a column `image`,
+`images`, `video` or `videos` (`messages.py` lists the forms).
 
 Answers to one prompt must arrive side by side, and whole: joint scores compare inside a group only. TRL keeps groups
 whole where (per-device batch size x steps per generation) is divisible by the number of generations. In verl, group by
@@ -15,13 +15,17 @@ in joint mode every group is its own scale.
 See it: `pytest tests/test_trainers.py`.
 """
 
+import math
+import sys
+import warnings
 from collections.abc import Sequence
-from hashlib import sha256
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 from yojo.core.reward import RewardModel
 from yojo.files import InputError
+from yojo.messages import COLUMNS, Prompt, answer_of, prompt_of, shows
 
 
 class GroupReward:
@@ -29,7 +33,11 @@ class GroupReward:
 
     generations: answers a group has. A run of answers to one prompt that is no multiple of it was cut by the batch: it
     is scored as it is and counted in `cut`, or, with `refuse_cut`, raises. None = a group is as long as its run.
-    `passes` counts scoring passes.
+    ignore: columns that show something and are not to be looked at. `passes` counts scoring passes.
+
+    An answer that cannot be judged ends no run: it is empty, no text of the assistant's, no valid Unicode, too long, or
+    its score is not finite. It gets one less than the lowest score of its group, or None where none of the group can be
+    judged; it is counted in `unjudged`, and the first one is warned of.
     """
 
     def __init__(
@@ -40,12 +48,13 @@ class GroupReward:
         device: str | None = None,
         generations: int | None = None,
         refuse_cut: bool = False,
+        ignore: Sequence[str] = (),
     ):
         if generations is not None and generations < 1:
             raise InputError(f"generations must be at least 1, got {generations}")
         self.model_dir, self.base, self.mode, self.device = str(model_dir), base, mode, device
-        self.generations, self.refuse_cut = generations, refuse_cut
-        self.passes = self.cut = 0
+        self.generations, self.refuse_cut, self.ignore = generations, refuse_cut, tuple(ignore)
+        self.passes = self.cut = self.unjudged = 0
         self.__name__ = "group_reward"  # what TRL calls it in its logs
         self.rm: RewardModel | None = None
 
@@ -55,11 +64,11 @@ class GroupReward:
     def __call__(self, prompts: Sequence, completions: Sequence, **columns) -> list[float | None]:
         if len(prompts) != len(completions):
             raise InputError(f"{len(prompts)} prompts, {len(completions)} completions: one prompt an answer is needed")
-        prompts = [(text_of(p), *images_of(p, columns, i)) for i, p in enumerate(prompts)]
-        answers = [text_of(c) for c in completions]
+        rows = rows_of(columns, len(prompts), self.ignore)
+        asked = [prompt_of(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+        keys = [prompt.key for prompt in asked]
         rewards: list[float | None] = []
-        same = [(text, [id_of(image) for image in images]) for text, *images in prompts]
-        for _, run in groupby(range(len(same)), key=lambda i: same[i]):
+        for _, run in groupby(range(len(keys)), key=lambda i: keys[i]):
             run = list(run)
             size = self.generations or len(run)
             if len(run) % size:
@@ -71,48 +80,69 @@ class GroupReward:
                 self.cut += 1
             for start in range(0, len(run), size):
                 group = run[start : start + size]
-                rewards += self.score_group(prompts[group[0]], [answers[i] for i in group])
+                rewards += self.score_group(asked[group[0]], [completions[i] for i in group])
         return rewards
 
-    def score_group(self, prompt: tuple, answers: list[str]) -> list[float | None]:
-        """One group, in one pass. An empty answer gets one less than the lowest of the others; alone, None."""
+    def score_group(self, prompt: Prompt, completions: Sequence) -> list[float | None]:
+        """One group, in one pass."""
         if self.rm is None:
             self.rm = RewardModel.load(self.model_dir, self.base, device=self.device)
-        text, *images = prompt
-        spoken = [text for text in answers if text.strip()]
-        if not spoken:
-            return [None] * len(answers)
-        scores = self.rm.score(text, spoken, images or None, mode=self.mode)
-        self.passes += 1
-        given = iter(scores)
-        return [next(given) if text.strip() else min(scores) - 1 for text in answers]
+        answers, why = texts_of(completions)
+        scores = judged(self.rm, prompt, answers, self.mode or self.rm.mode, why)
+        self.passes += bool(scores)
+        if why:
+            if not self.unjudged:
+                i, reason = next(iter(why.items()))
+                warnings.warn(f"answer {i + 1} of a group cannot be judged: {reason}; see `unjudged`", stacklevel=2)
+            self.unjudged += len(why)
+        floor = min(scores.values()) - 1 if scores else None
+        return [scores.get(i, floor) for i in range(len(completions))]
 
 
-def text_of(content) -> str:
-    """A string, or the text of a list of messages, turn after turn."""
-    if isinstance(content, str):
-        return content
-    parts = []
-    for message in content:
-        inner = message["content"]
-        blocks = [inner] if isinstance(inner, str) else [b["text"] for b in inner if b.get("type") == "text"]
-        parts += blocks
-    return "\n\n".join(parts)
+def rows_of(columns: dict, n: int, ignore: Sequence[str]) -> list[dict]:
+    """Columns -> the row of each prompt. What is no list, such as a trainer's state, is no column."""
+    held = {}
+    for name, column in columns.items():
+        listed = hasattr(column, "__getitem__") and hasattr(column, "__len__") and not isinstance(column, (str, dict))
+        if name in ignore or column is None:
+            continue
+        if listed and len(column) == n:
+            held[name] = column
+        elif name in COLUMNS or shows(column):
+            raise InputError(f"the column {name!r} must be a list of {n}, one for each prompt")
+    return [{name: column[i] for name, column in held.items()} for i in range(n)]
 
 
-def images_of(prompt, columns: dict, i: int) -> list:
-    """The pictures beside prompt i: image blocks that carry one, else the row's `images` or `image`."""
-    if not isinstance(prompt, str):
-        blocks = [b for m in prompt if not isinstance(m["content"], str) for b in m["content"]]
-        images = [b["image"] for b in blocks if b.get("type") == "image" and b.get("image") is not None]
-        if images:
-            return images
-    for name in ("images", "image"):
-        if columns.get(name) is not None and columns[name][i] is not None:
-            return list(columns[name][i]) if name == "images" else [columns[name][i]]
-    return []
+def texts_of(completions: Sequence) -> tuple[dict[int, str], dict[int, str]]:
+    """Completions -> by number, the texts to be judged, and why others cannot be."""
+    texts, why = {}, {}
+    for i, completion in enumerate(completions):
+        try:
+            text = answer_of(completion)
+            text.encode("utf-8")
+        except (InputError, UnicodeEncodeError) as error:
+            why[i] = f"it is not valid Unicode ({error})" if isinstance(error, UnicodeEncodeError) else str(error)
+            continue
+        if text.strip():
+            texts[i] = text
+        else:
+            why[i] = "it is empty"
+    return texts, why
 
 
-def id_of(image) -> object:
-    """What tells one picture from another: its path, or its size and a digest of its pixels."""
-    return str(image) if isinstance(image, (str, Path)) else (image.size, sha256(image.tobytes()).digest())
+def judged(rm: RewardModel, prompt: Prompt, answers: dict[int, str], mode: str, why: dict[int, str]) -> dict:
+    """Scores of answers, by number, from one pass. Where the row is too long, the longest answers are left out; those,
+    and answers whose score is not finite, are put into `why`."""
+    shown = rm.processor.open_pictures(prompt.images or None, prompt.video)
+    endless, kept = replace(rm.processor, max_tokens=sys.maxsize), dict(answers)
+    while kept:
+        row = endless.encode(prompt.text, list(kept.values()), pictures=shown)
+        if len(row.ids) <= rm.processor.max_tokens:
+            break
+        lengths = [stop - start for start, stop in row.spans]
+        longest = list(kept)[lengths.index(max(lengths))]
+        del kept[longest]
+        why[longest] = f"{len(row.ids)} tokens of the group are more than the model's {rm.processor.max_tokens}"
+    scores = dict(zip(kept, rm.raw_scores([row], mode)[0], strict=True)) if kept else {}
+    why |= {i: f"its score is {score}" for i, score in scores.items() if not math.isfinite(score)}
+    return {i: score for i, score in scores.items() if math.isfinite(score)}

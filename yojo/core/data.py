@@ -15,6 +15,7 @@ A batch is rows beside each other. By default a row is a record; several records
 See it: `pytest tests/test_data.py`.
 """
 
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -131,7 +132,7 @@ def pictures_of(raw: dict, where: str, folder: Path) -> tuple[list[Path], Clip |
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise InputError(f"{where}: image and video must be a path, images a list of paths, got {given[key]!r}")
     paths = [folder / name for name in names]
-    if absent := [path for path in paths if not path.exists()]:
+    if absent := [path for path in paths if not os.path.exists(path)]:
         raise InputError(f"{where}: no {'video' if key == 'video' else 'picture'} at {absent[0]}")
     apart = [raw[key] for key in ("sampling_interval", "fps") if raw.get(key) is not None] or [INTERVAL]
     if any(type(seconds) not in (int, float) or seconds != apart[0] for seconds in apart):

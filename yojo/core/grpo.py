@@ -52,7 +52,7 @@ class GrpoConfig:
     max_norm: float = 1.0
     temperature: float = 1.0
     max_new_tokens: int = 32
-    eps: float = 1e-6
+    eps: float = 1e-4  # as in TRL
 
     def __post_init__(self):
         if self.group < 2:
