@@ -216,6 +216,7 @@ def test_a_block_that_is_not_understood_is_refused_by_name(block, why):
         ({"source": "pictures/a.jpg"}, "column 'source'"),
         ({"meta": {"shot": PICTURE}}, "column 'meta'"),
         ({"x": DATA_URL}, "column 'x'"),
+        ({"x": TEXT}, "column 'x'"),
         ({"x": png()}, "column 'x'"),
         ({"x": torch.zeros(3, 8, 8)}, "column 'x'"),
         ({"image": PICTURE, "images": [PICTURE]}, "two columns hold images"),
@@ -345,7 +346,9 @@ TYPES = st.sampled_from(
 BLOCK = st.dictionaries(st.sampled_from(WORDS), VALUES, max_size=3).flatmap(
     lambda block: TYPES.map(lambda kind: block | {"type": kind})
 )
-CONTENT = VALUES | st.lists(BLOCK | VALUES, max_size=3)
+GOOD = st.sampled_from([PICTURE, DATA_URL, png(), [PICTURE], {"bytes": png(), "path": None}])
+READ = st.builds(lambda block, value: block(value), st.sampled_from(list(BLOCKS.values())), GOOD)
+CONTENT = VALUES | st.lists(READ | BLOCK | VALUES, max_size=3)
 MESSAGE = st.fixed_dictionaries(
     {}, optional={"role": st.sampled_from(["user", "assistant", "tool", None, 3]), "content": CONTENT, "images": VALUES}
 )

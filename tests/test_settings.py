@@ -192,6 +192,17 @@ def test_property_a_known_key_of_any_value_is_read_or_refused(tmp_path_factory, 
             assert str(folder) in str(error)
 
 
+def test_a_reward_model_that_reads_otherwise_is_refused_by_name(tmp_path):
+    folder = shutil.copytree(WEIGHTS / "tiny-rm", tmp_path / "rm")
+    edit(folder / "reward_model_config.json", lambda raw: raw.update(scale=2.0))
+    with pytest.raises(InputError, match="reward_model_config.json: scale = 2.0 is not supported"):
+        RewardModel.load(folder, WEIGHTS / "tiny")
+    released = {"value_head_type": "mlp", "value_head_activation": "silu", "resp_repr_mode": "last"}
+    write_json(folder / "reward_model_config.json", released | {"value_head_hidden_dim": 8, "value_head_layers": 3})
+    with pytest.raises(InputError, match="value_head_layers = 3 is not supported"):
+        RewardModel.load(folder, WEIGHTS / "tiny")
+
+
 # ---------------------------------------------------------------------------------------------------------- end tokens
 
 

@@ -159,6 +159,7 @@ SHOWN = re.compile(
     r"(file|frame|clip|movie|sound|speech|voice|wav)s?([^a-z]|$))"
 )
 FILES = (*MOVIES, *".png .jpg .jpeg .gif .webp .bmp .tif .tiff .avif .wav .mp3 .flac .ogg .m4a .npy".split())
+BASE64 = ("iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin in it
 LIBRARIES = ("torchcodec", "decord", "av", "cv2", "soundfile")  # of open videos and sounds
 
 
@@ -208,9 +209,9 @@ def shows(value: object) -> bool:
         held = [value.get(key) for key in ("bytes", "array", "sampling_rate")]
         return not all(map(empty, held)) or any(map(shows, value.values()))
     if isinstance(value, (str, Path)):
-        text = str(value).strip().lower()
-        file = "\n" not in text and re.split(r"[?#]", text)[0].endswith(FILES)
-        return file or text.startswith(("data:image", "data:video", "data:audio"))
+        text = str(value).strip()
+        file = "\n" not in text and re.split(r"[?#]", text.lower())[0].endswith(FILES)
+        return file or text[:10].lower() in ("data:image", "data:video", "data:audio") or text.startswith(BASE64)
     known = isinstance(value, (Image.Image, bytes, bytearray, memoryview))
     return known or getattr(value, "ndim", 0) > 1 or type(value).__module__.partition(".")[0] in LIBRARIES
 

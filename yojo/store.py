@@ -29,7 +29,7 @@ from yojo.core.molmo2 import Molmo2
 from yojo.core.prompt import SEPARATOR, Processor
 from yojo.core.reward import ADAPTER, RewardModel, ValueHead
 from yojo.files import InputError, open_tensors, read_json, read_pickle, read_tensors, whole_folder, write_json
-from yojo.settings import check_tokens, read_adapter_config
+from yojo.settings import check_keys, check_tokens, read_adapter_config
 from yojo.weights import fingerprint, load_backbone
 
 MOST_INNER = 65_536  # hidden units of a head: beyond this a file is not believed, since it would cost memory
@@ -131,6 +131,7 @@ def _check_ours(folder: Path, config: dict, base: str | Path | None) -> Path:
     if config.get("format") != "yojo" or wrong:
         why = f"{', '.join(wrong) or 'format'} missing or wrong"
         raise InputError(f"{folder / CONFIG} is no reward model of this project: {why}")
+    check_keys(config, str(folder / CONFIG), {*kinds, "format"}, {"separator": SEPARATOR})
     base = folder / config["base"] if base is None else Path(base)
     if not base.is_dir():
         raise InputError(f"{folder} needs its backbone, and there is no folder {base}: say where it is (`base`)")
@@ -153,6 +154,8 @@ def _check_released(folder: Path, config: dict, base: str | Path | None) -> Path
     for key, only in RELEASED.items():
         if config.get(key) != only:
             raise InputError(f"{folder / CONFIG}: {key} = {config.get(key)!r} is not supported, only {only!r}")
+    widths = {"value_head_hidden_dim", "value_head_input_dim"}  # the second one is checked with the tensors
+    check_keys(config, str(folder / CONFIG), widths, RELEASED)
     inner = config.get("value_head_hidden_dim")
     if type(inner) is not int or inner < 1:
         raise InputError(f"{folder / CONFIG}: value_head_hidden_dim must be a whole number from 1, got {inner!r}")
