@@ -66,6 +66,13 @@ def test_a_line_break_inside_a_string_is_no_line_break(tmp_path):
         ({**GOOD, "image": 5}, "image and video must be a path"),
         ({**GOOD, "images": "a.png"}, "images a list of paths"),
         ({**GOOD, "image": "a", "images": ["b"]}, "both image and images"),
+        ({**GOOD, "videos": ["clip"]}, "'videos' may show something, and it is not read: read are prompt, question"),
+        ({**GOOD, "image_path": "a"}, "'image_path' may show something"),
+        ({**GOOD, "Image": "a"}, "'Image' may show something"),
+        ({**GOOD, "picture": {"url": "x"}}, "'picture' may show something"),
+        ({**GOOD, "source": "coco/1.jpg"}, "'source' may show something"),
+        ({**GOOD, "messages": [{"content": [{"image": "data:image/png;base64,AAAA"}]}]}, "'messages' may show"),
+        ({**GOOD, "question": "?"}, "both prompt and question"),
         ({**GOOD, "video": "v"}, "no video at"),
     ],
 )

@@ -263,6 +263,22 @@ def test_released_records_say_question_and_seconds_between_frames(folder):
         read_items(write(folder, [row | {"prompt": "!"}]), "records")
 
 
+def test_a_mapped_prompt_takes_the_place_of_the_question(folder):
+    row = {"question": "?", "text": "!", "responses": ["a", "b"], "rankings": [1, 2]}
+    for field, prompt in (("question", "?"), ("text", "!")):
+        (item,) = read_items(write(folder, [row]), "records", [f"prompt={field}"])
+        assert item.prompt == prompt
+
+
+def test_a_picture_under_another_name_is_no_item_without_a_picture(folder):
+    row = {"Text": "?", "Output1": "a", "Output2": "b.png", "Better": "Output1", "Category": "x", "image": "a.png"}
+    with pytest.raises(InputError, match="'image' may show something, and it is not read: --map image=FIELD"):
+        read_items(write(folder, [row]), "multimodal-rewardbench")
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    (item,) = read_items(write(folder, [row]), "multimodal-rewardbench", ["image=image"])
+    assert item.images == [folder / "a.png"] and item.responses == ["a", "b.png"]
+
+
 def test_a_field_is_read_as_one_thing(folder):
     row = {"Text": "?", "A": "a", "Better": "A", "Category": "x"}
     with pytest.raises(InputError, match="--map: A is read as two things"):

@@ -3,6 +3,9 @@
 pytest tests/test_media.py
 """
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -87,6 +90,59 @@ def test_levels_of_no_usual_range_are_refused(tmp_path, levels, why):
     Image.fromarray(levels).save(tmp_path / "odd.tif")
     with pytest.raises(InputError, match=f"odd.tif .*{why}"):
         open_picture(tmp_path / "odd.tif")
+
+
+def test_floats_may_miss_their_range_by_half_a_grey_level(tmp_path):
+    """Not by more: 1.2 may be an overshoot of 0..1 as well as the brightest level of a dark picture."""
+    assert (grey_of(Image.fromarray((GREY / 255 * 1.001).astype(np.float32))) >= GREY).all()
+    for most in (1.2, 10.0):
+        with pytest.raises(InputError, match="holds grey levels from 0.0 to .* in F"):
+            open_picture(Image.fromarray((GREY / 255 * most).astype(np.float32)))
+
+
+def png_of(levels: np.ndarray, kind: int) -> bytes:
+    """A PNG of 16 bits a channel, which Pillow cannot write; kind: 2 RGB, 4 grey and alpha, 6 RGBA."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+    height, width, _ = levels.shape
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    pieces = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + pieces
+
+
+@pytest.mark.parametrize("kind, channels", [(2, 3), (6, 4), (4, 2)])
+def test_16_bits_a_colour_are_seen_where_they_are_used_and_refused_where_not(kind, channels):
+    """Pillow keeps the upper 8 bits: of data in 0..1023 nothing is left."""
+    for bits in (8, 10, 12, 16):
+        levels = np.repeat((DEEP << (bits - 8))[..., None], channels, 2)
+        if channels % 2 == 0:
+            levels[..., -1] = 65_535
+        data = png_of(levels, kind)
+        if bits == 16:
+            assert (grey_of(data) == GREY).all()
+        else:
+            with pytest.raises(InputError, match="star.png has 16 bits a colour and uses less than 14"):
+                open_picture(data, "star.png")
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
+def test_an_animation_is_no_picture(tmp_path, suffix):
+    UPRIGHT.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[Image.new("RGB", UPRIGHT.size)])
+    with pytest.raises(InputError, match=f"a.{suffix} holds 2 frames: show it as a video"):
+        open_picture(tmp_path / f"a.{suffix}")
+
+
+def test_a_picture_of_a_phone_holds_itself_several_times(tmp_path):
+    UPRIGHT.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", UPRIGHT.size)], quality=100)
+    assert abs(grey_of(tmp_path / "a.jpg") - GREY).max() <= 3
+
+
+def test_a_picture_without_pixels_is_refused():
+    with pytest.raises(InputError, match="has no pixels"):
+        open_picture(Image.new("RGB", (0, 0)))
 
 
 def test_a_deep_picture_that_counts_from_white_is_refused(tmp_path):

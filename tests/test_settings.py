@@ -214,6 +214,9 @@ def test_a_checkpoint_with_two_end_tokens_scores_and_keeps_them(tmp_path):
     assert model.config.eos_ids == (first, 3)
     save_backbone(model, tmp_path / "again", companions=folder)
     assert read_config(tmp_path / "again").eos_ids == (first, 3)
+    edit(folder / "generation_config.json", lambda raw: [raw.pop(key) for key in list(raw)])
+    edit(folder / "config.json", lambda raw: raw["text_config"].update(eos_token_id=3))
+    assert read_config(folder).eos_ids == (3,), "where the file beside the config says nothing"
     ours, asked = RewardModel.load(WEIGHTS / "tiny-rm", folder), ("Describe the star.", ["a star", "a red star"])
     assert ours.score(*asked) == RewardModel.load(WEIGHTS / "tiny-rm").score(*asked)
 
@@ -232,8 +235,9 @@ def test_transformers_5_keeps_the_processors_in_one_file(tmp_path):
     write_json(tmp_path / "processor_config.json", whole | {"processor_class": "Molmo2Processor"})
     c = read_image_config(tmp_path)
     assert (c.size, c.margins, c.video_pooling) == (84, (1, 1), (2, 2)) and read_markup(tmp_path) == Markup()
-    with pytest.raises(InputError, match="preprocessor_config.json and image_processor in .* differ: keep one"):
-        preprocessor(tmp_path)
+    assert preprocessor(tmp_path) == c, "twice the same, with other words that change nothing"
+    with pytest.raises(InputError, match="preprocessor_config.json and .*: image_processor differ: keep one"):
+        preprocessor(tmp_path, max_crops=3)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pickle
 import warnings
 
 import pytest
+import torch
 from test_single_pass import noise
 
 from yojo.cli import WEIGHTS
@@ -88,7 +89,7 @@ UNJUDGED = {
 def test_an_answer_that_cannot_be_judged_is_below_the_others(reward, rm, case):
     bad, why = UNJUDGED[case] if isinstance(UNJUDGED[case], tuple) else (case, UNJUDGED[case])
     scores = rm.score(ASK, ANSWERS[:2])
-    with pytest.warns(UserWarning, match=f"answer 2 of a group cannot be judged: .*{why}"):
+    with pytest.warns(UserWarning, match=f"answer 2 to .Describe the star..* cannot be judged: .*{why}"):
         assert reward([ASK] * 3, [ANSWERS[0], bad, ANSWERS[1]]) == [scores[0], min(scores) - 1, scores[1]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # warned of once, counted always
@@ -100,7 +101,7 @@ def test_a_score_that_is_not_finite_is_none(reward, rm, monkeypatch):
     def third_is(value):
         monkeypatch.setattr(RewardModel, "raw_scores", lambda *_: [[1.0, 2.0, value]])
 
-    with pytest.warns(UserWarning, match="answer 3 of a group cannot be judged: its score is nan"):
+    with pytest.warns(UserWarning, match="answer 3 to .* cannot be judged: its score is nan"):
         third_is(math.nan)
         assert reward([ASK] * 3, ANSWERS) == [1.0, 2.0, 0.0]
     third_is(math.inf)
@@ -110,10 +111,16 @@ def test_a_score_that_is_not_finite_is_none(reward, rm, monkeypatch):
 def test_a_group_that_is_too_long_loses_its_longest_answers(reward, rm):
     """Each alone would fit; two of the three do, together."""
     texts = ["a star " * 1000, "a star " * 500, "a star " * 600]
-    with pytest.warns(UserWarning, match="answer 1 of a group"):
+    with pytest.warns(UserWarning, match="answer 1 to .* tokens of the group are more than"):
         got = reward([ASK] * 3, texts)
     scores = rm.score(ASK, texts[1:])
     assert got == [min(scores) - 1, *scores] and reward.unjudged == 1
+
+
+def test_equal_answers_that_fit_once_are_judged_in_isolated_mode(reward):
+    reward.mode = "isolated"
+    scores = reward([ASK] * 9, ["a star " * 300] * 9)
+    assert len(set(scores)) == 1 and reward.unjudged == 0
 
 
 def test_a_prompt_that_is_too_long_judges_nobody(reward):
@@ -122,14 +129,19 @@ def test_a_prompt_that_is_too_long_judges_nobody(reward):
 
 
 def test_a_tools_output_is_no_part_of_the_answer(reward, rm):
-    talk = [[*CALL, {"role": "tool", "content": "42"}, {"role": "assistant", "content": text}] for text in ANSWERS]
-    assert reward([ASK] * 3, talk) == rm.score(ASK, ANSWERS)
+    """Nor are the pictures that it returned, which TRL puts into the completion."""
+    for output in ("42", [{"type": "image", "image": noise(1)}, {"type": "text", "text": "here"}]):
+        tool = {"role": "tool", "content": output}
+        talk = [[*CALL, tool, {"role": "assistant", "content": text}] for text in ANSWERS]
+        assert reward([ASK] * 3, talk) == rm.score(ASK, ANSWERS)
 
 
 def test_columns_are_one_row_a_prompt(reward, rm):
     """What is no list is no column: a trainer hands over functions and its state, too."""
     expected = rm.score(ASK, ANSWERS)
-    assert reward([ASK] * 3, ANSWERS, log_extra=print, trainer_state=object(), step=3, name="x") == expected
+    assert (
+        reward([ASK] * 3, ANSWERS, log_extra=print, trainer_state=object(), step=torch.tensor(3), name="x") == expected
+    )
     assert reward([ASK] * 3, ANSWERS, images=None, audio=[None] * 3) == expected
     for wrong in ([noise(1)], noise(1), "a.png"):
         with pytest.raises(InputError, match="the column 'images' must be a list of 3, one for each prompt"):
@@ -141,8 +153,12 @@ def test_columns_are_one_row_a_prompt(reward, rm):
 
 
 def test_videos_come_as_columns(reward, rm):
-    frames = [(4.0 * i, noise(i)) for i in range(3)]
-    assert reward([ASK] * 3, ANSWERS, video=[[noise(i) for i in range(3)]] * 3) == rm.score(ASK, ANSWERS, video=frames)
+    shown = {"video": [[noise(i) for i in range(3)]] * 3}
+    for apart, more in ((4.0, {}), (0.5, {"sampling_interval": [0.5] * 3})):
+        frames = [(apart * i, noise(i)) for i in range(3)]
+        assert reward([ASK] * 3, ANSWERS, **shown, **more) == rm.score(ASK, ANSWERS, video=frames)
+    with pytest.raises(InputError, match="'fps' may mean frames a second or seconds a frame"):
+        reward([ASK] * 3, ANSWERS, **shown, fps=[2.0] * 3)
 
 
 def test_it_can_be_pickled_before_and_after_loading(reward):
@@ -215,8 +231,9 @@ def test_trl_trains_with_it_and_scores_one_group_a_pass(trainer):
     assert any("rewards/group_reward/mean" in entry for entry in trainer.state.log_history)
 
 
-def test_no_answer_ends_a_run_of_trl(trainer):
-    """Every kind of answer that cannot be judged, one after the other, in the place of what was sampled."""
+def test_no_answer_ends_a_run_of_trl(trainer, monkeypatch):
+    """Every kind of answer that cannot be judged, one after the other, in the place of what was sampled; and a score
+    that is not finite in every group."""
 
     class Odd(GroupReward):
         def __call__(self, prompts, completions, **columns):
@@ -224,9 +241,11 @@ def test_no_answer_ends_a_run_of_trl(trainer):
             completions = [bad[(self.passes + i) % len(bad)] if i % 3 else text for i, text in enumerate(completions)]
             return super().__call__(prompts, completions, **columns)
 
+    real = RewardModel.raw_scores
+    monkeypatch.setattr(RewardModel, "raw_scores", lambda *args: [[math.nan, *some[1:]] for some in real(*args)])
     reward = Odd(WEIGHTS / "tiny-rm", generations=3)
     trainer = trainer(reward)
     with pytest.warns(UserWarning, match="cannot be judged"):
         trainer.train()
-    assert trainer.state.global_step == 2 and reward.unjudged >= 8
+    assert trainer.state.global_step == 2 and reward.unjudged >= 12
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)

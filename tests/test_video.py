@@ -5,6 +5,7 @@ pytest tests/test_video.py
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -23,6 +24,10 @@ def frames(tmp_path):
     for i, grey in enumerate(GREYS):
         Image.new("RGB", (30, 20), (grey,) * 3).save(folder / f"{i:03d}.png")
     return folder
+
+
+def greys_at(video):
+    return [frame.getpixel((0, 0))[0] for _, frame in video]
 
 
 def greys(video):
@@ -57,14 +62,43 @@ def test_frames_stand_in_the_order_of_their_numbers(tmp_path, name):
     assert greys(video) == [20 * i for i in range(13)] and [t for t, _ in video] == [i / 2 for i in range(13)]
 
 
-def test_names_whose_order_depends_on_how_a_point_is_read_are_refused(tmp_path):
-    """Is 1.5 before 1.25? Not as seconds."""
-    for name in ("1.5", "1.25"):
+@pytest.mark.parametrize(
+    "names",
+    [
+        "1.5 1.25",
+        "-2 -1 0 1",
+        "-3 -2 -1",
+        "f-09 f-0a f-10",
+        "59s 1m59s 2m",
+        "frame1 frame2 cover3",
+        "frame1 frame2 last",
+    ],
+)
+def test_names_that_tell_no_order_are_refused(tmp_path, names):
+    """Is 1.5 before 1.25, as seconds, or after it? Is 10 hexadecimal? Where does the cover belong?"""
+    for name in names.split():
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
-    with pytest.raises(InputError, match="names such as 1.5.png do not tell the order of frames"):
+    with pytest.raises(InputError, match="tell no order of frames: number them alike"):
         open_video(tmp_path)
-    (tmp_path / "1.5.png").rename(tmp_path / "1.50.png")
-    assert len(open_video(tmp_path)) == 2
+
+
+def test_names_that_tell_an_order_are_not(tmp_path):
+    for i, names in enumerate(["1.25 1.50 10.00", "a b c", "Frame1 frame2 FRAME10", "shot1_2 shot1_10 shot2_1"]):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        for k, name in enumerate(names.split()):
+            Image.new("RGB", (8, 8), (50 * k,) * 3).save(folder / f"{name}.{'jpg' if k == 1 else 'png'}")
+        assert [round(grey / 50) for grey in greys(open_video(folder))] == [*range(len(names.split()))]
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_frames_of_one_clip_are_scaled_alike(tmp_path, kind):
+    """A fade to black stays one, though its darkest frames alone would fit into 8 bits, or into 0..1."""
+    fade = [60_000, 20_000, 5_000, 1_000, 200, 0] if kind != np.float32 else [200, 50, 10, 1.0, 0.5, 0]
+    for i, level in enumerate(fade):
+        Image.fromarray(np.full((4, 4), level, kind)).save(tmp_path / f"{i}.tif")
+    expected = [level >> 8 for level in fade] if kind != np.float32 else [200, 50, 10, 1, 0, 0]
+    assert greys_at(open_video(tmp_path)) == expected
 
 
 def test_timestamps_beside_the_frames_are_used(frames):
@@ -77,6 +111,8 @@ def test_timestamps_beside_the_frames_are_used(frames):
         '["a"]',
         str([0.0] * 9 + [float("inf")]),
         "[NaN" + ",1" * 9 + "]",
+        "[" + "0," * 9 + "1" + "0" * 400 + "]",
+        "[" * 100_000,
     ):
         (frames / "timestamps.json").write_text(wrong)
         with pytest.raises(InputError, match="timestamps.json must be a list of 10 rising seconds"):

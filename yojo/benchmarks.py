@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from yojo.core.data import Record, record_of
+from yojo.core.data import KEYS, Record, record_of
 from yojo.files import InputError, read_lines
+from yojo.unread import refuse_unread
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,12 @@ def pair(row: dict, fields: dict[str, str]) -> dict:
 
 # Of each format its converter, and of each of our names the field it is read from; `--map name=field` names another.
 # Those of MR2Bench (records) and VideoRewardBench could not be confirmed against the published files.
-SHOWN = {name: name for name in ("image", "images", "video", "sampling_interval", "fps")}  # checked with our own files
+SHOWN = {name: name for name in ("image", "images", "video")}  # checked with our own files, like the seconds below
 SAME = SHOWN | {"prompt": "prompt"}
 CHOICE = SAME | {"chosen": "chosen", "rejected": "rejected"}
 BETTER = {"first": "Output1", "second": "Output2", "better": "Better", "category": "Category"}
 BETTER |= {"image": "Image", "group": "ID", "prompt": "Text"}
-OURS = {name: name for name in ("question", "responses", "rankings", "category")}
+OURS = {name: name for name in ("question", "responses", "rankings", "category", "sampling_interval", "fps")}
 FORMATS: dict[str, tuple[Callable[[dict, dict], dict], dict[str, str]]] = {
     "records": (records, SAME | OURS),
     "vl-rewardbench": (
@@ -84,7 +85,8 @@ FORMATS: dict[str, tuple[Callable[[dict, dict], dict], dict[str, str]]] = {
     "mm-rlhf": (pair, CHOICE | {"group": "id"}),
     "videorewardbench": (pair, CHOICE | {"category": "category"}),
 }
-FREE = {"records": {"question", "category"}, "multimodal-rewardbench": {"group"}}  # what may be left out
+SECONDS = {"sampling_interval", "fps"}
+FREE = {"records": {"question", "category", *SECONDS}, "multimodal-rewardbench": {"group"}}  # what may be left out
 KINDS = {"responses": list, "rankings": list, "group": (str, int), "category": (str, int)}  # all others are texts
 
 
@@ -96,7 +98,7 @@ def read_items(path: str | Path, form: str, mapping: Sequence[str] = (), bad: li
         name, _, field = word.partition("=")
         if not field or name not in {*fields, "category"}:
             raise InputError(f"--map {word}: NAME=FIELD, NAME one of {', '.join({**fields, 'category': ''})}")
-        fields = fields | {name: field}
+        fields = {n: f for n, f in fields.items() if n != "question" or name != "prompt"} | {name: field}
     contents = [field for name, field in fields.items() if name not in ("category", "group")]
     if twice := [field for field in contents if contents.count(field) > 1]:
         raise InputError(f"--map: {twice[0]} is read as two things")
@@ -114,10 +116,11 @@ def read_items(path: str | Path, form: str, mapping: Sequence[str] = (), bad: li
 
 
 def item_of(raw: dict, form: str, convert: Callable, fields: dict[str, str], where: str, folder: Path) -> Item:
+    refuse_unread(raw, fields.values(), f"{where}:", "--map image=FIELD, images=FIELD or video=FIELD reads it")
     row = {name: raw[field] for name, field in fields.items() if raw.get(field) is not None}
     free = SHOWN.keys() | FREE.get(form, set()) | ({"prompt"} if "question" in row else set())
     for name in [name for name in fields if name in row or name not in free]:
-        kind = object if name in SHOWN else KINDS.get(name, str)
+        kind = object if name in {*SHOWN, *SECONDS} else KINDS.get(name, str)
         if not isinstance(row.get(name), kind):
             kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             raise InputError(f"{where}: {fields[name]} must be a {kinds}, got {row.get(name)!r}; --map {name}=FIELD")
@@ -125,7 +128,7 @@ def item_of(raw: dict, form: str, convert: Callable, fields: dict[str, str], whe
         row = convert(row, fields)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    record = record_of(row, where, folder)
+    record = record_of({key: row[key] for key in KEYS if key in row}, where, folder)
     if len(record.responses) < 2:
         raise InputError(f"{where}: one response is no comparison")
     if form != "records" and (len(record.responses) > 2 or len(set(record.rankings)) < 2):

@@ -1,7 +1,8 @@
 """Pictures and videos, opened strictly: what cannot be read raises `InputError` with its name.
 
 Whatever a picture is stored as, what is seen is RGB, upright, on white where it is transparent. Grey levels of more
-than 8 bits are scaled by the range of the data, since the same mode holds 0..1, 0..255 and 0..65535.
+than 8 bits are scaled by the range of the data, since the same mode holds 0..1, 0..255 and 0..65535; the frames of a
+video by one range.
 
 See it: `pytest tests/test_image.py tests/test_video.py`.
 """
@@ -13,14 +14,13 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import IO
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -41,15 +41,19 @@ class Clip:
     interval: float = INTERVAL
 
 
+Source = str | Path | bytes | Image.Image  # of a picture: where it lies, what its file holds, or itself
+
+
 @contextmanager
-def opened(source: "str | Path | IO | Image.Image", name: str | None = None) -> Iterator[Image.Image]:
+def opened(source: Source, name: str | None = None) -> Iterator[Image.Image]:
     """A picture or an animation, up to twice Pillow's limit; whatever it raises in the block gets the file's name, or
     the one given."""
-    name = name or str(source)
+    name = str(source) if name is None or isinstance(source, (str, Path)) else name  # a path names itself
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of metadata that nobody needs, and at the limit; at twice that, Pillow raises
         try:
-            with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as picture:
+            with nullcontext(source) if isinstance(source, Image.Image) else Image.open(file) as picture:
                 yield picture
         except InputError:
             raise
@@ -63,24 +67,49 @@ def opened(source: "str | Path | IO | Image.Image", name: str | None = None) -> 
             raise InputError(f"{name} cannot be read as a picture: {error}") from None
 
 
-def picture_size(source: "str | Path | Image.Image") -> tuple[int, int]:
+def picture_size(source: Source) -> tuple[int, int]:
     """(width, height) of a picture, upright."""
     with opened(source) as picture:
         turn = turn_of(picture)
         return picture.size[::-1] if turn in SIDEWAYS else picture.size
 
 
-def open_picture(source: "str | Path | IO | Image.Image", name: str | None = None) -> Image.Image:
-    """A path, an open file or a Pillow picture of any mode -> RGB, upright, on white."""
+def open_picture(source: Source, name: str | None = None, most: float = 0) -> Image.Image:
+    """A picture of any mode -> RGB, upright, on white. `most`: the brightest level of a
+    clip that it is a frame of, if it has more than 8 bits."""
     with opened(source, name) as picture:
-        turn, deep = turn_of(picture), picture.mode == "F" or picture.mode.startswith("I")
-        picture = eight_bits(picture, name or str(source)) if deep else on_white(picture)
+        name = getattr(picture, "filename", "") or name or "a picture"
+        if picture.format in ANIMATED and getattr(picture, "n_frames", 1) > 1:
+            raise InputError(f"{name} holds {picture.n_frames} frames: show it as a video, or one of them as a picture")
+        if 0 in picture.size:
+            raise InputError(f"{name} has no pixels")
+        wide = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))  # gone once it is loaded
+        turn = turn_of(picture)
+        if deep(picture):
+            picture = eight_bits(picture, name, most)
+        else:
+            picture = on_white(picture)
+            if wide and max(high for _, high in picture.getextrema()) < 64:  # Pillow keeps the upper 8 bits
+                raise InputError(f"{name} has 16 bits a colour and uses less than 14 of them: save it in 8 bits")
         return picture if turn is None else picture.transpose(turn)
 
 
-def picture_from(value: object, what: str) -> "Path | Image.Image":
+def open_frames(sources: Sequence, names: Sequence[str | None]) -> list[Image.Image]:
+    """Frames of one clip: as `open_picture`, but levels of more than 8 bits share one range."""
+    most = max(map(brightest, sources), default=0)
+    return [open_picture(source, name, most) for source, name in zip(sources, names, strict=True)]
+
+
+def brightest(source: Source) -> float:
+    """The brightest level of a picture of more than 8 bits; of others 0."""
+    with opened(source) as picture:
+        return float(np.asarray(picture).max(initial=0)) if deep(picture) else 0.0
+
+
+def picture_from(value: object, what: str) -> Source:
     """A picture in any form in which other libraries hand one over, `what` its name in errors: a path or file URL, a
-    Pillow picture, bytes, base64, a data URL, `{"bytes", "path"}`, or a list of one of these. Nothing is fetched."""
+    Pillow picture, bytes, base64, a data URL, `{"bytes", "path"}`, an array or tensor of uint8, or a list of one of
+    these. Nothing is fetched."""
     if isinstance(value, (list, tuple)) and len(value) == 1:
         return picture_from(value[0], what)
     if isinstance(value, dict) and value.keys() <= {"bytes", "path"} and any(v is not None for v in value.values()):
@@ -88,17 +117,20 @@ def picture_from(value: object, what: str) -> "Path | Image.Image":
     if isinstance(value, (Path, Image.Image)):
         return value
     if isinstance(value, (bytes, bytearray, memoryview)):
-        return open_picture(io.BytesIO(value), what)
+        return bytes(value)
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return _from_array(value, what)
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{what} is a {type(value).__name__} that is no picture here: give a path or a Pillow picture")
-    scheme = value.partition(":")[0].lower() if "://" in value[:32] or value[:5].lower() == "data:" else ""
+    value = value.strip()
+    scheme = address_of(value)
     if scheme == "data":
-        head, comma, data = value.partition(",")
-        if not head.lower().startswith("data:image/") or not head.lower().endswith(";base64") or not comma:
+        head, _, data = value.partition(",")
+        if not re.fullmatch(r"data:(image/[^;]+|application/octet-stream)?(;.*)?;base64", head, re.IGNORECASE):
             raise InputError(f"{what} is a data URL, {head[:60]!r}: only pictures in base64 can be read")
         return _from_base64(data, what)
     if scheme == "file":
-        return Path(unquote(urlsplit(value).path))
+        return file_of(value)
     if scheme:
         raise InputError(f"{what} is an address, {value[:80]!r}: nothing is fetched, so download it and give its path")
     if len(value) > 64 and re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", value) and not os.path.exists(value):
@@ -106,14 +138,37 @@ def picture_from(value: object, what: str) -> "Path | Image.Image":
     return Path(value)
 
 
-def _from_base64(text: str, what: str) -> Image.Image:
+def address_of(text: str) -> str:
+    """The scheme of an address, such as https, file or data; "" of a path."""
+    found = re.match(r"(data):|([a-z][a-z0-9+.-]*)://", text, re.IGNORECASE)
+    return (found[1] or found[2]).lower() if found else ""
+
+
+def file_of(url: str) -> Path:
+    """The path in a file URL."""
+    return Path(unquote(re.sub(r"^file://[^/]*", "", url, flags=re.IGNORECASE)))
+
+
+def _from_array(array: object, what: str) -> Image.Image:
+    """[height, width] or [height, width, 1, 3 or 4], as numpy has it; of torch, the channels stand first."""
+    levels = np.asarray(array)
+    if levels.ndim == 3 and type(array).__module__.startswith("torch"):
+        levels = levels.transpose(1, 2, 0)
+    if levels.dtype != np.uint8 or levels.ndim not in (2, 3) or levels.shape[2:] not in ((), (1,), (3,), (4,)):
+        kind = f"{type(array).__name__} of {levels.dtype} {list(levels.shape)}"
+        raise InputError(f"{what} is a {kind} that is no picture here: give uint8 [height, width, 3], or a path")
+    return Image.fromarray(np.ascontiguousarray(levels.squeeze(2) if levels.shape[2:] == (1,) else levels))
+
+
+def _from_base64(text: str, what: str) -> bytes:
+    text = "".join(text.split()).translate(str.maketrans("-_", "+/"))  # of URLs, too
     try:
-        data = base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError as error:
         raise InputError(f"{what} is not base64: {error}") from None
-    return open_picture(io.BytesIO(data), what)
 
 
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF", "TIFF")  # MPO, a format of phones, holds one picture several times
 Turn = Image.Transpose
 SIDEWAYS = (Turn.TRANSPOSE, Turn.ROTATE_270, Turn.TRANSVERSE, Turn.ROTATE_90)
 TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM}
@@ -139,17 +194,28 @@ def on_white(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, straight.convert("RGBA")).convert("RGB")
 
 
-def eight_bits(picture: Image.Image, name: str) -> Image.Image:
+def deep(picture: Image.Image) -> bool:
+    """Does it hold grey levels of more than 8 bits?"""
+    return picture.mode == "F" or picture.mode.startswith("I")
+
+
+def eight_bits(picture: Image.Image, name: str, most: float = 0) -> Image.Image:
     """Grey levels in 16 or 32 bits, or as floats -> RGB. Their range is the smallest of the usual ones that holds them:
-    whole numbers of 8, 10, 12, 14 or 16 bits, floats in 0..1 or 0..255. Any other raises."""
-    levels, mode, most = np.asarray(picture), picture.mode, 255 if picture.mode == "F" else 65_535
+    whole numbers of 8, 10, 12, 14 or 16 bits, floats in 0..1 or 0..255, half a level of 256 to spare. Any other raises,
+    and so do floats up to 16 that may belong to either."""
+    levels, mode = np.asarray(picture), picture.mode
     if getattr(picture, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0:
         raise InputError(f"{name}: 0 is white in it, and its levels are {mode}: save it in 8 bits")
-    low, high = levels.min(), levels.max()
-    if not (low >= 0 and high <= most):  # NaN is neither
+    low, high = levels.min(), max(levels.max(), most)
+    if mode == "F":
+        one = high <= 1 + 1 / 512
+        good = (one or high >= 16) and -0.5 <= low * (255 if one else 1) and high <= 255.5  # NaN is neither
+    else:
+        good = low >= 0 and high <= 65_535
+    if not good:
         raise InputError(f"{name} holds grey levels from {low} to {high}, in {mode}: scale them to 0..255")
     if mode == "F":
-        grey = np.rint(levels * 255 if high <= 1 else levels)
+        grey = np.rint(levels * 255 if one else levels).clip(0, 255)
     else:
         grey = levels >> next(bits - 8 for bits in (8, 10, 12, 14, 16) if high < 1 << bits)
     if isinstance(clear := picture.info.get("transparency"), int):
@@ -172,9 +238,11 @@ def open_video(source: str | Path | Clip, frames: int = FRAMES, interval: float 
     source = source.path if isinstance(source, Clip) else Path(source)
     if source.is_dir():
         paths = frames_of(source)
-        return [(seconds, open_picture(paths[i])) for seconds, i in plan]
-    with opened(source) as movie:
-        return [(seconds, open_picture(_seek(movie, i).copy())) for seconds, i in plan]
+        shown, names = [paths[i] for _, i in plan], [None] * len(plan)
+    else:
+        with opened(source) as movie:
+            shown, names = [_seek(movie, i).copy() for _, i in plan], [str(source)] * len(plan)
+    return [(seconds, frame) for (seconds, _), frame in zip(plan, open_frames(shown, names), strict=True)]
 
 
 def video_plan(source: str | Path | Clip, frames: int = FRAMES, interval: float = INTERVAL) -> list[tuple[float, int]]:
@@ -201,36 +269,33 @@ def video_plan(source: str | Path | Clip, frames: int = FRAMES, interval: float 
 
 def frames_of(folder: Path) -> list[Path]:
     """The frames of a folder, in the order of the numbers in their names: 2 before 10, however they are padded. Names
-    such as 1.5 and 1.25, whose order depends on whether the point is a decimal one, raise."""
+    that differ in more than their numbers tell no order, nor do those in which a point or a minus may be a number's."""
     paths = [path for path in folder.iterdir() if path.name != TIMES and not path.name.startswith(".")]
     if not paths:
         raise InputError(f"{folder} holds no frames")
+    names = {path: re.sub(r"\.[a-z]\w*$", "", path.name.casefold()) for path in paths}
 
     def numbered(number: str) -> list[Path]:
-        def key(path: Path) -> tuple:
-            parts = re.split(number, path.name.casefold())
-            return [Decimal(part) if i % 2 else part for i, part in enumerate(parts)], path.name
+        return sorted(paths, key=lambda path: ([*map(Decimal, re.findall(number, names[path]))], path.name))
 
-        return sorted(paths, key=key)
-
-    if (whole := numbered(r"(\d+)")) != numbered(r"(\d+(?:\.\d+)?)"):
-        raise InputError(
-            f"{folder}: names such as {whole[0].name} do not tell the order of frames: number them 1, 2, 3"
-        )
-    return whole
+    order, alike = numbered(r"\d+"), {re.sub(r"\d+", "0", name) for name in names.values()}
+    unnumbered = not any(re.search(r"\d", name) for name in names.values())
+    if not unnumbered and (len(alike) > 1 or alike.pop().startswith("-0") or order != numbered(r"\d+(?:\.\d+)?")):
+        raise InputError(f"{folder}: {order[0].name} and {order[-1].name} tell no order of frames: number them alike")
+    return order
 
 
 def _times(path: Path, count: int) -> list[float] | None:
     if not path.exists():
         return None
     try:
-        times = json.loads(path.read_text(encoding="utf-8"))
+        times = [float(t) for t in json.loads(path.read_text(encoding="utf-8"))]
         good = len(times) == count and all(0 <= a <= b < math.inf for a, b in pairwise([0.0, *times]))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         good = False
     if not good:
         raise InputError(f"{path} must be a list of {count} rising seconds, one a frame")
-    return [float(t) for t in times]
+    return times
 
 
 def _seek(movie: Image.Image, i: int) -> Image.Image:

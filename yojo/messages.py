@@ -9,19 +9,32 @@ See it: `pytest tests/test_messages.py`.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from numbers import Number
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from yojo.files import InputError
-from yojo.media import FRAMES, INTERVAL, MOVIES, Clip, Frames, open_picture, open_video, picture_from, spread
+from yojo.media import (
+    FRAMES,
+    INTERVAL,
+    Clip,
+    Frames,
+    address_of,
+    file_of,
+    open_frames,
+    open_picture,
+    open_video,
+    picture_from,
+    spread,
+)
+from yojo.unread import empty, refuse_unread
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ def digest_of(video: Frames) -> list[tuple]:
 
 
 def prompt_of(prompt: str | Sequence, columns: Mapping[str, object]) -> Prompt:
-    """A prompt and its row of the columns. Pictures of a column fill the image blocks that hold none, in order."""
+    """A prompt and its row of the columns. Pictures of a column fill the image blocks that hold none."""
     texts, shown = [], {"image": [], "video": []}
     if isinstance(prompt, str):
         texts.append(prompt)
@@ -57,24 +70,26 @@ def prompt_of(prompt: str | Sequence, columns: Mapping[str, object]) -> Prompt:
                 texts.append(value) if kind == "text" else shown[kind].append(value)
     beside = columns_of(columns)
     images = [opened(value) for value in merged("image", shown["image"], beside["image"])]
-    videos = [clip_from(value) for value in merged("video", shown["video"], beside["video"])]
+    apart = seconds_apart(columns, bool(shown["video"] or beside["video"]))
+    videos = [clip_from(value, apart) for value in merged("video", shown["video"], beside["video"])]
     if len(videos) > 1 or (videos and images):
         raise InputError(f"a prompt shows {len(images)} images and {len(videos)} videos: images or one video are read")
+    if not texts and not images and not videos:
+        raise InputError("a prompt holds neither a text nor anything that it shows")
     return Prompt("\n\n".join(texts), images, videos[0] if videos else None)
 
 
 def answer_of(completion: str | Sequence) -> str:
-    """The text that the policy itself wrote: of messages, the assistant's, without its tool calls. Tools' outputs are
-    not its own. An answer with a picture raises: only text can be judged."""
+    """The text that the policy itself wrote: of messages, the assistant's, without its tool calls. What tools returned
+    is not its own, pictures or not. A picture of its own raises: only text can be judged."""
     if isinstance(completion, str):
         return completion
     texts = []
     for message in messages_of(completion, "the completion"):
-        for kind, value in parts_of(message, calls=False):
+        for kind, value in parts_of(message, calls=False) if message["role"] == "assistant" else ():
             if kind != "text":
-                raise InputError(f"a completion holds a block of type {kind}: only text can be judged")
-            if message.get("role", "assistant") == "assistant":
-                texts.append(value)
+                raise InputError(f"an answer holds a block of type {kind}: only text can be judged")
+            texts.append(value)
     return "\n\n".join(texts)
 
 
@@ -86,25 +101,45 @@ SOURCES = {"text": ["text"], "video": ["video", "path", "url"]}  # where a block
 SOURCES["image"] = ["image", "image_url", "url", "path", "base64", "bytes", "source"]
 # What says how large others see a picture, or how they store a block.
 HINTS = set("type detail cache_control annotations min_pixels max_pixels resized_height resized_width".split())
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+CALLS = ("tool_calls", "function_call")
+# What a message may hold beside its content; what a model thought before it spoke is no part of what it said.
+MESSAGE = {"role", "content", "refusal", *CALLS, "name", "tool_call_id", "id", "type", "status", "annotations"}
+MESSAGE |= {"reasoning", "reasoning_content", "thinking"}
+
+
+class Hole(NamedTuple):
+    """An image or video block that holds nothing: it stands for one of a column, the next one or that of an index."""
+
+    index: int | None
+
+
+def listed(value: object) -> object:
+    """A list, where a tuple or, as pandas has it, an array of objects holds the same."""
+    return list(value) if isinstance(value, tuple) or str(getattr(value, "dtype", "")) == "object" else value
 
 
 def messages_of(value: object, what: str) -> list[Mapping]:
-    messages = [value] if isinstance(value, Mapping) else value
-    if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
+    messages = [value] if isinstance(value, Mapping) else listed(value)
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise InputError(f"{what} must be a text or a list of messages, got {short(value)}")
     for message in messages:
-        others = [key for key in message if key not in ("content", "tool_calls", "function_call")]
-        if unread := [key for key in others if may_show(str(key), message[key])]:
-            raise InputError(f"a message holds {unread[0]!r}, which is not read: put it into a block of the content")
-    return list(messages)
+        if (role := message.get("role")) not in ROLES:
+            raise InputError(f"{what}: the role of a message must be one of {', '.join(ROLES)}, got {role!r}")
+        if message.get("content") is None and not any(message.get(key) for key in (*CALLS, "refusal")):
+            raise InputError(f"{what}: a message has no content, but {', '.join(map(str, message))}")
+        others = {key: v for key, v in message.items() if key not in MESSAGE and not isinstance(v, Number)}
+        if unread := [key for key, v in others.items() if not empty(v)]:
+            raise InputError(f"{what}: a message holds {unread[0]!r}, which is not read: put it into its content")
+    return messages
 
 
 def parts_of(message: Mapping, calls: bool) -> list[tuple[str, object]]:
-    """What a message holds, in order: ("text", str), ("image", picture or None), ("video", clip or None). calls: its
-    tool calls, too, as JSON."""
-    content = message.get("content")
+    """What a message holds, in order: ("text", str), ("image", picture or `Hole`), ("video", clip or `Hole`). calls:
+    its tool calls, too, as JSON."""
+    content = listed(message.get("content"))
     blocks = [] if content is None else [content] if isinstance(content, (str, Mapping)) else content
-    if not isinstance(blocks, (list, tuple)):
+    if not isinstance(blocks, list):
         raise InputError(f"the content of a message must be a text or a list of blocks, got {short(content)}")
     parts = [part_of(block) for block in blocks]
     if isinstance(message.get("refusal"), str):
@@ -115,21 +150,25 @@ def parts_of(message: Mapping, calls: bool) -> list[tuple[str, object]]:
 
 
 def part_of(block: object) -> tuple[str, object]:
-    """One block. A block of type image that holds none stands for one of a column: ("image", None)."""
+    """One block."""
     if isinstance(block, str):
         return "text", block
     if not isinstance(block, Mapping):
         raise InputError(f"a block of a message must be an object with a type, got {short(block)}")
-    held = {str(key): value for key, value in block.items() if key not in HINTS and not empty(value)}
+    held = {str(key): value for key, value in block.items() if key not in {*HINTS, "index"} and not empty(value)}
     kind = block.get("type") or next(iter(held), "that is not named")
     part = "text" if kind in TEXT else "image" if kind in IMAGE else kind
     if part not in ("text", "image", "video"):
         raise InputError(f"a block of type {short(kind)} is not understood: text, image, and video as frames are")
-    if len(held) > 1 or not held.keys() <= set(SOURCES[part]):
-        raise InputError(f"a block of type {kind} holds {', '.join(held)}: read is one of {', '.join(SOURCES[part])}")
-    key, value = next(iter(held.items()), (part, "" if part == "text" else None))
-    if value is None and kind != part:
-        raise InputError(f"a block of type {kind} holds no picture")
+    if unread := sorted(held.keys() - set(SOURCES[part])):
+        raise InputError(f"a block of type {kind} holds {unread[0]!r}, which is not read")
+    if len(held) > 1:
+        raise InputError(f"a block of type {kind} holds {' and '.join(held)}: keep one")
+    if not held and part != "text":
+        if kind != part or not isinstance(block.get("index"), (int, type(None))):
+            raise InputError(f"a block of type {kind} holds nothing")
+        return part, Hole(block.get("index"))
+    key, value = next(iter(held.items()), ("text", ""))
     if part == "text" and not isinstance(value, str):
         raise InputError(f"a block of text holds {short(value)}")
     return part, unwrapped(key, value)
@@ -153,78 +192,54 @@ def unwrapped(key: str, value: object) -> object:
 # -------------------------------------------------------------------------------------------------------------- columns
 
 COLUMNS = {"image": "image", "images": "image", "video": "video", "videos": "video"}  # that are read
-# Names that speak of something shown, and files that hold it.
-SHOWN = re.compile(
-    r"(^|[^a-z])(image|img|picture|photo|pixel|video|audio|media|multi_?modal|attachment|"
-    r"(file|frame|clip|movie|sound|speech|voice|wav)s?([^a-z]|$))"
-)
-FILES = (*MOVIES, *".png .jpg .jpeg .gif .webp .bmp .tif .tiff .avif .wav .mp3 .flac .ogg .m4a .npy".split())
-BASE64 = ("iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin in it
-LIBRARIES = ("torchcodec", "decord", "av", "cv2", "soundfile")  # of open videos and sounds
+APART = "sampling_interval"  # seconds between frames without times
+PACE = ("fps", "timestamps", "frame_times", "video_fps", "video_metadata")  # the same in words that have two meanings
 
 
 def columns_of(row: Mapping[str, object]) -> dict[str, list]:
     """The pictures and videos of a row. A column that may show something and is not read raises."""
+    refuse_unread(
+        row, COLUMNS, "the column", f"read are {', '.join(COLUMNS)}; rename it, or say GroupReward(..., ignore=[...])"
+    )
     found: dict[str, list] = {"image": [], "video": []}
-    for name, value in row.items():
-        if name in COLUMNS:
-            kind = COLUMNS[name]
-            several = isinstance(value, (list, tuple)) and name != "video"
-            values = [v for v in (value if several else [value]) if not empty(v)]
-            if values and found[kind]:
-                raise InputError(f"two columns hold {kind}s: keep {name!r} or the other")
-            found[kind] += values
-        elif may_show(name, value):
-            raise InputError(
-                f"the column {name!r} may show something, and only {', '.join(COLUMNS)} are read: rename it, or say "
-                f"GroupReward(..., ignore=[{name!r}])"
-            )
+    for name, kind in COLUMNS.items():
+        value = listed(row.get(name))
+        values = value if isinstance(value, list) and name != "video" else [value]
+        values = [v for v in values if not empty(v)]
+        if values and found[kind]:
+            raise InputError(f"two columns hold {kind}s: keep {name!r} or the other")
+        found[kind] += values
     return found
 
 
+def seconds_apart(row: Mapping[str, object], video: bool) -> float:
+    if video and (paced := [name for name in PACE if not empty(row.get(name))]):
+        raise InputError(
+            f"the column {paced[0]!r} may mean frames a second or seconds a frame: give {APART}, in seconds, or a list "
+            "of (seconds, frame)"
+        )
+    apart = row.get(APART)
+    if apart is not None and not (isinstance(apart, Number) and 0 < apart < 1e9):
+        raise InputError(f"{APART} is the seconds between frames, got {apart!r}")
+    return INTERVAL if apart is None else float(apart)
+
+
 def merged(kind: str, blocks: list, beside: list) -> list:
-    """What the blocks hold; those that hold nothing are filled by a column, in order."""
-    holes = sum(block is None for block in blocks)
-    if blocks and not holes and beside:  # TRL fills the blocks and hands over the column, too
+    """What the blocks hold; those that hold nothing are filled by a column."""
+    holes = [block for block in blocks if isinstance(block, Hole)]
+    if blocks and not holes and beside:  # TRL fills holes and hands over the column, too
         see = (lambda value: digest(opened(value))) if kind == "image" else (lambda value: digest_of(clip_from(value)))
-        if [*map(see, blocks)] != [*map(see, beside)]:
+        held = iter([*map(see, blocks)])
+        if not all(picture in held for picture in map(see, beside)):  # in order, perhaps beside others
             raise InputError(f"the {kind}s in the messages are not those in the column beside them: keep one")
         return blocks
-    if blocks and holes != len(beside):
-        raise InputError(f"{holes} {kind} blocks of the messages are empty, and a column holds {len(beside)} {kind}s")
-    filling = iter(beside)
-    return [next(filling) if block is None else block for block in blocks] or beside
-
-
-def may_show(name: str, value: object) -> bool:
-    """By what it holds, or by its name, unless it holds numbers only."""
-    return shows(value) or (SHOWN.search(name.lower()) is not None and not plain(value))
-
-
-def shows(value: object) -> bool:
-    """Is it a picture, a sound or a video, or the name of a file of one?"""
-    if isinstance(value, (list, tuple)):
-        return any(map(shows, value))
-    if isinstance(value, Mapping):
-        held = [value.get(key) for key in ("bytes", "array", "sampling_rate")]
-        return not all(map(empty, held)) or any(map(shows, value.values()))
-    if isinstance(value, (str, Path)):
-        text = str(value).strip()
-        file = "\n" not in text and re.split(r"[?#]", text.lower())[0].endswith(FILES)
-        return file or text[:10].lower() in ("data:image", "data:video", "data:audio") or text.startswith(BASE64)
-    known = isinstance(value, (Image.Image, bytes, bytearray, memoryview))
-    return known or getattr(value, "ndim", 0) > 1 or type(value).__module__.partition(".")[0] in LIBRARIES
-
-
-def plain(value: object) -> bool:
-    """A number, a flag, nothing, or a list of such, as of ids and sizes."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return all(empty(v) or isinstance(v, (Number, np.generic)) for v in values)
-
-
-def empty(value: object) -> bool:
-    """Null, or nothing in it."""
-    return value is None or (isinstance(value, (str, bytes, list, tuple, dict)) and not value)
+    if blocks and len(holes) != len(beside):
+        raise InputError(f"{len(holes)} {kind} blocks of the messages are empty, a column holds {len(beside)} {kind}s")
+    order = [i if hole.index is None else hole.index for i, hole in enumerate(holes)]
+    if blocks and sorted(order) != [*range(len(beside))]:
+        raise InputError(f"the empty {kind} blocks of the messages name numbers {order} of {len(beside)} in a column")
+    filling = iter(order)
+    return [beside[next(filling)] if isinstance(block, Hole) else block for block in blocks] or beside
 
 
 # -------------------------------------------------------------------------------------------------- pictures and videos
@@ -234,30 +249,40 @@ class NoClip(InputError):
     """A value that is no video in any form that is read."""
 
 
-def opened(value: object, what: str = "a picture of the prompt") -> Image.Image:
-    return open_picture(picture_from(value, what))
+def opened(value: object) -> Image.Image:
+    what = "a picture of the prompt"
+    return open_picture(picture_from(value, what), what)
 
 
-def clip_from(value: object) -> Frames:
+def clip_from(value: object, apart: float = INTERVAL) -> Frames:
     """A folder of frames or an animation by path; or a list of frames, or of (seconds, frame). Frames without times are
-    spaced as those of a folder are."""
+    `apart` seconds apart."""
     what = "a video of the prompt"
     if isinstance(value, Mapping) and value.get("bytes") is None and value.get("path") is not None:
         value = value["path"]
-    address = isinstance(value, str) and re.match(r"[a-z][a-z0-9+.-]+://|data:", value, re.IGNORECASE)
-    if isinstance(value, (str, Path)) and not address:
-        return open_video(Clip(Path(value)))
+    value = listed(value)
+    if isinstance(value, str) and address_of(value) == "file":
+        value = file_of(value)
+    if isinstance(value, Path) or (isinstance(value, str) and not address_of(value)):
+        return open_video(Clip(Path(value), interval=apart))
     if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], tuple):
         with suppress(NoClip):  # a list of one video; or else it is one of one frame
-            return clip_from(value[0])
-    if not isinstance(value, (list, tuple)) or not value:
-        raise NoClip(f"{what} is {short(value)}: give the path of a folder of frames, or a list of frames")
+            return clip_from(value[0], apart)
+    if not isinstance(value, list) or not value:
+        raise NoClip(
+            f"{what} is {short(value)}: give a list of frames, or the path of a folder of frames, which "
+            f"`ffmpeg -i clip.mp4 -vf fps=1/{apart:g} clip/%05d.png` makes"
+        )
     timed = [isinstance(frame, tuple) and len(frame) == 2 for frame in value]
-    times = [frame[0] for frame in value] if all(timed) else [i * INTERVAL for i in range(len(value))]
-    if any(timed) != all(timed) or not all(isinstance(t, (int, float)) and 0 <= t < 1e9 for t in times):
-        raise InputError(f"{what} is a list of frames of which some have no seconds")
-    frames = [frame[1] for frame in value] if all(timed) else value
-    return [(float(times[i]), opened(frames[i], f"frame {i + 1} of {what}")) for i in spread(len(frames), FRAMES)]
+    times = [frame[0] for frame in value] if all(timed) else [i * apart for i in range(len(value))]
+    numbers = all(isinstance(t, (Number, np.generic)) and 0 <= t < 1e9 for t in times)
+    if any(timed) != all(timed) or not numbers or sorted(times) != times:
+        raise InputError(f"{what}: (seconds, frame) needs rising seconds from 0, for every frame")
+    chosen = spread(len(value), FRAMES)
+    names = [f"frame {i + 1} of {what}" for i in chosen]
+    frames = [value[i][1] if all(timed) else value[i] for i in chosen]
+    frames = open_frames([picture_from(frame, name) for frame, name in zip(frames, names, strict=True)], names)
+    return [(float(times[i]), frame) for i, frame in zip(chosen, frames, strict=True)]
 
 
 def short(value: object) -> str:

@@ -12,7 +12,7 @@ See it: `python -m yojo.checkpoint show weights/tiny`; `pytest tests/test_checkp
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -27,21 +27,24 @@ def check_keys(raw: Mapping, where: str, read: Iterable[str], only: Mapping[str,
     """Refuse what nobody reads. `read`: keys that are read, or change nothing; `only`: the one value of others."""
     for key, value in raw.items():
         if key in only:
-            if value != only[key] and (value or only[key]):
+            if value != only[key] and (value or only[key]):  # null, false and nothing are one
                 raise InputError(f"{where}: {key} = {value!r} is not supported, only {only[key]!r}")
         elif value and key not in read:
             raise InputError(f"{where}: {key} = {value!r} is not supported: nothing here computes it")
+
+
+LARGEST = 1e18  # no number of a settings file is larger
 
 
 def typed(value: object, like: object, where: str):
     """A value of the kind that `like` is: a flag, a number above 0, or a list of numbers, which becomes a tuple."""
     if isinstance(like, tuple):
         good = isinstance(value, list) and value and all(type(v) in (int, type(like[0])) for v in value)
-        good = good and all(map(math.isfinite, value))
+        good = good and all(-LARGEST < v < LARGEST for v in value)
     elif isinstance(like, bool):
         good = type(value) is bool
     else:
-        good = type(value) in (int, type(like)) and 0 < value < math.inf
+        good = type(value) in (int, type(like)) and 0 < value < LARGEST
     if not good:
         raise InputError(f"{where} must be like {like}, got {value!r}")
     return tuple(value) if isinstance(like, tuple) else value
@@ -100,25 +103,28 @@ def read_config(folder: str | Path) -> Config:
         raise InputError(f"{path}: image_patch_id must be a token id, got {patch_id!r}")
     if text.num_attention_heads % text.num_key_value_heads:
         raise InputError(f"{path}: key/value heads must divide the query heads, got {text}")
-    ends = Path(folder) / "generation_config.json"
-    config = Config(text, vision, connector, patch_id, *_ends(ends, read_json(ends) if ends.exists() else raw))
+    config = Config(text, vision, connector, patch_id, *_ends(path, raw))
     _ = config.vision_layers  # raises where these do not fit the declared depth
     for name, more in implied(config).items():
         also = LIBRARY | THEIRS | {"attention_bias": name != "text_config", "image_size": more.get(IMAGE_SIZE)}
         also |= {"layer_types": ["full_attention"] * text.num_hidden_layers} if name == "text_config" else {}
         names = {field.name for field in fields(KINDS[name])}
         names |= {table.get(key, key) for key in names for table in (RELEASED_NAMES, OTHER_NAMES)}
-        names |= {"rope_parameters", "rope_scaling_layers"} if name == "text_config" else set()
+        names |= {"rope_parameters", "rope_scaling_layers", *ENDS} if name == "text_config" else set()
         check_keys(parts[name], f"{path}: {name}", names | FREE, also | FIXED[name] | more)
     return config
 
 
-def _ends(path: Path, given: dict) -> tuple[tuple[int, ...], int]:
-    """The ids that end an answer, and the one that fills its row up and is never read."""
+def _ends(path: Path, raw: dict) -> tuple[tuple[int, ...], int]:
+    """The ids that end an answer, and the one that fills its row up and is never read: of `generation_config.json`, or
+    else of the config, or else of its text part."""
+    beside = path.with_name("generation_config.json")
+    files = [raw["text_config"], raw, read_json(beside) if beside.exists() else {}]
+    given = {key: file[key] for file in files for key in ENDS if file.get(key) is not None}
     eos, pad = given.get("eos_token_id"), given.get("pad_token_id")
     eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
     if not all(type(token) is int and token >= 0 for token in [*eos, *([] if pad is None else [pad])]):
-        raise InputError(f"{path}: eos_token_id and pad_token_id must be token ids, got {eos} and {pad!r}")
+        raise InputError(f"{path.parent}: eos_token_id and pad_token_id must be token ids, got {eos} and {pad!r}")
     return tuple(eos), (eos[0] if eos else 0) if pad is None else pad
 
 
@@ -209,9 +215,16 @@ SAMPLING = set("do_sample_frames fps frame_sample_mode max_fps num_frames return
 def read_image_config(folder: str | Path) -> ImageConfig:
     """`preprocessor_config.json` and, for the window of videos, `video_preprocessor_config.json`; or what stands in
     place of either in `processor_config.json`, where transformers 5 writes them."""
-    path, raw = _processor_file(folder, "preprocessor_config.json", "image_processor")
-    if raw is None:
-        raise InputError(f"{path} does not exist")
+    files = _processor_files(folder, "preprocessor_config.json", "image_processor")
+    if not files:
+        raise InputError(f"{Path(folder) / 'preprocessor_config.json'} does not exist")
+    c = _only([(path, _image_config(path, raw)) for path, raw in files])
+    files = _processor_files(folder, "video_preprocessor_config.json", "video_processor")
+    window = _only([(path, _video_window(path, raw, c)) for path, raw in files])
+    return c if window is None else replace(c, video_pooling=window)
+
+
+def _image_config(path: str, raw: dict) -> ImageConfig:
     if lacking := [key for key in ("size", *PREPROCESSOR.values()) if key not in raw]:
         raise InputError(f"{path} lacks {lacking[0]}")
     check_keys(raw, path, {"size", *PREPROCESSOR.values(), *UNUSED}, STEPS)
@@ -219,35 +232,38 @@ def read_image_config(folder: str | Path) -> ImageConfig:
     c = ImageConfig(size=_side(raw["size"], path), **given)
     if not _fits(c):
         raise InputError(f"{path}: views of {c.size} pixels cannot be cut so: {c}")
-    return c if (window := _video_window(folder, c)) is None else ImageConfig(**asdict(c) | {"video_pooling": window})
+    return c
 
 
-def _video_window(folder: str | Path, c: ImageConfig) -> tuple[int, int] | None:
-    """How frames are pooled, where a file says so. In all else they must be cut as images are."""
-    path, raw = _processor_file(folder, "video_preprocessor_config.json", "video_processor")
-    if raw is None or raw.get("pooling_size") is None:
-        window = None
-    else:
-        window = typed(raw["pooling_size"], ImageConfig.video_pooling, f"{path}: pooling_size")
-        if len(window) != 2 or min(window) < 1:
-            raise InputError(f"{path}: pooling_size must be two numbers from 1, got {window}")
+def _video_window(path: str, raw: dict, c: ImageConfig) -> tuple[int, int] | None:
+    """How frames are pooled, where it is said. In all else they must be cut as images are."""
     same = {"size": {"height": c.size, "width": c.size}, "patch_size": c.patch}
     same |= {"image_mean": list(c.mean), "image_std": list(c.std)}
-    check_keys(raw or {}, path, {"pooling_size", *UNUSED, *SAMPLING}, STEPS | same)
+    check_keys(raw, path, {"pooling_size", *UNUSED, *SAMPLING}, STEPS | same)
+    if raw.get("pooling_size") is None:
+        return None
+    window = typed(raw["pooling_size"], ImageConfig.video_pooling, f"{path}: pooling_size")
+    if len(window) != 2 or min(window) < 1:
+        raise InputError(f"{path}: pooling_size must be two numbers from 1, got {window}")
     return window
 
 
-def _processor_file(folder: str | Path, name: str, key: str) -> tuple[str, dict | None]:
-    """A file, or the same under `key` in `processor_config.json` -> (where it stands, what it holds)."""
+def _processor_files(folder: str | Path, name: str, key: str) -> list[tuple[str, dict]]:
+    """A file, and the same under `key` in `processor_config.json` -> (where it stands, what it holds) of those there
+    are."""
     path, whole = Path(folder) / name, Path(folder) / "processor_config.json"
     inside = read_json(whole).get(key) if whole.exists() else None
-    if inside is None:
-        return str(path), read_json(path) if path.exists() else None
-    if not isinstance(inside, dict):
+    if not isinstance(inside, (dict, type(None))):
         raise InputError(f"{whole}: {key} must be an object, got {inside!r}")
-    if path.exists() and read_json(path) != inside:
-        raise InputError(f"{path} and {key} in {whole} differ: keep one")
-    return f"{whole}: {key}", inside
+    files = [(str(path), read_json(path))] if path.exists() else []
+    return files + ([] if inside is None else [(f"{whole}: {key}", inside)])
+
+
+def _only(read: list[tuple[str, object]]) -> object:
+    """What all places say."""
+    if len(read) > 1 and read[0][1] != read[1][1]:
+        raise InputError(f"{read[0][0]} and {read[1][0]} differ: keep one")
+    return read[0][1] if read else None
 
 
 def _side(size: object, path: str) -> int:
@@ -284,7 +300,7 @@ def read_markup(folder: str | Path) -> Markup:
 ADAPTER_READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "init_lora_weights"}
 ADAPTER_FREE = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 ADAPTER_ONLY = {"peft_type": "LORA", "bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
-STARTS = (True, False, "gaussian")  # others, such as PiSSA, change the matrices that the adapter is laid beside
+STARTS = (True, False, "gaussian", "orthogonal")  # others, such as PiSSA, change the base
 
 
 def read_adapter_config(folder: str | Path) -> LoraConfig:

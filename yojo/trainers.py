@@ -25,7 +25,8 @@ from pathlib import Path
 
 from yojo.core.reward import RewardModel
 from yojo.files import InputError
-from yojo.messages import COLUMNS, Prompt, answer_of, prompt_of, shows
+from yojo.messages import COLUMNS, Prompt, answer_of, prompt_of
+from yojo.unread import shows
 
 
 class GroupReward:
@@ -35,9 +36,10 @@ class GroupReward:
     is scored as it is and counted in `cut`, or, with `refuse_cut`, raises. None = a group is as long as its run.
     ignore: columns that show something and are not to be looked at. `passes` counts scoring passes.
 
-    An answer that cannot be judged ends no run: it is empty, no text of the assistant's, no valid Unicode, too long, or
-    its score is not finite. It gets one less than the lowest score of its group, or None where none of the group can be
-    judged; it is counted in `unjudged`, and the first one is warned of.
+    An answer that cannot be judged ends no run: it is empty, no text of the assistant's, no valid Unicode, its score is
+    not finite, or, of answers that are too long for one row together, it is among the longest. It gets one less than
+    the lowest score of its group, or None where none of the group can be judged; it is counted in `unjudged`, and the
+    first one is warned of.
     """
 
     def __init__(
@@ -93,7 +95,8 @@ class GroupReward:
         if why:
             if not self.unjudged:
                 i, reason = next(iter(why.items()))
-                warnings.warn(f"answer {i + 1} of a group cannot be judged: {reason}; see `unjudged`", stacklevel=2)
+                asked = f"answer {i + 1} to {prompt.text[:60]!r} cannot be judged: {reason}"
+                warnings.warn(f"{asked}; `unjudged` counts such answers", stacklevel=3)
             self.unjudged += len(why)
         floor = min(scores.values()) - 1 if scores else None
         return [scores.get(i, floor) for i in range(len(completions))]
@@ -103,7 +106,7 @@ def rows_of(columns: dict, n: int, ignore: Sequence[str]) -> list[dict]:
     """Columns -> the row of each prompt. What is no list, such as a trainer's state, is no column."""
     held = {}
     for name, column in columns.items():
-        listed = hasattr(column, "__getitem__") and hasattr(column, "__len__") and not isinstance(column, (str, dict))
+        listed = isinstance(column, (list, tuple)) or getattr(column, "ndim", 0) > 0
         if name in ignore or column is None:
             continue
         if listed and len(column) == n:
@@ -118,15 +121,13 @@ def texts_of(completions: Sequence) -> tuple[dict[int, str], dict[int, str]]:
     texts, why = {}, {}
     for i, completion in enumerate(completions):
         try:
-            text = answer_of(completion)
-            text.encode("utf-8")
+            texts[i] = answer_of(completion)
+            texts[i].encode("utf-8")
+            if not texts[i].strip():
+                raise InputError("it is empty")
         except (InputError, UnicodeEncodeError) as error:
+            texts.pop(i, None)
             why[i] = f"it is not valid Unicode ({error})" if isinstance(error, UnicodeEncodeError) else str(error)
-            continue
-        if text.strip():
-            texts[i] = text
-        else:
-            why[i] = "it is empty"
     return texts, why
 
 
@@ -137,12 +138,13 @@ def judged(rm: RewardModel, prompt: Prompt, answers: dict[int, str], mode: str, 
     endless, kept = replace(rm.processor, max_tokens=sys.maxsize), dict(answers)
     while kept:
         row = endless.encode(prompt.text, list(kept.values()), pictures=shown)
-        if len(row.ids) <= rm.processor.max_tokens:
+        needed = len((row.distinct()[0] if mode == "isolated" else row).ids)
+        if needed <= rm.processor.max_tokens:
             break
         lengths = [stop - start for start, stop in row.spans]
         longest = list(kept)[lengths.index(max(lengths))]
         del kept[longest]
-        why[longest] = f"{len(row.ids)} tokens of the group are more than the model's {rm.processor.max_tokens}"
+        why[longest] = f"{needed} tokens of the group are more than the model's {rm.processor.max_tokens}"
     scores = dict(zip(kept, rm.raw_scores([row], mode)[0], strict=True)) if kept else {}
     why |= {i: f"its score is {score}" for i, score in scores.items() if not math.isfinite(score)}
     return {i: score for i, score in scores.items() if math.isfinite(score)}

@@ -32,6 +32,7 @@ from yojo.core.mask import PADDING, PROMPT, AttentionMask
 from yojo.core.prompt import Encoded, Processor
 from yojo.files import InputError, read_lines
 from yojo.media import INTERVAL, Clip, Frames
+from yojo.unread import refuse_unread
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ def in_order(record: Record, order: Sequence[int]) -> Record:
     return replace(record, responses=[record.responses[i] for i in order], rankings=ranks)
 
 
+KEYS = "prompt question responses rankings image images video sampling_interval fps".split()
+
+
 def read_records(path: str | Path, ranked: bool = True, answered: bool = True) -> list[Record]:
     """All records of a JSONL file; `ranked`, `answered`: as in `record_of`."""
     records = [record_of(raw, where, Path(path).parent, ranked, answered) for where, raw in read_lines(path)]
@@ -100,6 +104,7 @@ def read_records(path: str | Path, ranked: bool = True, answered: bool = True) -
 def record_of(raw: dict, where: str, folder: Path, ranked: bool = True, answered: bool = True) -> Record:
     """One line as a record; paths are relative to `folder`. `ranked`: a record without rankings raises; not `answered`:
     a prompt, whatever responses and rankings the line holds."""
+    refuse_unread(raw, KEYS, f"{where}:", f"read are {', '.join(KEYS)}; take it out of the line")
     prompts = [raw[key] for key in ("prompt", "question") if raw.get(key) is not None]
     if len(prompts) > 1:
         raise InputError(f"{where} has both prompt and question: keep one")
