@@ -104,7 +104,10 @@ def read_config(folder: str | Path) -> Config:
     if text.num_attention_heads % text.num_key_value_heads:
         raise InputError(f"{path}: key/value heads must divide the query heads, got {text}")
     config = Config(text, vision, connector, patch_id, *_ends(path, raw))
-    _ = config.vision_layers  # raises where these do not fit the declared depth
+    try:
+        _ = config.vision_layers
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     for name, more in implied(config).items():
         also = LIBRARY | THEIRS | {"attention_bias": name != "text_config", "image_size": more.get(IMAGE_SIZE)}
         also |= {"layer_types": ["full_attention"] * text.num_hidden_layers} if name == "text_config" else {}
