@@ -75,8 +75,8 @@ def picture_size(source: Source) -> tuple[int, int]:
 
 
 def open_picture(source: Source, name: str | None = None, most: float = 0) -> Image.Image:
-    """A picture of any mode -> RGB, upright, on white. `most`: the brightest level of a
-    clip that it is a frame of, if it has more than 8 bits."""
+    """A picture of any mode -> RGB, upright, on white. `most`: the brightest level of the clip that it is a frame of,
+    if it has more than 8 bits."""
     with opened(source, name) as picture:
         name = getattr(picture, "filename", "") or name or "a picture"
         if picture.format in ANIMATED and getattr(picture, "n_frames", 1) > 1:
@@ -88,9 +88,10 @@ def open_picture(source: Source, name: str | None = None, most: float = 0) -> Im
         if deep(picture):
             picture = eight_bits(picture, name, most)
         else:
-            picture = on_white(picture)
-            if wide and max(high for _, high in picture.getextrema()) < 64:  # Pillow keeps the upper 8 bits
+            colours = [band for band in picture.getbands() if band != "A"]
+            if wide and max(picture.getchannel(band).getextrema()[1] for band in colours) < 64:  # the upper 8 bits
                 raise InputError(f"{name} has 16 bits a colour and uses less than 14 of them: save it in 8 bits")
+            picture = on_white(picture)
         return picture if turn is None else picture.transpose(turn)
 
 
