@@ -37,6 +37,9 @@ TEXT = base64.b64encode(png()).decode()
 DATA_URL = f"data:image/png;base64,{TEXT}"
 
 
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {"x": 1}}}]}
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("shown") / "a star.png"
@@ -194,8 +197,8 @@ def test_addresses_are_never_fetched(address):
         ({"type": "image", "image": "nowhere.png"}, "no picture at nowhere.png"),
         ({"type": "image", "image": 7}, "is a int that is no picture"),
         ({"type": "image", "image": np.zeros((4, 4, 3))}, "is a ndarray of float64 .4, 4, 3. that is no picture"),
-        ({"type": "image", "image": torch.zeros(3, 4, 4)}, "is a Tensor of float32 .4, 4, 3. that is no picture"),
-        ({"type": "image", "image": np.zeros((4, 4, 2), np.uint8)}, "that is no picture here: give uint8"),
+        ({"type": "image", "image": torch.zeros(3, 4, 4)}, "is a Tensor of torch.float32 .3, 4, 4. that is no picture"),
+        ({"type": "image", "image": np.zeros((4, 4, 2), np.uint8)}, "that is no picture here: give .height, width, 3."),
         ({"type": "image", "image": ""}, "1 image blocks of the messages are empty"),
         ({"type": "image", "image": b""}, "not a picture that Pillow can read"),
         ({"type": "video", "video": [PICTURE], "fps": 1.0}, "a block of type video holds 'fps', which is not read"),
@@ -231,6 +234,11 @@ def test_a_block_that_is_not_understood_is_refused_by_name(block, why):
         ({"figure": "https://x.org/12"}, "column 'figure'"),
         ({"imagePath": "a"}, "column 'imagePath'"),
         ({"screenshot": TEXT}, "column 'screenshot'"),
+        ({"video_folder": "clips/12"}, "column 'video_folder'"),
+        ({"frames": "v38"}, "column 'frames'"),
+        ({"clip_path": "v38"}, "column 'clip_path'"),
+        ({"keyframes": ["a/1"]}, "column 'keyframes'"),
+        ({"obs": base64.b64encode(b"BM" + bytes(range(256))).decode()}, "column 'obs'"),
         ({"x": io.BytesIO()}, "column 'x'"),
         ({"x": np.array([PICTURE, None], object)}, "column 'x'"),
         ({"document": "report.pdf"}, "column 'document'"),
@@ -258,10 +266,18 @@ def test_a_column_that_may_show_something_is_refused_by_name(row, why):
 def test_columns_that_show_nothing_are_left_alone():
     row = {"id": "a.png", "image_id": "COCO_1", "num_images": torch.tensor(2), "image_caption": "a star", "movie": "Up"}
     assert (
-        prompt_of(ASK, row | {"media_type": "image", "audio": float("nan"), "note": "it is in photo.jpg"}).images == []
+        prompt_of(
+            ASK, row | {"media_type": "image", "audio": float("nan"), "note": "What is in images/cat.png? Yes or no."}
+        ).images
+        == []
     )
     row = {"id": 3, "image_id": 7, "image_size": [640, 480], "solution": "a red star", "level": None, "framework": "x"}
     assert prompt_of(ASK, row | {"image_grid": np.int64(4), "clip_score": 0.5, "environments": object()}).images == []
+
+
+def test_arrays_and_sizes_are_no_pictures():
+    row = {"bbox": np.zeros((2, 4)), "info": {"bytes": 5234}, "learning_rate": 0.1}
+    assert prompt_of(ASK, row).images == []
 
 
 def test_pictures_and_their_places_must_agree():
@@ -286,9 +302,17 @@ def test_pictures_and_their_places_must_agree():
         ([{"role": "user", "content": "?", "images": [TEXT]}], "a message holds 'images', which is not read"),
         ([{"role": "user", "content": "?", "attach": TEXT}], "a message holds 'attach'"),
         ([{"role": "assistant", "audio": {"id": "a"}}], "a message has no content, but role, audio"),
-        ([{"from": "human", "value": "?"}], "the role of a message must be one of"),
+        ([{"from": "human", "value": "?"}], "a message has no role, but from, value"),
+        ([{"role": "user", "content": None, "parts": ["?"]}], "a message holds 'parts', which is not read"),
         ([{"role": "user", "parts": [{"text": "?"}]}], "a message has no content, but role, parts"),
-        ([{"role": "model", "content": "?"}], "the role of a message must be one of .* got 'model'"),
+        (
+            f"<img src='{DATA_URL}'> what is it?",
+            "a text of the prompt holds 'data:image/png;base64,': put what it shows",
+        ),
+        (
+            [*ask(), {**CALL, "tool_calls": [{"arguments": {"image": DATA_URL}}]}],
+            "a text of the prompt holds 'data:image",
+        ),
         ([{"role": "user", "content": []}], "neither a text nor anything that it shows"),
     ],
     ids=str,
@@ -300,8 +324,6 @@ def test_a_prompt_that_is_no_conversation_is_refused(prompt, why):
 
 # ------------------------------------------------------------------------------------------------------------- answers
 
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {"x": 1}}}]}
-
 
 def test_only_the_assistants_own_text_is_judged():
     bare = {key: value for key, value in CALL.items() if key != "content"}
@@ -312,6 +334,9 @@ def test_only_the_assistants_own_text_is_judged():
     assert answer_of([CALL]) == "" and answer_of("a") == answer_of({"role": "assistant", "content": "a"}) == "a"
     shown = {"content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "here"}]}
     assert answer_of([CALL, {"role": "tool", **shown}, {"role": "assistant", "content": "a"}]) == "a"
+    thought = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}, {"type": "tool_use", "input": {}}]
+    said = answer_of([{"role": "assistant", "content": thought}])
+    assert said == "a", "what it thought and called is not what it said"
     for other in (
         {"role": "assistant", **shown},
         {"role": "model", "content": "a"},

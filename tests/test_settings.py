@@ -84,7 +84,7 @@ def test_the_released_settings_are_the_defaults():
         {"trainable_token_indices": [1]},
         {"target_parameters": ["x"]},
         {"rank_pattern": {"ff_out": 8}},
-        {"megatron_core": "other"},
+        {"megatron_config": {"x": 1}},
         {"a_method_of_next_year": "on"},
     ],
     ids=str,

@@ -8,6 +8,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from test_single_pass import noise
@@ -157,8 +158,24 @@ def test_videos_come_as_columns(reward, rm):
     for apart, more in ((4.0, {}), (0.5, {"sampling_interval": [0.5] * 3})):
         frames = [(apart * i, noise(i)) for i in range(3)]
         assert reward([ASK] * 3, ANSWERS, **shown, **more) == rm.score(ASK, ANSWERS, video=frames)
-    with pytest.raises(InputError, match="'fps' may mean frames a second or seconds a frame"):
-        reward([ASK] * 3, ANSWERS, **shown, fps=[2.0] * 3)
+    for name in ("fps", "timestamps", "frame_rate", "videoFps"):
+        with pytest.raises(InputError, match=f"'{name}' may say when frames were taken, and it is not read"):
+            reward([ASK] * 3, ANSWERS, **shown, **{name: [2.0] * 3})
+    assert reward([ASK] * 3, ANSWERS, learning_rate=[0.1] * 3, fps=[2.0] * 3) == rm.score(ASK, ANSWERS), "no video"
+    with pytest.raises(InputError, match="'sampling_interval' must be a list of 3"):
+        reward([ASK] * 3, ANSWERS, **shown, sampling_interval=2.0)
+
+
+def test_columns_of_datasets_and_pandas_are_lists(reward, rm):
+    datasets, pd = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    expected = rm.score(ASK, ANSWERS, image=noise(1))
+    rows = datasets.Dataset.from_list([{"image": noise(1)}] * 3, datasets.Features({"image": datasets.Image()}))
+    assert reward([ASK] * 3, ANSWERS, image=rows["image"]) == expected
+    frame = pd.DataFrame({"image": [noise(2), *[noise(1)] * 3]})[1:]
+    assert reward([ASK] * 3, ANSWERS, image=frame["image"]) == expected
+    calls = np.array([{"function": {"name": "look"}}] * 2, dtype=object)
+    talk = [np.array([{"role": "assistant", "content": text, "tool_calls": calls}], dtype=object) for text in ANSWERS]
+    assert reward([ASK] * 3, talk) == rm.score(ASK, ANSWERS)
 
 
 def test_it_can_be_pickled_before_and_after_loading(reward):
@@ -172,8 +189,9 @@ def test_it_can_be_pickled_before_and_after_loading(reward):
 def test_bad_calls_are_named(reward):
     with pytest.raises(InputError, match="2 prompts, 1 completions"):
         reward(["a", "b"], ["c"])
-    with pytest.raises(InputError, match="generations must be at least 1"):
-        GroupReward("x", generations=0)
+    for generations in (0, 65):
+        with pytest.raises(InputError, match="generations must be at least 1 and at most 64"):
+            GroupReward("x", generations=generations)
 
 
 @pytest.fixture

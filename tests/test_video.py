@@ -72,6 +72,8 @@ def test_frames_stand_in_the_order_of_their_numbers(tmp_path, name):
         "59s 1m59s 2m",
         "frame1 frame2 cover3",
         "frame1 frame2 last",
+        "start middle end",
+        "0,5 0,25",
     ],
 )
 def test_names_that_tell_no_order_are_refused(tmp_path, names):
@@ -83,12 +85,30 @@ def test_names_that_tell_no_order_are_refused(tmp_path, names):
 
 
 def test_names_that_tell_an_order_are_not(tmp_path):
-    for i, names in enumerate(["1.25 1.50 10.00", "a b c", "Frame1 frame2 FRAME10", "shot1_2 shot1_10 shot2_1"]):
+    for i, names in enumerate(["1.25 1.50 10.00", "only", "Frame1 frame2 FRAME10", "shot1_2 shot1_10 shot2_1"]):
         folder = tmp_path / str(i)
         folder.mkdir()
         for k, name in enumerate(names.split()):
             Image.new("RGB", (8, 8), (50 * k,) * 3).save(folder / f"{name}.{'jpg' if k == 1 else 'png'}")
         assert [round(grey / 50) for grey in greys(open_video(folder))] == [*range(len(names.split()))]
+
+
+def test_what_is_no_frame_is_named_and_what_systems_leave_behind_is_not(frames):
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+        (frames / name).write_text("x")
+    (frames / "@eaDir").mkdir()
+    assert len(open_video(frames)) == 10
+    for name in ("notes.txt", "audio.wav", "frame.png~"):
+        (frames / name).write_text("x")
+        with pytest.raises(InputError, match=f"{name} is not a picture that Pillow can read: take it out"):
+            open_video(frames)
+        (frames / name).unlink()
+
+
+def test_deep_frames_of_two_kinds_have_two_ranges(tmp_path):
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "0.tif")
+    Image.fromarray(np.full((4, 4), 128 * 256, np.uint16)).save(tmp_path / "1.tif")
+    assert greys_at(open_video(tmp_path)) == [128, 128]
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
@@ -113,6 +133,9 @@ def test_timestamps_beside_the_frames_are_used(frames):
         "[NaN" + ",1" * 9 + "]",
         "[" + "0," * 9 + "1" + "0" * 400 + "]",
         "[" * 100_000,
+        json.dumps({str(i): i for i in range(10)}),
+        '"0123456789"',
+        "[" + "false," * 9 + "true]",
     ):
         (frames / "timestamps.json").write_text(wrong)
         with pytest.raises(InputError, match="timestamps.json must be a list of 10 rising seconds"):
@@ -159,6 +182,8 @@ def test_a_record_names_its_video(frames, tiny_folder):
         ({"fps": "2"}, "sampling_interval and fps are the seconds between frames, got .'2'."),
         ({"fps": 2, "sampling_interval": 1.0}, "are the seconds between frames, got .1.0, 2."),
         ({"fps": 0}, "frames 0 seconds apart"),
+        ({"timestamps": [0, 1]}, "'timestamps' may say when frames were taken, and it is not read"),
+        ({"frameRate": 30}, "'frameRate' may say when frames were taken"),
     ):
         path.write_text(json.dumps(record | change))
         with pytest.raises(InputError, match=why):

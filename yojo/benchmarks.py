@@ -70,11 +70,11 @@ def pair(row: dict, fields: dict[str, str]) -> dict:
 # Of each format its converter, and of each of our names the field it is read from; `--map name=field` names another.
 # Those of MR2Bench (records) and VideoRewardBench could not be confirmed against the published files.
 SHOWN = {name: name for name in ("image", "images", "video")}  # checked with our own files, like the seconds below
-SAME = SHOWN | {"prompt": "prompt"}
+SAME = SHOWN | {"prompt": "prompt", "sampling_interval": "sampling_interval"}
 CHOICE = SAME | {"chosen": "chosen", "rejected": "rejected"}
 BETTER = {"first": "Output1", "second": "Output2", "better": "Better", "category": "Category"}
 BETTER |= {"image": "Image", "group": "ID", "prompt": "Text"}
-OURS = {name: name for name in ("question", "responses", "rankings", "category", "sampling_interval", "fps")}
+OURS = {name: name for name in ("question", "responses", "rankings", "category", "fps")}
 FORMATS: dict[str, tuple[Callable[[dict, dict], dict], dict[str, str]]] = {
     "records": (records, SAME | OURS),
     "vl-rewardbench": (
@@ -86,7 +86,7 @@ FORMATS: dict[str, tuple[Callable[[dict, dict], dict], dict[str, str]]] = {
     "videorewardbench": (pair, CHOICE | {"category": "category"}),
 }
 SECONDS = {"sampling_interval", "fps"}
-FREE = {"records": {"question", "category", *SECONDS}, "multimodal-rewardbench": {"group"}}  # what may be left out
+FREE = {"records": {"question", "category"}, "multimodal-rewardbench": {"group"}}  # what may be left out, too
 KINDS = {"responses": list, "rankings": list, "group": (str, int), "category": (str, int)}  # all others are texts
 
 
@@ -118,7 +118,7 @@ def read_items(path: str | Path, form: str, mapping: Sequence[str] = (), bad: li
 def item_of(raw: dict, form: str, convert: Callable, fields: dict[str, str], where: str, folder: Path) -> Item:
     refuse_unread(raw, fields.values(), f"{where}:", "--map image=FIELD, images=FIELD or video=FIELD reads it")
     row = {name: raw[field] for name, field in fields.items() if raw.get(field) is not None}
-    free = SHOWN.keys() | FREE.get(form, set()) | ({"prompt"} if "question" in row else set())
+    free = SHOWN.keys() | SECONDS | FREE.get(form, set()) | ({"prompt"} if "question" in row else set())
     for name in [name for name in fields if name in row or name not in free]:
         kind = object if name in {*SHOWN, *SECONDS} else KINDS.get(name, str)
         if not isinstance(row.get(name), kind):

@@ -30,6 +30,7 @@ from yojo.files import InputError
 FRAMES, INTERVAL = 16, 4.0  # at most so many frames of a video, so many seconds apart where nothing says otherwise
 MOVIES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
 TIMES = "timestamps.json"
+LITTER = ("Thumbs.db", "desktop.ini", "__MACOSX", "@eaDir")  # that systems leave in folders
 
 
 @dataclass(frozen=True)
@@ -83,28 +84,40 @@ def open_picture(source: Source, name: str | None = None, most: float = 0) -> Im
             raise InputError(f"{name} holds {picture.n_frames} frames: show it as a video, or one of them as a picture")
         if 0 in picture.size:
             raise InputError(f"{name} has no pixels")
-        wide = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))  # gone once it is loaded
+        wide = has_16_bits_a_colour(picture)
         turn = turn_of(picture)
         if deep(picture):
             picture = eight_bits(picture, name, most)
         else:
-            colours = [band for band in picture.getbands() if band != "A"]
-            if wide and max(picture.getchannel(band).getextrema()[1] for band in colours) < 64:  # the upper 8 bits
-                raise InputError(f"{name} has 16 bits a colour and uses less than 14 of them: save it in 8 bits")
+            if wide and max(upper_bits(picture), most) < 64:
+                raise InputError(f"{name} has 16 bits a colour and uses the lower ones only: save it in 8 bits")
             picture = on_white(picture)
         return picture if turn is None else picture.transpose(turn)
 
 
 def open_frames(sources: Sequence, names: Sequence[str | None]) -> list[Image.Image]:
     """Frames of one clip: as `open_picture`, but levels of more than 8 bits share one range."""
-    most = max(map(brightest, sources), default=0)
-    return [open_picture(source, name, most) for source, name in zip(sources, names, strict=True)]
+    found = [*map(brightest, sources)]
+    most = {kind: max(level for k, level in found if k == kind) for kind, _ in found}
+    shown = zip(sources, names, found, strict=True)
+    return [open_picture(source, name, most[kind]) for source, name, (kind, _) in shown]
 
 
-def brightest(source: Source) -> float:
-    """The brightest level of a picture of more than 8 bits; of others 0."""
+def brightest(source: Source) -> tuple[str, float]:
+    """The kind of a picture of more than 8 bits a channel, and its brightest level; of others, 0."""
     with opened(source) as picture:
-        return float(np.asarray(picture).max(initial=0)) if deep(picture) else 0.0
+        if has_16_bits_a_colour(picture):
+            return "colour", upper_bits(picture)
+        return (picture.mode[0], float(np.asarray(picture).max(initial=0))) if deep(picture) else ("", 0.0)
+
+
+def has_16_bits_a_colour(picture: Image.Image) -> bool:
+    """Pillow keeps the upper 8 of them, and says so only until the picture is loaded."""
+    return any(re.search(r";16[BLN]", str(tile[3])) for tile in getattr(picture, "tile", ())) and not deep(picture)
+
+
+def upper_bits(picture: Image.Image) -> int:
+    return max(picture.getchannel(band).getextrema()[1] for band in picture.getbands() if band != "A")
 
 
 def picture_from(value: object, what: str) -> Source:
@@ -152,12 +165,14 @@ def file_of(url: str) -> Path:
 
 def _from_array(array: object, what: str) -> Image.Image:
     """[height, width] or [height, width, 1, 3 or 4], as numpy has it; of torch, the channels stand first."""
-    levels = np.asarray(array)
-    if levels.ndim == 3 and type(array).__module__.startswith("torch"):
+    kind = f"{type(array).__name__} of {array.dtype} {list(array.shape)}"
+    if "uint8" not in str(array.dtype):
+        raise InputError(f"{what} is a {kind} that is no picture here: give uint8, or a path")
+    levels = np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
+    if levels.ndim == 3 and hasattr(array, "detach"):
         levels = levels.transpose(1, 2, 0)
-    if levels.dtype != np.uint8 or levels.ndim not in (2, 3) or levels.shape[2:] not in ((), (1,), (3,), (4,)):
-        kind = f"{type(array).__name__} of {levels.dtype} {list(levels.shape)}"
-        raise InputError(f"{what} is a {kind} that is no picture here: give uint8 [height, width, 3], or a path")
+    if levels.ndim not in (2, 3) or levels.shape[2:] not in ((), (1,), (3,), (4,)):
+        raise InputError(f"{what} is a {kind} that is no picture here: give [height, width, 3], or a path")
     return Image.fromarray(np.ascontiguousarray(levels.squeeze(2) if levels.shape[2:] == (1,) else levels))
 
 
@@ -202,19 +217,19 @@ def deep(picture: Image.Image) -> bool:
 
 def eight_bits(picture: Image.Image, name: str, most: float = 0) -> Image.Image:
     """Grey levels in 16 or 32 bits, or as floats -> RGB. Their range is the smallest of the usual ones that holds them:
-    whole numbers of 8, 10, 12, 14 or 16 bits, floats in 0..1 or 0..255, half a level of 256 to spare. Any other raises,
-    and so do floats up to 16 that may belong to either."""
+    whole numbers of 8, 10, 12, 14 or 16 bits, floats in 0..1 or 0..255, which resizing may have overshot by an eighth.
+    Any other raises, and so do floats up to 16 that may belong to either."""
     levels, mode = np.asarray(picture), picture.mode
     if getattr(picture, "tag_v2", {}).get(ExifTags.Base.PhotometricInterpretation) == 0:
         raise InputError(f"{name}: 0 is white in it, and its levels are {mode}: save it in 8 bits")
     low, high = levels.min(), max(levels.max(), most)
     if mode == "F":
-        one = high <= 1 + 1 / 512
-        good = (one or high >= 16) and -0.5 <= low * (255 if one else 1) and high <= 255.5  # NaN is neither
+        one = high <= 1.125
+        good = (one or high >= 16) and low >= (-0.125 if one else -32) and high <= 287  # NaN is neither
     else:
         good = low >= 0 and high <= 65_535
     if not good:
-        raise InputError(f"{name} holds grey levels from {low} to {high}, in {mode}: scale them to 0..255")
+        raise InputError(f"{name} holds grey levels from {low} to {high}, in {mode}: scale or clip them to 0..255")
     if mode == "F":
         grey = np.rint(levels * 255 if one else levels).clip(0, 255)
     else:
@@ -270,18 +285,23 @@ def video_plan(source: str | Path | Clip, frames: int = FRAMES, interval: float 
 
 def frames_of(folder: Path) -> list[Path]:
     """The frames of a folder, in the order of the numbers in their names: 2 before 10, however they are padded. Names
-    that differ in more than their numbers tell no order, nor do those in which a point or a minus may be a number's."""
-    paths = [path for path in folder.iterdir() if path.name != TIMES and not path.name.startswith(".")]
+    that differ in more than their numbers raise: they tell no order. So do those whose order depends on whether a point
+    or comma is a number's, and those that begin with a minus."""
+    paths = [path for path in folder.iterdir() if path.name not in {TIMES, *LITTER} and not path.name.startswith(".")]
     if not paths:
         raise InputError(f"{folder} holds no frames")
+    known = Image.registered_extensions()
+    if strange := [p for p in paths if p.is_dir() or (re.search(r"[a-z]", p.suffix) and p.suffix.lower() not in known)]:
+        raise InputError(f"{strange[0]} is not a picture that Pillow can read: take it out of the folder of frames")
     names = {path: re.sub(r"\.[a-z]\w*$", "", path.name.casefold()) for path in paths}
 
     def numbered(number: str) -> list[Path]:
-        return sorted(paths, key=lambda path: ([*map(Decimal, re.findall(number, names[path]))], path.name))
+        numbers = {path: [Decimal(n.replace(",", ".")) for n in re.findall(number, names[path])] for path in paths}
+        return sorted(paths, key=lambda path: (numbers[path], path.name))
 
     order, alike = numbered(r"\d+"), {re.sub(r"\d+", "0", name) for name in names.values()}
-    unnumbered = not any(re.search(r"\d", name) for name in names.values())
-    if not unnumbered and (len(alike) > 1 or alike.pop().startswith("-0") or order != numbered(r"\d+(?:\.\d+)?")):
+    decimal = numbered(r"\d+(?:[.,]\d+)?")
+    if len(paths) > 1 and (len(alike) > 1 or "0" not in (name := alike.pop()) or name[:2] == "-0" or order != decimal):
         raise InputError(f"{folder}: {order[0].name} and {order[-1].name} tell no order of frames: number them alike")
     return order
 
@@ -290,8 +310,10 @@ def _times(path: Path, count: int) -> list[float] | None:
     if not path.exists():
         return None
     try:
-        times = [float(t) for t in json.loads(path.read_text(encoding="utf-8"))]
-        good = len(times) == count and all(0 <= a <= b < math.inf for a, b in pairwise([0.0, *times]))
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        times = [float(t) for t in raw if type(t) in (int, float)]
+        rising = all(0 <= a <= b < math.inf for a, b in pairwise([0.0, *times]))
+        good = isinstance(raw, list) and len(raw) == len(times) == count and rising
     except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         good = False
     if not good:

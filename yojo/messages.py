@@ -9,11 +9,12 @@ See it: `pytest tests/test_messages.py`.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
-from numbers import Number
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ from yojo.media import (
     picture_from,
     spread,
 )
-from yojo.unread import empty, refuse_unread
+from yojo.unread import empty, may_show, refuse_unread
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,17 @@ def digest_of(video: Frames) -> list[tuple]:
 
 def prompt_of(prompt: str | Sequence, columns: Mapping[str, object]) -> Prompt:
     """A prompt and its row of the columns. Pictures of a column fill the image blocks that hold none."""
-    texts, shown = [], {"image": [], "video": []}
-    if isinstance(prompt, str):
-        texts.append(prompt)
-    else:
-        for message in messages_of(prompt, "the prompt"):
-            for kind, value in parts_of(message, calls=True):
-                texts.append(value) if kind == "text" else shown[kind].append(value)
-    beside = columns_of(columns)
-    images = [opened(value) for value in merged("image", shown["image"], beside["image"])]
-    apart = seconds_apart(columns, bool(shown["video"] or beside["video"]))
-    videos = [clip_from(value, apart) for value in merged("video", shown["video"], beside["video"])]
+    held: dict[str, list] = {"text": [], "image": [], "video": []}
+    for message in [] if isinstance(prompt, str) else messages_of(prompt, "the prompt"):
+        for kind, value in parts_of(message, calls=True):
+            held[kind].append(value)
+    texts = [prompt] if isinstance(prompt, str) else held["text"]
+    if coded := [found[0] for text in texts if (found := re.search(r"data:(image|video|audio)/[^,\s]*;base64,", text))]:
+        raise InputError(f"a text of the prompt holds {coded[0][:60]!r}: put what it shows into a block or a column")
+    beside = columns_of(columns, bool(held["video"]))
+    images = [opened(value) for value in merged("image", held["image"], beside["image"])]
+    apart = seconds_apart(columns)
+    videos = [clip_from(value, apart) for value in merged("video", held["video"], beside["video"])]
     if len(videos) > 1 or (videos and images):
         raise InputError(f"a prompt shows {len(images)} images and {len(videos)} videos: images or one video are read")
     if not texts and not images and not videos:
@@ -84,12 +85,14 @@ def answer_of(completion: str | Sequence) -> str:
     is not its own, pictures or not. A picture of its own raises: only text can be judged."""
     if isinstance(completion, str):
         return completion
-    texts = []
-    for message in messages_of(completion, "the completion"):
-        for kind, value in parts_of(message, calls=False) if message["role"] == "assistant" else ():
-            if kind != "text":
-                raise InputError(f"an answer holds a block of type {kind}: only text can be judged")
-            texts.append(value)
+    texts, messages = [], messages_of(completion, "the completion")
+    own = [message for message in messages if message["role"] == "assistant"]
+    if not own:
+        raise InputError(f"no message is the assistant's, only of {[message['role'] for message in messages]}")
+    for kind, value in (part for message in own for part in parts_of(message, calls=False)):
+        if kind != "text":
+            raise InputError(f"an answer holds a block of type {kind}: only text can be judged")
+        texts.append(value)
     return "\n\n".join(texts)
 
 
@@ -100,12 +103,12 @@ IMAGE = ("image", "image_url", "input_image")
 SOURCES = {"text": ["text"], "video": ["video", "path", "url"]}  # where a block has what it holds
 SOURCES["image"] = ["image", "image_url", "url", "path", "base64", "bytes", "source"]
 # What says how large others see a picture, or how they store a block.
-HINTS = set("type detail cache_control annotations min_pixels max_pixels resized_height resized_width".split())
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+HINTS = "type detail cache_control annotations min_pixels max_pixels resized_height resized_width id uuid format"
+HINTS = set(HINTS.split())
 CALLS = ("tool_calls", "function_call")
-# What a message may hold beside its content; what a model thought before it spoke is no part of what it said.
-MESSAGE = {"role", "content", "refusal", *CALLS, "name", "tool_call_id", "id", "type", "status", "annotations"}
-MESSAGE |= {"reasoning", "reasoning_content", "thinking"}
+CONTENT = ("parts", "text", "value")  # what others call it
+ASIDE = {"tool_use": True, "tool_call": True, "function_call": True}  # blocks that say nothing; True: part of a prompt
+ASIDE |= dict.fromkeys(("thinking", "redacted_thinking", "reasoning"), False)
 
 
 class Hole(NamedTuple):
@@ -124,12 +127,12 @@ def messages_of(value: object, what: str) -> list[Mapping]:
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise InputError(f"{what} must be a text or a list of messages, got {short(value)}")
     for message in messages:
-        if (role := message.get("role")) not in ROLES:
-            raise InputError(f"{what}: the role of a message must be one of {', '.join(ROLES)}, got {role!r}")
-        if message.get("content") is None and not any(message.get(key) for key in (*CALLS, "refusal")):
+        if not isinstance(message.get("role"), str):
+            raise InputError(f"{what}: a message has no role, but {', '.join(map(str, message))}")
+        if "content" not in message and not any(not empty(message.get(key)) for key in (*CALLS, "refusal")):
             raise InputError(f"{what}: a message has no content, but {', '.join(map(str, message))}")
-        others = {key: v for key, v in message.items() if key not in MESSAGE and not isinstance(v, Number)}
-        if unread := [key for key, v in others.items() if not empty(v)]:
+        others = {str(k): v for k, v in message.items() if k not in ("content", *CALLS) and not empty(v)}
+        if unread := [key for key, value in others.items() if key in CONTENT or may_show(key, value)]:
             raise InputError(f"{what}: a message holds {unread[0]!r}, which is not read: put it into its content")
     return messages
 
@@ -141,12 +144,12 @@ def parts_of(message: Mapping, calls: bool) -> list[tuple[str, object]]:
     blocks = [] if content is None else [content] if isinstance(content, (str, Mapping)) else content
     if not isinstance(blocks, list):
         raise InputError(f"the content of a message must be a text or a list of blocks, got {short(content)}")
-    parts = [part_of(block) for block in blocks]
+    aside = [b for b in blocks if isinstance(b, Mapping) and isinstance(b.get("type"), str) and b["type"] in ASIDE]
+    parts = [part_of(block) for block in blocks if not any(block is other for other in aside)]
     if isinstance(message.get("refusal"), str):
         parts.append(("text", message["refusal"]))
-    if calls and (called := message.get("tool_calls") or message.get("function_call")):
-        parts.append(("text", json.dumps(called, ensure_ascii=False, default=str)))
-    return parts
+    called = [message[key] for key in CALLS if not empty(message.get(key))] + [b for b in aside if ASIDE[b["type"]]]
+    return parts + [("text", json.dumps(listed(call), ensure_ascii=False, default=str)) for call in called if calls]
 
 
 def part_of(block: object) -> tuple[str, object]:
@@ -156,7 +159,9 @@ def part_of(block: object) -> tuple[str, object]:
     if not isinstance(block, Mapping):
         raise InputError(f"a block of a message must be an object with a type, got {short(block)}")
     held = {str(key): value for key, value in block.items() if key not in {*HINTS, "index"} and not empty(value)}
-    kind = block.get("type") or next(iter(held), "that is not named")
+    kind = next(iter(held), "that is not named") if block.get("type") is None else block["type"]
+    if not isinstance(kind, str):
+        raise InputError(f"a block of type {short(kind)} is not understood: text, image, and video as frames are")
     part = "text" if kind in TEXT else "image" if kind in IMAGE else kind
     if part not in ("text", "image", "video"):
         raise InputError(f"a block of type {short(kind)} is not understood: text, image, and video as frames are")
@@ -193,13 +198,15 @@ def unwrapped(key: str, value: object) -> object:
 
 COLUMNS = {"image": "image", "images": "image", "video": "video", "videos": "video"}  # that are read
 APART = "sampling_interval"  # seconds between frames without times
-PACE = ("fps", "timestamps", "frame_times", "video_fps", "video_metadata")  # the same in words that have two meanings
 
 
-def columns_of(row: Mapping[str, object]) -> dict[str, list]:
-    """The pictures and videos of a row. A column that may show something and is not read raises."""
+def columns_of(row: Mapping[str, object], video: bool) -> dict[str, list]:
+    """The pictures and videos of a row. A column that may show something and is not read raises; or that may say when
+    the frames of a video were taken."""
+    read = (*COLUMNS, APART)
+    video = video or not (empty(row.get("video")) and empty(row.get("videos")))
     refuse_unread(
-        row, COLUMNS, "the column", f"read are {', '.join(COLUMNS)}; rename it, or say GroupReward(..., ignore=[...])"
+        row, read, "the column", f"read are {', '.join(read)}; rename it, or say GroupReward(..., ignore=[...])", video
     )
     found: dict[str, list] = {"image": [], "video": []}
     for name, kind in COLUMNS.items():
@@ -212,34 +219,34 @@ def columns_of(row: Mapping[str, object]) -> dict[str, list]:
     return found
 
 
-def seconds_apart(row: Mapping[str, object], video: bool) -> float:
-    if video and (paced := [name for name in PACE if not empty(row.get(name))]):
-        raise InputError(
-            f"the column {paced[0]!r} may mean frames a second or seconds a frame: give {APART}, in seconds, or a list "
-            "of (seconds, frame)"
-        )
+def seconds_apart(row: Mapping[str, object]) -> float:
     apart = row.get(APART)
-    if apart is not None and not (isinstance(apart, Number) and 0 < apart < 1e9):
+    if not empty(apart) and not (isinstance(apart, (Real, np.generic)) and 0 < apart < 1e9):
         raise InputError(f"{APART} is the seconds between frames, got {apart!r}")
-    return INTERVAL if apart is None else float(apart)
+    return INTERVAL if empty(apart) else float(apart)
 
 
 def merged(kind: str, blocks: list, beside: list) -> list:
     """What the blocks hold; those that hold nothing are filled by a column."""
+    if not blocks:
+        return beside
     holes = [block for block in blocks if isinstance(block, Hole)]
-    if blocks and not holes and beside:  # TRL fills holes and hands over the column, too
-        see = (lambda value: digest(opened(value))) if kind == "image" else (lambda value: digest_of(clip_from(value)))
+    if not holes and beside:  # TRL fills holes and hands over the column, too
+
+        def see(value: object) -> object:
+            return digest(opened(value)) if kind == "image" else digest_of(clip_from(value))
+
         held = iter([*map(see, blocks)])
         if not all(picture in held for picture in map(see, beside)):  # in order, perhaps beside others
             raise InputError(f"the {kind}s in the messages are not those in the column beside them: keep one")
         return blocks
-    if blocks and len(holes) != len(beside):
+    if len(holes) != len(beside):
         raise InputError(f"{len(holes)} {kind} blocks of the messages are empty, a column holds {len(beside)} {kind}s")
     order = [i if hole.index is None else hole.index for i, hole in enumerate(holes)]
-    if blocks and sorted(order) != [*range(len(beside))]:
+    if sorted(order) != [*range(len(beside))]:
         raise InputError(f"the empty {kind} blocks of the messages name numbers {order} of {len(beside)} in a column")
     filling = iter(order)
-    return [beside[next(filling)] if isinstance(block, Hole) else block for block in blocks] or beside
+    return [beside[next(filling)] if isinstance(block, Hole) else block for block in blocks]
 
 
 # -------------------------------------------------------------------------------------------------- pictures and videos
@@ -275,7 +282,7 @@ def clip_from(value: object, apart: float = INTERVAL) -> Frames:
         )
     timed = [isinstance(frame, tuple) and len(frame) == 2 for frame in value]
     times = [frame[0] for frame in value] if all(timed) else [i * apart for i in range(len(value))]
-    numbers = all(isinstance(t, (Number, np.generic)) and 0 <= t < 1e9 for t in times)
+    numbers = all(isinstance(t, (Real, np.generic)) and 0 <= t < 1e9 for t in times)
     if any(timed) != all(timed) or not numbers or sorted(times) != times:
         raise InputError(f"{what}: (seconds, frame) needs rising seconds from 0, for every frame")
     chosen = spread(len(value), FRAMES)

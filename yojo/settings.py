@@ -66,13 +66,12 @@ FIXED = {
     "adapter_config": {"hidden_act": "silu", "pooling_attention_mask": True},
 }
 # What transformers says, the release does not, and this network computes in one way.
-THEIRS = {"attention_bias": True, "mlp_bias": False, "num_channels": 3, "partial_rotary_factor": 1.0}
-# What every config of transformers holds, at its default.
-LIBRARY = {"return_dict": True, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
-LIBRARY["tie_word_embeddings"] = False
-# Where a config comes from, how it is computed, how training starts, and a width that the tensors' shapes hold.
-FREE = "architectures attn_implementation auto_map dtype float32_attention initializer_range model_type torch_dtype"
-FREE = {*FREE.split(), "_name_or_path", "text_hidden_size", "transformers_version", "use_cache"}
+THEIRS = {"mlp_bias": False, "num_channels": 3, "partial_rotary_factor": 1.0, "is_causal": True}
+LIBRARY = {"tie_word_embeddings": False}
+# Where a config comes from, how it is computed and handed back, how training starts, a width that the tensors hold.
+FREE = "architectures attn_implementation auto_map dtype float32_attention id2label initializer_range label2id"
+FREE += " model_type num_labels output_attentions output_hidden_states problem_type return_dict text_hidden_size"
+FREE = {"torch_dtype", *FREE.split(), "_name_or_path", "transformers_version", "use_cache"}
 ENDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 TOKEN_IDS = {
     "image_start_token_id": "<im_start>",
@@ -186,9 +185,8 @@ def write_settings(config: Config, dtype: torch.dtype, folder: Path) -> None:
     """`config.json` and `generation_config.json` of a folder that has its tokenizer and its processor's files."""
     processor = Processor.from_folder(folder, config.text.max_position_embeddings)
     write_json(folder / "config.json", config_json(config, dtype, processor))
-    ends = list(config.eos_ids) if len(config.eos_ids) > 1 else config.eos_ids[0] if config.eos_ids else None
-    first = config.eos_ids[0] if config.eos_ids else None
-    ids = {"bos_token_id": first, "eos_token_id": ends, "pad_token_id": config.pad_id}
+    first, *more = config.eos_ids or (None,)
+    ids = {"bos_token_id": first, "eos_token_id": [first, *more] if more else first, "pad_token_id": config.pad_id}
     write_json(folder / "generation_config.json", ids)
 
 
@@ -302,7 +300,8 @@ def read_markup(folder: str | Path) -> Markup:
 
 ADAPTER_READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "init_lora_weights"}
 ADAPTER_FREE = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
-ADAPTER_ONLY = {"peft_type": "LORA", "bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
+ADAPTER_FREE |= {"megatron_core", "qalora_group_size"}  # which say something only beside keys that are refused
+ADAPTER_ONLY = {"peft_type": "LORA", "bias": "none"}
 STARTS = (True, False, "gaussian", "orthogonal")  # others, such as PiSSA, change the base
 
 
@@ -321,4 +320,4 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
         raise InputError(f"{path}: lora_dropout must be in [0, 1), got {dropout!r}")
     if not isinstance(names, list) or not names or set(map(str, names)) - set(TARGETS):
         raise InputError(f"{path}: target_modules must be among {sorted(TARGETS)}, got {names!r}")
-    return LoraConfig(r, float(alpha), dropout, tuple(sorted(names)))
+    return LoraConfig(r, float(alpha), dropout, tuple(sorted(set(names))))

@@ -23,9 +23,10 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
+from yojo.core.prompt import MAX_RESPONSES
 from yojo.core.reward import RewardModel
 from yojo.files import InputError
-from yojo.messages import COLUMNS, Prompt, answer_of, prompt_of
+from yojo.messages import APART, COLUMNS, Prompt, answer_of, prompt_of
 from yojo.unread import shows
 
 
@@ -52,8 +53,8 @@ class GroupReward:
         refuse_cut: bool = False,
         ignore: Sequence[str] = (),
     ):
-        if generations is not None and generations < 1:
-            raise InputError(f"generations must be at least 1, got {generations}")
+        if generations is not None and not 1 <= generations <= MAX_RESPONSES:
+            raise InputError(f"generations must be at least 1 and at most {MAX_RESPONSES}, got {generations}")
         self.model_dir, self.base, self.mode, self.device = str(model_dir), base, mode, device
         self.generations, self.refuse_cut, self.ignore = generations, refuse_cut, tuple(ignore)
         self.passes = self.cut = self.unjudged = 0
@@ -106,12 +107,13 @@ def rows_of(columns: dict, n: int, ignore: Sequence[str]) -> list[dict]:
     """Columns -> the row of each prompt. What is no list, such as a trainer's state, is no column."""
     held = {}
     for name, column in columns.items():
-        listed = isinstance(column, (list, tuple)) or getattr(column, "ndim", 0) > 0
         if name in ignore or column is None:
             continue
+        text = isinstance(column, (str, bytes))
+        listed = not text and (isinstance(column, Sequence) or getattr(column, "ndim", 0) > 0)
         if listed and len(column) == n:
-            held[name] = column
-        elif name in COLUMNS or shows(column):
+            held[name] = list(column)
+        elif name in (*COLUMNS, APART) or shows(column):
             raise InputError(f"the column {name!r} must be a list of {n}, one for each prompt")
     return [{name: column[i] for name, column in held.items()} for i in range(n)]
 
@@ -121,13 +123,15 @@ def texts_of(completions: Sequence) -> tuple[dict[int, str], dict[int, str]]:
     texts, why = {}, {}
     for i, completion in enumerate(completions):
         try:
-            texts[i] = answer_of(completion)
-            texts[i].encode("utf-8")
-            if not texts[i].strip():
+            text = answer_of(completion)
+            text.encode("utf-8")
+            if not text.strip():
                 raise InputError("it is empty")
-        except (InputError, UnicodeEncodeError) as error:
-            texts.pop(i, None)
-            why[i] = f"it is not valid Unicode ({error})" if isinstance(error, UnicodeEncodeError) else str(error)
+            texts[i] = text
+        except UnicodeEncodeError as error:
+            why[i] = f"it is not valid Unicode: {error}"
+        except InputError as error:
+            why[i] = str(error)
     return texts, why
 
 

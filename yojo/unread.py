@@ -16,30 +16,50 @@ from yojo.files import InputError
 from yojo.media import MOVIES, address_of
 
 # Names that speak of something shown, alone or with words that say how it is stored: image, pixel_values, audio_path.
-STRONG = set("attachment audio image img media modal multi multimodal photo picture pixel screenshot video".split())
-WEAK = set("clip figure frame movie scan sound speech voice wav waveform".split())  # of texts, too
-STORED = set("array b64 base64 byte data file input list original path raw uri url value".split())
+STRONG = "attachment audio clip frame image img keyframe media modal multi multimodal photo picture pixel screenshot"
+STRONG = {*STRONG.split(), "video", "visual"}
+WEAK = set("figure movie scan sound speech voice wav waveform".split())  # alone, of texts, too
+STORED = set("array b64 base64 byte data dir directory file folder input list name original path raw root".split())
+STORED |= {"stem", "uri", "url", "value"}
+NAMES = {"id", "item", "key", "uid"}  # whose value names a row, whatever it looks like
+# Names that say when frames were taken, which matters where there is a video.
+PACED = {"fps", "rate", "timestamp", "interval"}
+PACES = PACED | {"frame", "sample", "sampling", "second", "time", "video"}
 FILES = ".png .jpg .jpeg .gif .webp .bmp .tif .tiff .avif .heic .heif .jp2 .svg .npy .npz .pdf .wav .mp3 .flac .ogg"
 FILES = (*MOVIES, *FILES.split(), ".m4a", ".opus", ".aac")
-BASE64 = ("iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin in it
-NAMES = {"id", "item", "key", "uid"}  # whose value names a row, whatever it looks like
+# How files of pictures, sounds and videos begin in base64.
+BASE64 = "iVBORw0KGgo /9j/ R0lGOD UklGR Qk SUkq TU0AK AAAA SUQz T2dnUw GkXfo JVBERi"
 LIBRARIES = ("torchcodec", "decord", "av", "cv2", "soundfile")  # of open videos and sounds
 
 
-def refuse_unread(row: Mapping, read: Iterable[str], where: str, remedy: str) -> None:
-    """Every value of a row that may show something must be among those that are read."""
+def refuse_unread(row: Mapping, read: Iterable[str], where: str, remedy: str, video: bool = False) -> None:
+    """Every value of a row that may show something, or say when the frames of its video were taken, must be among those
+    that are read."""
     for name, value in row.items():
-        if name not in read and may_show(str(name), value):
-            raise InputError(f"{where} {name!r} may show something, and it is not read: {remedy}")
+        if name in read or empty(value):
+            continue
+        try:
+            shown, paced = may_show(str(name), value), video and words_of(str(name)) & PACED and words_of(name) <= PACES
+        except RecursionError:
+            raise InputError(f"{where} {name!r} is nested too deeply to be looked at") from None
+        if shown or paced:
+            what = "may show something" if shown else "may say when frames were taken"
+            raise InputError(f"{where} {name!r} {what}, and it is not read: {remedy}")
+
+
+def words_of(name: str) -> set[str]:
+    """video_fps, videoFps, Videos FPS -> video, fps."""
+    words = re.findall(r"[a-z]+(?:64)?", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    return {word if word == "fps" else word.removesuffix("s") for word in words}
 
 
 def may_show(name: str, value: object) -> bool:
     """By what it holds, or by its name; a single number shows nothing."""
-    words = re.findall(r"[a-z]+(?:64)?", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
-    words = {word.removesuffix("s") for word in words}
+    words = words_of(name)
     if words & NAMES and isinstance(value, str):
         return holds(value)
-    named = bool(words & STRONG or (words & WEAK and not is_text(value))) and words <= STRONG | WEAK | STORED
+    strong = words & STRONG or (words & WEAK and (words & STORED or not is_text(value)))
+    named = bool(strong) and words <= STRONG | WEAK | STORED
     return shows(value) or (named and not empty(value) and not isinstance(value, (Number, np.generic)))
 
 
@@ -52,19 +72,24 @@ def shows(value: object) -> bool:
     if isinstance(value, (list, tuple, set)) or str(getattr(value, "dtype", "")) == "object":
         return any(map(shows, value))
     if isinstance(value, Mapping):
-        held = [value.get(key) for key in ("bytes", "array", "sampling_rate")]
-        return not all(map(empty, held)) or any(map(shows, value.values()))
+        stored = isinstance(value.get("bytes"), (bytes, bytearray, str)) or "sampling_rate" in value
+        return (stored and not empty(value)) or any(map(shows, value.values()))
     if isinstance(value, (str, Path)):
         text = str(value).strip()
-        file = re.split(r"[?#]", text.lower())[0].endswith(FILES) and ("/" in text or not re.search(r"\s", text))
-        return file or holds(text)
-    known = isinstance(value, (Image.Image, bytes, bytearray, memoryview)) or hasattr(value, "read")
-    return known or getattr(value, "ndim", 0) > 1 or type(value).__module__.partition(".")[0] in LIBRARIES
+        file = re.split(r"[?#]", text)[0] if address_of(text) else text
+        return (file.lower().endswith(FILES) and not re.search(r"\s", text)) or holds(text)
+    known = isinstance(value, (Image.Image, bytes, bytearray, memoryview)) or (
+        hasattr(value, "read") and hasattr(value, "seek")
+    )
+    pixels = getattr(value, "ndim", 0) > (1 if "uint8" in str(getattr(value, "dtype", "")) else 2)
+    return known or pixels or type(value).__module__.partition(".")[0] in LIBRARIES
 
 
 def holds(text: str) -> bool:
     """Is it a picture, a sound or a video, in base64?"""
-    return text.strip()[:10].lower() in ("data:image", "data:video", "data:audio") or text.strip().startswith(BASE64)
+    text = text.strip()
+    coded = len(text) > 64 and text.startswith(tuple(BASE64.split())) and re.fullmatch(r"[A-Za-z0-9+/\s]+=*", text)
+    return bool(coded) or text[:10].lower() in ("data:image", "data:video", "data:audio")
 
 
 def empty(value: object) -> bool:
@@ -72,4 +97,4 @@ def empty(value: object) -> bool:
     if isinstance(value, dict):
         return all(v is None for v in value.values())
     missing = value is None or type(value).__name__ == "NAType" or (isinstance(value, float) and value != value)
-    return missing or (isinstance(value, (str, list, tuple)) and not value)
+    return missing or (isinstance(value, (str, list, tuple)) and not value) or getattr(value, "shape", None) == (0,)

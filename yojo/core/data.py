@@ -104,7 +104,8 @@ def read_records(path: str | Path, ranked: bool = True, answered: bool = True) -
 def record_of(raw: dict, where: str, folder: Path, ranked: bool = True, answered: bool = True) -> Record:
     """One line as a record; paths are relative to `folder`. `ranked`: a record without rankings raises; not `answered`:
     a prompt, whatever responses and rankings the line holds."""
-    refuse_unread(raw, KEYS, f"{where}:", f"read are {', '.join(KEYS)}; take it out of the line")
+    remedy = f"read are {', '.join(KEYS)}; take it out of the line"
+    refuse_unread(raw, KEYS, f"{where}:", remedy, video=bool(raw.get("video")))
     prompts = [raw[key] for key in ("prompt", "question") if raw.get(key) is not None]
     if len(prompts) > 1:
         raise InputError(f"{where} has both prompt and question: keep one")
