@@ -1,10 +1,10 @@
 """Pictures and videos, opened strictly: what cannot be read raises `InputError` with its name.
 
 Whatever a picture is stored as, what is seen is RGB, upright, on white where it is transparent. Grey levels of more
-than 8 bits are scaled by the range of the data, since the same mode holds 0..1, 0..255 and 0..65535; the frames of a
-video by one range.
+than 8 bits are scaled by the range of the data, since the same mode holds 0..1, 0..255 and 0..65535; those of a video's
+frames by one range.
 
-See it: `pytest tests/test_image.py tests/test_video.py`.
+See it: `pytest tests/test_media.py tests/test_video.py`.
 """
 
 import base64

@@ -147,7 +147,7 @@ class Encoded:
 
     ids int [T]; response int [T], -1 = prompt; image bool [T]; spans [(start, stop)] of each response without its
     separator (in layout "released" with its blank lines); pictures: what the <im_patch> tokens show; same: of each
-    response, the first one with an equal text; prefix: how an error about it begins.
+    response, the first one with the same text, token by token; prefix: how an error about it begins.
     """
 
     ids: Tensor
