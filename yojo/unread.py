@@ -4,6 +4,7 @@ plausible number that is wrong.
 See it: `pytest tests/test_messages.py tests/test_data.py`.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from numbers import Number
@@ -38,13 +39,15 @@ def refuse_unread(row: Mapping, read: Iterable[str], where: str, remedy: str, vi
     for name, value in row.items():
         if name in read or empty(value):
             continue
+        words = words_of(str(name))
+        if video and words & PACED and words <= PACES:
+            raise InputError(f"{where} {name!r} may say when frames were taken, and it is not read: {remedy}")
         try:
-            shown, paced = may_show(str(name), value), video and words_of(str(name)) & PACED and words_of(name) <= PACES
+            shown = may_show(str(name), value)
         except RecursionError:
             raise InputError(f"{where} {name!r} is nested too deeply to be looked at") from None
-        if shown or paced:
-            what = "may show something" if shown else "may say when frames were taken"
-            raise InputError(f"{where} {name!r} {what}, and it is not read: {remedy}")
+        if shown:
+            raise InputError(f"{where} {name!r} may show something, and it is not read: {remedy}")
 
 
 def words_of(name: str) -> set[str]:
@@ -76,13 +79,15 @@ def shows(value: object) -> bool:
         return (stored and not empty(value)) or any(map(shows, value.values()))
     if isinstance(value, (str, Path)):
         text = str(value).strip()
-        file = re.split(r"[?#]", text)[0] if address_of(text) else text
-        return (file.lower().endswith(FILES) and not re.search(r"\s", text)) or holds(text)
-    known = isinstance(value, (Image.Image, bytes, bytearray, memoryview)) or (
+        file = (re.split(r"[?#]", text)[0] if address_of(text) else text).lower().endswith(FILES)
+        sentence = re.search(r"\s", text) and not os.path.exists(text)
+        return (file and not sentence) or holds(text)
+    if isinstance(value, (Image.Image, bytes, bytearray, memoryview)) or (
         hasattr(value, "read") and hasattr(value, "seek")
-    )
+    ):
+        return True
     pixels = getattr(value, "ndim", 0) > (1 if "uint8" in str(getattr(value, "dtype", "")) else 2)
-    return known or pixels or type(value).__module__.partition(".")[0] in LIBRARIES
+    return pixels or type(value).__module__.partition(".")[0] in LIBRARIES
 
 
 def holds(text: str) -> bool:
