@@ -139,6 +139,11 @@ def test_positions_are_turned_in_one_way(tmp_path, rope, why):
         config(tmp_path, "text_config", rope_parameters=rope)
 
 
+def test_a_config_that_claims_a_huge_network_takes_no_memory(tmp_path):
+    assert config(tmp_path, "text_config", num_hidden_layers=10**17).text.num_hidden_layers == 10**17
+    assert config(tmp_path, "text_config", layer_types=["full_attention"] * 4) == config(tmp_path)
+
+
 def test_both_dialects_in_one_file_are_refused(tmp_path):
     with pytest.raises(InputError, match="both vit_config and vision_config"):
         config(tmp_path, vision_config=CONFIG["vit_config"])

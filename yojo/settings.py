@@ -109,7 +109,8 @@ def read_config(folder: str | Path) -> Config:
         raise InputError(f"{path}: {error}") from None
     for name, more in implied(config).items():
         also = LIBRARY | THEIRS | {"attention_bias": name != "text_config", "image_size": more.get(IMAGE_SIZE)}
-        also |= {"layer_types": ["full_attention"] * text.num_hidden_layers} if name == "text_config" else {}
+        if (types := parts[name].get("layer_types")) == ["full_attention"] * min(text.num_hidden_layers, 10_000):
+            also["layer_types"] = types
         names = {field.name for field in fields(KINDS[name])}
         names |= {table.get(key, key) for key in names for table in (RELEASED_NAMES, OTHER_NAMES)}
         names |= {"rope_parameters", "rope_scaling_layers", *ENDS} if name == "text_config" else set()
