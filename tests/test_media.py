@@ -135,8 +135,9 @@ def test_16_bits_a_colour_are_seen_where_they_are_used_and_refused_where_not(kin
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
 def test_an_animation_is_no_picture(tmp_path, suffix):
     UPRIGHT.save(tmp_path / f"a.{suffix}", save_all=True, append_images=[Image.new("RGB", UPRIGHT.size)])
-    with pytest.raises(InputError, match=f"a.{suffix} holds 2 frames: show it as a video"):
-        open_picture(tmp_path / f"a.{suffix}")
+    for read in (open_picture, picture_size):
+        with pytest.raises(InputError, match=f"a.{suffix} holds 2 frames: show it as a video"):
+            read(tmp_path / f"a.{suffix}")
 
 
 def test_a_picture_of_a_phone_holds_itself_several_times(tmp_path):

@@ -71,6 +71,7 @@ def opened(source: Source, name: str | None = None) -> Iterator[Image.Image]:
 def picture_size(source: Source) -> tuple[int, int]:
     """(width, height) of a picture, upright."""
     with opened(source) as picture:
+        check_still(picture, str(source))
         turn = turn_of(picture)
         return picture.size[::-1] if turn in SIDEWAYS else picture.size
 
@@ -80,10 +81,7 @@ def open_picture(source: Source, name: str | None = None, most: float = 0) -> Im
     if it has more than 8 bits."""
     with opened(source, name) as picture:
         name = getattr(picture, "filename", "") or name or "a picture"
-        if picture.format in ANIMATED and getattr(picture, "n_frames", 1) > 1:
-            raise InputError(f"{name} holds {picture.n_frames} frames: show it as a video, or one of them as a picture")
-        if 0 in picture.size:
-            raise InputError(f"{name} has no pixels")
+        check_still(picture, name)
         wide = has_16_bits_a_colour(picture)
         turn = turn_of(picture)
         if deep(picture):
@@ -93,6 +91,14 @@ def open_picture(source: Source, name: str | None = None, most: float = 0) -> Im
                 raise InputError(f"{name} has 16 bits a colour and uses the lower ones only: save it in 8 bits")
             picture = on_white(picture)
         return picture if turn is None else picture.transpose(turn)
+
+
+def check_still(picture: Image.Image, name: str) -> None:
+    """One picture, with something in it."""
+    if picture.format in ANIMATED and getattr(picture, "n_frames", 1) > 1:
+        raise InputError(f"{name} holds {picture.n_frames} frames: show it as a video, or one of them as a picture")
+    if 0 in picture.size:
+        raise InputError(f"{name} has no pixels")
 
 
 def open_frames(sources: Sequence, names: Sequence[str | None]) -> list[Image.Image]:
