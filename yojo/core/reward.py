@@ -171,15 +171,16 @@ class RewardModel(nn.Module):
         store.save_reward_model(self, folder, overwrite, also)
 
     @classmethod
-    def load(cls, folder: str | Path, base: str | Path | None = None, lm_head: bool = False, **how) -> "RewardModel":
+    def load(cls, folder: str | Path, base: str | Path | None = None, **how) -> "RewardModel":
         """A saved reward model, in eval mode: ours, a released merged one, or a PEFT run of the released code.
 
-        base None = where the folder says it is; lm_head, which only a policy on the same backbone needs, and how, that
-        is dtype and device, as in `load_backbone`. Anything that does not fit what was saved raises `InputError`.
+        base None = where the folder says it is; how: dtype, device and lm_head, as in `load_backbone`, but without the
+        vocabulary matrix, which only a policy on the same backbone needs. Anything that does not fit what was saved
+        raises `InputError`.
         """
         from yojo import store
 
-        return store.load_reward_model(cls, folder, base, lm_head=lm_head, **how)
+        return store.load_reward_model(cls, folder, base, **{"lm_head": False} | how)
 
 
 def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
