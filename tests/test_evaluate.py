@@ -259,6 +259,8 @@ def test_released_records_say_question_and_seconds_between_frames(folder):
     row = {"question": "?", "responses": ["a", "b"], "rankings": [1, 2], "video": "clip", "fps": 2.0}
     (item,) = read_items(write(folder, [row]), "records")
     assert item.prompt == "?" and item.video == Clip(folder / "clip", interval=2.0)
+    with pytest.raises(InputError, match="'timestamps' may say when .* sampling_interval=FIELD reads it"):
+        read_items(write(folder, [row | {"timestamps": [0, 1]}]), "records")
     with pytest.raises(InputError, match="both prompt and question"):
         read_items(write(folder, [row | {"prompt": "!"}]), "records")
 

@@ -116,7 +116,9 @@ def read_items(path: str | Path, form: str, mapping: Sequence[str] = (), bad: li
 
 
 def item_of(raw: dict, form: str, convert: Callable, fields: dict[str, str], where: str, folder: Path) -> Item:
-    refuse_unread(raw, fields.values(), f"{where}:", "--map image=FIELD, images=FIELD or video=FIELD reads it")
+    remedy = "--map image=FIELD, images=FIELD, video=FIELD or sampling_interval=FIELD reads it"
+    ours = form == "records" and bool(raw.get(fields["video"]))  # other times are of a video that was made into frames
+    refuse_unread(raw, fields.values(), f"{where}:", remedy, video=ours)
     row = {name: raw[field] for name, field in fields.items() if raw.get(field) is not None}
     free = SHOWN.keys() | SECONDS | FREE.get(form, set()) | ({"prompt"} if "question" in row else set())
     for name in [name for name in fields if name in row or name not in free]:
