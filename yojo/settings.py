@@ -67,7 +67,7 @@ FIXED = {
 }
 # What transformers says, the release does not, and this network computes in one way.
 THEIRS = {"mlp_bias": False, "num_channels": 3, "partial_rotary_factor": 1.0, "is_causal": True}
-LIBRARY = {"tie_word_embeddings": False}
+THEIRS["tie_word_embeddings"] = False
 # Where a config comes from, how it is computed and handed back, how training starts, a width that the tensors hold.
 FREE = "architectures attn_implementation auto_map dtype float32_attention id2label initializer_range label2id"
 FREE += " model_type num_labels output_attentions output_hidden_states problem_type return_dict text_hidden_size"
@@ -94,7 +94,7 @@ def read_config(folder: str | Path) -> Config:
         raise InputError(f"{path}: model_type is {raw.get('model_type')!r}, this network is 'molmo2'")
     if raw.get("vit_config") and raw.get("vision_config"):
         raise InputError(f"{path} has both vit_config and vision_config: keep one")
-    check_keys(raw, str(path), {*KINDS, "vit_config", "use_frame_special_tokens", *TOKEN_IDS, *ENDS, *FREE}, LIBRARY)
+    check_keys(raw, str(path), {*KINDS, "vit_config", "use_frame_special_tokens", *TOKEN_IDS, *ENDS, *FREE}, THEIRS)
     parts = raw | {"vision_config": raw.get("vit_config") or raw.get("vision_config")}
     text, vision, connector = (_part(path, name, parts.get(name), kind) for name, kind in KINDS.items())
     patch_id = raw.get("image_patch_id")
@@ -108,7 +108,7 @@ def read_config(folder: str | Path) -> Config:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     for name, more in implied(config).items():
-        also = LIBRARY | THEIRS | {"attention_bias": name != "text_config", "image_size": more.get(IMAGE_SIZE)}
+        also = THEIRS | {"attention_bias": name != "text_config", "image_size": more.get(IMAGE_SIZE)}
         if (types := parts[name].get("layer_types")) == ["full_attention"] * min(text.num_hidden_layers, 10_000):
             also["layer_types"] = types
         names = {field.name for field in fields(KINDS[name])}

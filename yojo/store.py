@@ -154,7 +154,7 @@ def _check_released(folder: Path, config: dict, base: str | Path | None) -> Path
     for key, only in RELEASED.items():
         if config.get(key) != only:
             raise InputError(f"{folder / CONFIG}: {key} = {config.get(key)!r} is not supported, only {only!r}")
-    widths = {"value_head_hidden_dim", "value_head_input_dim"}  # the second one is checked with the tensors
+    widths = {"value_head_hidden_dim", "value_head_input_dim"}  # the second one is the backbone's
     check_keys(config, str(folder / CONFIG), widths, RELEASED)
     inner = config.get("value_head_hidden_dim")
     if type(inner) is not int or inner < 1:

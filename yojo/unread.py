@@ -29,7 +29,7 @@ PACES = PACED | {"frame", "sample", "sampling", "second", "time", "video"}
 FILES = ".png .jpg .jpeg .gif .webp .bmp .tif .tiff .avif .heic .heif .jp2 .svg .npy .npz .pdf .wav .mp3 .flac .ogg"
 FILES = (*MOVIES, *FILES.split(), ".m4a", ".opus", ".aac")
 # How files of pictures, sounds and videos begin in base64.
-BASE64 = "iVBORw0KGgo /9j/ R0lGOD UklGR Qk SUkq TU0AK AAAA SUQz T2dnUw GkXfo JVBERi"
+BASE64 = tuple("iVBORw0KGgo /9j/ R0lGOD UklGR Qk SUkq TU0AK AAAA SUQz T2dnUw GkXfo JVBERi".split())
 LIBRARIES = ("torchcodec", "decord", "av", "cv2", "soundfile")  # of open videos and sounds
 
 
@@ -93,7 +93,7 @@ def shows(value: object) -> bool:
 def holds(text: str) -> bool:
     """Is it a picture, a sound or a video, in base64?"""
     text = text.strip()
-    coded = len(text) > 64 and text.startswith(tuple(BASE64.split())) and re.fullmatch(r"[A-Za-z0-9+/\s]+=*", text)
+    coded = len(text) > 64 and text.startswith(BASE64) and re.fullmatch(r"[A-Za-z0-9+/\s]+=*", text)
     return bool(coded) or text[:10].lower() in ("data:image", "data:video", "data:audio")
 
 
