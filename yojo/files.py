@@ -1,13 +1,17 @@
 """Files, read strictly and written whole; and the one error a user can mend.
 
 A reader either returns what was asked for or raises `InputError` with the file's name. A writer leaves the complete
-new file or folder, or what was there before: it writes beside the target and renames at the end.
+new file or folder, or what was there before: it writes beside the target and renames at the end. Links are followed;
+devices and pipes are written into, never replaced.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,7 +42,7 @@ def read_lines(path: str | Path, bad: list[str] | None = None) -> Iterator[tuple
     lines = [(f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]  # U+2028 ends none
     if text.lstrip().startswith("["):
         with suppress(ValueError, RecursionError):  # what is no JSON as a whole is named by its line
-            lines = [(f"{path}, item {i}", json.dumps(item)) for i, item in enumerate(json.loads(text), 1)]
+            lines = [(f"{path}, item {i}", item) for i, item in enumerate(_items(text), 1)]
     for where, line in lines:
         try:
             yield where, _object(line, where)
@@ -50,16 +54,34 @@ def read_lines(path: str | Path, bad: list[str] | None = None) -> Iterator[tuple
 
 def _read(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # some editors put a mark before the text
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a null character in the path
         raise InputError(f"{path} cannot be read: {error}") from None
 
 
+def _items(text: str) -> list[str]:
+    """The items of a JSON array, each as it is written."""
+    json.loads(text)  # or it is none
+    items, at, end = [], text.index("[") + 1, text.rindex("]")
+    while (start := re.compile(r"[\s,]*").match(text, at).end()) < end:
+        at = json.JSONDecoder().raw_decode(text, start)[1]
+        items.append(text[start:at])
+    return items
+
+
 def _object(text: str, where: str) -> dict:
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        if len(held := dict(pairs)) < len(pairs):
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise InputError(f"{where} has the key {twice[:80]!r} twice: keep one")
+        return held
+
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=once)
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number without end
         raise InputError(f"{where} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -116,18 +138,52 @@ def read_pickle(path: str | Path, expected: Mapping[str, torch.Size]) -> dict[st
     return tensors
 
 
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it takes the place of `path` in one step."""
+def followed(path: str | Path) -> Path:
+    """What a path names once its links are followed. Links that the system keeps stay: /dev/stdout leads to a file that
+    is open already."""
     path = Path(path)
+    for _ in range(40):  # a ring of links is left to whoever opens it
+        if not path.is_symlink() or path.absolute().parts[1] in ("dev", "proc"):
+            break
+        path = path.parent / os.readlink(path)
+    return path
+
+
+def is_plain(path: str | Path) -> bool:
+    """Is it a file or a folder, or nothing yet? Not so is what can only be written into: devices, pipes, and whatever
+    stands for an open file."""
+    path = followed(path)
+    return not path.is_symlink() and (not path.exists() or path.is_file() or path.is_dir())
+
+
+def check_writable(path: str | Path) -> None:
+    """Whether `whole_file` could write there, before work is begun that would end there."""
+    with whole_file(path, keep=True):
+        pass
+
+
+@contextmanager
+def whole_file(path: str | Path, keep: bool = False) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it takes the place of `path` in one step, or is written into
+    what is no plain file. keep: what `path` holds stays."""
+    path = followed(path)
     with _writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+        plain = is_plain(path)
+        if not plain and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "no right to write there", str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent if plain else None)
         os.close(handle)
         try:
             yield Path(temporary)
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
+            if not keep and plain:
+                os.chmod(temporary, 0o666 & ~_umask())
+                os.replace(temporary, path)
+            elif not keep:
+                with open(path, "ab") as file:  # /dev/stdout may be a file that holds what was printed
+                    file.write(Path(temporary).read_bytes())
         finally:
             Path(temporary).unlink(missing_ok=True)
 
@@ -152,8 +208,11 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     fail. A folder can't be replaced in one step: a kill in the instant between two renames leaves the old one, whole,
     under `.<name>.old`, from where the next write of `path` or `restore` puts it back.
     """
-    path, old = Path(path), _aside(path)
+    path = followed(path)
+    old = _aside(path)
     restore(path)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is no folder: choose another")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already: choose another folder, or say --overwrite")
     with _writing(path):
@@ -173,7 +232,8 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 def restore(path: str | Path) -> None:
     """Put back the folder that an interrupted `whole_folder` had moved aside, if it had."""
-    if _aside(path).exists() and not Path(path).exists():
+    path = followed(path)
+    if _aside(path).exists() and not path.exists():
         os.rename(_aside(path), path)
 
 
