@@ -43,7 +43,7 @@ from yojo.initial import SIZES
 from yojo.instruments import clock, hardware, largest, print_rows, ratio, take_turns
 from yojo.loading import checkpoint, compare_load, load_peer, question
 from yojo.tiny import world
-from yojo.weights import load_backbone
+from yojo.weights import load_backbone, pick_device
 
 SEPARATE, CACHED, JOINT = "N separate passes", "prompt once, batch of N after it", "one pass, joint"
 PEERS = {"load": "transformers", "score": "transformers", "train": "peft"}
@@ -124,7 +124,7 @@ def arms_of(s: Setting, n: int, R: int, peer) -> dict[str, Callable]:
 
 @torch.no_grad()
 def compare_score(args: argparse.Namespace) -> list[dict]:
-    rows = []
+    args.found = rows = []
     with checkpoint(args) as folder:
         for name in args.dtypes:
             dtype = getattr(torch, name)
@@ -174,7 +174,7 @@ def score_n(s: Setting, n: int, args: argparse.Namespace, peer, looking: float) 
 
 def compare_train(args: argparse.Namespace) -> list[dict]:
     """One step: forward, backward, with activation checkpointing and LoRA of rank 128 on all decoder matrices."""
-    rows = []
+    args.found = rows = []
     with checkpoint(args) as folder:
         for name, n in product(args.dtypes, args.n):
             rows += [{"dtype": name, "n": n, **row} for row in train_n(folder, args, name, n)]
@@ -278,7 +278,7 @@ def main() -> None:
         sub = commands.add_parser(name, help=what, rules=[] if name == "batch" else [("without", "weights", drawn)])
         add = sub.add_argument
         number, many = {"type": whole(1), "metavar": "N"}, {"nargs": "+"} if name == "score" else {}
-        add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
+        add("--device", choices=("cpu", "cuda"), help="where to run; CUDA if there is one, else the CPU")
         add("--rounds", **number, default=2 if name == "load" else 5, help="turns of each alternative")
         if name == "batch":
             add("--n", **number, default=256, help="records")
@@ -302,8 +302,7 @@ def main() -> None:
 
 
 def run_command(args: argparse.Namespace) -> list[dict]:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device")
+    args.device = pick_device(args.device).type
     package = PEERS.get(args.command)
     if package and args.peer and importlib.util.find_spec(package) is None:
         raise InputError(f"--peer needs the package {package}: pip install -r requirements-dev.txt")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yojo.core.data import KEYS, Record, record_of
-from yojo.files import InputError, read_lines
+from yojo.files import InputError, passed_over, read_lines
 from yojo.unread import refuse_unread
 
 
@@ -22,6 +22,11 @@ class Item(Record):
 
     category: str = "all"
     group: str = ""
+
+    @property
+    def paths(self) -> list[Path]:
+        """Of its pictures; others came in a data URL."""
+        return [image for image in self.images if isinstance(image, Path)]
 
 
 def records(row: dict, fields: dict[str, str]) -> dict:
@@ -104,12 +109,8 @@ def read_items(path: str | Path, form: str, mapping: Sequence[str] = (), bad: li
         raise InputError(f"--map: {twice[0]} is read as two things")
     items = []
     for where, raw in read_lines(path, bad):
-        try:
+        with passed_over(bad):
             items.append(item_of(raw, form, convert, fields, where, Path(path).parent))
-        except InputError as error:
-            if bad is None:
-                raise
-            bad.append(str(error))
     if not items:
         raise InputError(f"{path} holds no items that can be read as {form}")
     return items
@@ -131,10 +132,8 @@ def item_of(raw: dict, form: str, convert: Callable, fields: dict[str, str], whe
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     record = record_of({key: row[key] for key in KEYS if key in row}, where, folder)
-    if len(record.responses) < 2:
-        raise InputError(f"{where}: one response is no comparison")
     if form != "records" and (len(record.responses) > 2 or len(set(record.rankings)) < 2):
         raise InputError(f"{where}: a pair with one better answer is needed, got ranks {record.rankings}")
-    shown = [*record.images, *([record.video.path] if record.video else [])]
+    shown = [i for i in record.images if isinstance(i, Path)] + ([record.video.path] if record.video else [])
     beside = (shown[0].parent.name or "all") if shown else "text"  # what MM-RLHF says of a category
     return Item(**vars(record), category=str(row.get("category", beside)), group=str(row.get("group", where)))

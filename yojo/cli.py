@@ -1,22 +1,25 @@
 """What all commands share: their options and which of these go together, tables, and the rule that bad input is one
-clear line and exit status 2. Results go to `--json` whole.
+clear line and exit status 2. Results go to `--json` whole, and of a command that fails, what it had found.
 
 See it: `pytest tests/test_cli.py`.
 """
 
 import argparse
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import torch
 
-from yojo.files import InputError, write_json
+from yojo.files import InputError, check_writable, is_plain, write_json
+from yojo.terminal import print_leniently, stopping_by_exception
 
 DTYPES = ("float32", "bfloat16")
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # relative to the package, not to the current folder
@@ -35,7 +38,7 @@ def shipped(name: str) -> Path:
 
 def refuse_existing(path: Path | None, overwrite: bool) -> None:
     """Before work is begun that would end there."""
-    if path is not None and path.exists() and not overwrite:
+    if path is not None and path.exists() and is_plain(path) and not overwrite:
         raise InputError(f"{path} exists already: choose another --out, or say --overwrite")
 
 
@@ -110,12 +113,15 @@ def either(first: str, others: str) -> str:
     return f"give {listed(first, ' or ')}, or {listed(others, ' and ')}"
 
 
+MOST = 2**32 - 1  # as seeds, torch and numpy take no more
+
+
 def whole(least: int) -> Callable[[str], int]:
     """A kind of option: a whole number from `least`."""
 
     def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least}")
+        if not (text.isdecimal() and len(text) < 12 and least <= int(text) <= MOST):
+            raise argparse.ArgumentTypeError(f"{text[:99]!r} is no whole number from {least} to {MOST}")
         return int(text)
 
     return number
@@ -138,9 +144,8 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: bool = True) -> No
 
 
 def computed_on(args: argparse.Namespace) -> dict:
-    """What `RewardModel.load` is told: the device, and the dtype if one was asked for."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {"device": device, "dtype": args.dtype and getattr(torch, args.dtype)}
+    """What `RewardModel.load` is told: the dtype, if one was asked for."""
+    return {"dtype": args.dtype and getattr(torch, args.dtype)}
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -167,22 +172,60 @@ def with_interval(value: float, interval: tuple[float, float]) -> str:
 
 
 def run(parser: Parser, command: Callable[[argparse.Namespace], dict | list]) -> None:
-    """Run a command on its arguments; its return value is what `--json` writes. Numbers that are not finite end it with
-    status 1."""
-    args = parser.parse_args()
+    """Run a command on its arguments; its return value is what `--json` writes. One that may fail after hours puts what
+    it has found into `args.found` as it goes. Numbers that are not finite end it with status 1."""
+    args, streams = parser.parse_args(), (sys.stdout, sys.stderr)
+    args.found = None
+    out, err = print_leniently()
+    try:
+        with stopping_by_exception():
+            status = finish(parser, args, command)
+        out.flush()
+        err.flush()
+        if out.error and not isinstance(out.error, BrokenPipeError):
+            print(f"{parser.prog}: cannot print: {out.error.strerror}", file=sys.stderr)
+            status = status or 2
+    finally:
+        sys.stdout, sys.stderr = streams
+    if status:
+        sys.exit(status)
+
+
+def finish(parser: Parser, args: argparse.Namespace, command: Callable) -> int:
+    """-> the exit status. What was found is written, however the command ends."""
+    why, status = None, 0
     try:
         parser.check(args)
-        result = command(args)
         if args.json:
-            write_json(args.json, result)
+            check_writable(args.json)
+        args.found = command(args)
     except InputError as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        why, status = str(error), 2
     except FloatingPointError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(1)
+        why, status = str(error), 1
     except KeyboardInterrupt:
-        sys.exit(130)
+        why, status = "", 130
+    except BaseException as error:
+        write_found(args, repr(error))
+        raise
+    try:
+        write_found(args, why)
+    except InputError as error:
+        why, status = "; ".join(filter(None, (why, str(error)))), status or 2
+    if why:
+        print(f"{parser.prog}: {' '.join(why.split())}", file=sys.stderr)
+    return status
+
+
+def write_found(args: argparse.Namespace, why: str | None) -> None:
+    """To `--json`; `why` the command failed, if it did, stands behind what was found before."""
+    found = args.found
+    if args.json and (why is None or found and (isinstance(found, list) or any(found.values()))):
+        if why is not None:
+            error = {"error": why or "interrupted"}
+            found = [*found, error] if isinstance(found, list) else found | error
+        sys.stdout.flush()  # or it would come after, where both go to one file
+        write_json(args.json, found)
 
 
 def in_processes(function: Callable, jobs: Sequence[tuple]) -> list:
@@ -191,10 +234,19 @@ def in_processes(function: Callable, jobs: Sequence[tuple]) -> list:
     workers = min(2, len(jobs), cores)
     start = partial(_start, max(1, cores // workers))
     with ProcessPoolExecutor(workers, get_context("spawn"), start) as processes:
-        return list(processes.map(function, *zip(*jobs, strict=True)))
+        try:
+            return list(processes.map(function, *zip(*jobs, strict=True)))
+        except BaseException as error:
+            for process in active_children():  # or they would be waited for
+                process.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise InputError(f"a process of {function.__name__} was killed: too little memory?") from None
+            raise
 
 
 def _start(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its workers
+    print_leniently()
     torch.set_num_threads(threads)
     end_with_parent()
 

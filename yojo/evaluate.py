@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from yojo import metrics
 from yojo.benchmarks import FORMATS, Item, read_items
+from yojo.checks import preferring
 from yojo.cli import Parser, add_model_options, computed_on, run, table, whole, with_interval
 from yojo.core.data import in_order, open_pictures
 from yojo.core.held_out import score_orders
@@ -67,11 +68,17 @@ def score_item(rm: RewardModel, item: Item, orders: list[list[int]], mode: str) 
 
 
 def score_items(
-    items: list[Item], score: Callable[[Item], Scores], out: Path | None, identity: str, overwrite: bool, going: bool
-) -> list[Scores | str]:
-    """Scores of every item; those that `out` holds already are read from it, unless `overwrite`. An item that can't be
-    scored raises or, `going` on, has its error in their place."""
-    done = [] if out is None or overwrite else resume(out, identity)
+    done: list[Scores | str],
+    items: list[Item],
+    score: Callable[[Item], Scores],
+    out: Path | None,
+    identity: str,
+    overwrite: bool,
+    going: bool,
+) -> None:
+    """Scores of every item are put into `done`; those that `out` holds already are read from it, unless `overwrite`. An
+    item that can't be scored raises or, `going` on, has its error in their place."""
+    done += [] if out is None or overwrite else resume(out, identity)
     if out is not None:
         with whole_file(out) as temporary:
             lines = [identity, *map(json.dumps, done)]
@@ -85,7 +92,6 @@ def score_items(
             done.append(str(error))
         if out is not None:
             add_line(out, done[-1])
-    return done
 
 
 def resume(out: Path, identity: str) -> list[Scores | str]:
@@ -107,10 +113,11 @@ def identity_of(items: list[Item], model: dict, protocol: dict) -> str:
     """One line that names everything the scores depend on; of pictures, their names, sizes and times."""
     content = []
     for item in items:
-        paths = [*item.images, *([item.video.path] if item.video else [])]
+        paths = [*item.paths, *([item.video.path] if item.video else [])]
         files = [f for path in paths for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
         stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         stats += [item.video.interval] if item.video else []
+        stats += [hashlib.sha256(image).hexdigest() for image in item.images if isinstance(image, bytes)]
         content.append((item.prompt, item.responses, item.rankings, stats))
     items_digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps({**model, "items": items_digest, **protocol})
@@ -232,6 +239,8 @@ def run_command(args: argparse.Namespace) -> dict | list[dict]:
         return tables(args.seed)
     left_out: list[str] = []
     items = read_items(args.data, args.format, args.map, left_out if args.keep_going else None)
+    given, items = len(items), preferring(items)
+    preferred = len(items)
     rm = RewardModel.load(args.model, args.base, **computed_on(args))
     mode = args.mode or rm.mode
     model = {"model": digest(args.model), "base": rm.fingerprint, "pictures": str(rm.processor.images)}
@@ -249,7 +258,9 @@ def run_command(args: argparse.Namespace) -> dict | list[dict]:
     def score(item: Item) -> Scores:
         return score_item(rm, item, orders(item), mode)
 
-    done = score_items(items, score, args.out, identity_of(items, model, protocol), args.overwrite, args.keep_going)
+    done: list[Scores | str] = []
+    args.found = {"scores": done}
+    score_items(done, items, score, args.out, identity_of(items, model, protocol), args.overwrite, args.keep_going)
     left_out += [scores for scores in done if isinstance(scores, str)]
     scored = [(item, scores) for item, scores in zip(items, done, strict=True) if not isinstance(scores, str)]
     if not scored:
@@ -257,7 +268,7 @@ def run_command(args: argparse.Namespace) -> dict | list[dict]:
     items, scores = map(list, zip(*scored, strict=True))
     result = report(items, scores, args.format, mode, orders)
     print_report(result, left_out)
-    return result | {"left_out": left_out}
+    return result | {"left_out": left_out, "without_preference": given - preferred}
 
 
 if __name__ == "__main__":

@@ -29,6 +29,17 @@ class InputError(ValueError):
     """
 
 
+@contextmanager
+def passed_over(bad: list[str] | None) -> Iterator[None]:
+    """With a list, an `InputError` of the block is put there and not raised."""
+    try:
+        yield
+    except InputError as error:
+        if bad is None:
+            raise
+        bad.append(str(error))
+
+
 def read_json(path: str | Path) -> dict:
     """One JSON object."""
     return _object(_read(path), str(path))
@@ -44,12 +55,8 @@ def read_lines(path: str | Path, bad: list[str] | None = None) -> Iterator[tuple
         with suppress(ValueError, RecursionError):  # what is no JSON as a whole is named by its line
             lines = [(f"{path}, item {i}", item) for i, item in enumerate(_items(text), 1)]
     for where, line in lines:
-        try:
+        with passed_over(bad):
             yield where, _object(line, where)
-        except InputError as error:
-            if bad is None:
-                raise
-            bad.append(str(error))
 
 
 def _read(path: str | Path) -> str:
@@ -136,6 +143,13 @@ def read_pickle(path: str | Path, expected: Mapping[str, torch.Size]) -> dict[st
         raise InputError(f"{path} must hold a dictionary of tensors")
     check_tensors(path, {name: tensor.shape for name, tensor in tensors.items()}, expected)
     return tensors
+
+
+def as_path(value: object, name: str) -> Path:
+    """An argument that must be a path; name: its own."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise InputError(f"{name} must be a path, got {value!r:.99}")
+    return Path(value)
 
 
 def followed(path: str | Path) -> Path:

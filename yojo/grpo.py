@@ -12,19 +12,21 @@ import argparse
 import hashlib
 import random
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from yojo import memory
+from yojo import checks, memory
 from yojo.cli import Parser, rate, run, whole
 from yojo.core import lora
-from yojo.core.data import Record, read_records
+from yojo.core.data import Record, encode, read_records
 from yojo.core.grpo import POLICY, GrpoConfig, reward_fn, train_policy
 from yojo.core.lora import LoraConfig
 from yojo.core.reward import RewardModel
-from yojo.files import whole_folder
+from yojo.files import InputError, whole_folder
 from yojo.runs import SavedRun, run_folder, start_over
 from yojo.store import digest, save_adapter
 from yojo.tiny.captions import CONTROLS, REWARDS, START_STEPS, STARTS_FROM, make_start, run_tiny
@@ -35,9 +37,11 @@ FULL_LR, FULL_LORA = 1e-5, LoraConfig(r=64, alpha=64, dropout=0.0)  # without --
 def run_files(args: argparse.Namespace, c: GrpoConfig) -> dict:
     """The same loop on a checkpoint, a reward model and a file of prompts."""
     training = run_folder(args.out, args.overwrite, args.resume)
-    prompts = read_records(args.data, answered=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rm = RewardModel.load(args.reward, args.weights, device=device, lm_head=True)
+    bad: list[str] | None = [] if args.keep_going else None
+    prompts = checks.openable(read_records(args.data, answered=False, bad=bad), bad)
+    rm = RewardModel.load(args.reward, args.weights, lm_head=True)
+    prompts = checks.keeping(prompts, partial(fits, rm=rm, c=c), bad, "measuring")
+    checks.report(bad or [])
     reward_bytes = sum(p.nbytes for p in lora.parameters(rm.backbone, rm.adapter)) if rm.adapter else 0
     lora.add(rm.backbone, POLICY, FULL_LORA, torch.Generator().manual_seed(args.seed))
     rm.backbone.checkpointing = True
@@ -56,7 +60,8 @@ def run_files(args: argparse.Namespace, c: GrpoConfig) -> dict:
         bar.set_postfix({k: f"{entry[k]:.3f}" for k in ("reward", "kl", "length")})
 
     about = {"data": hashlib.sha256(args.data.read_bytes()).hexdigest(), "base": rm.fingerprint["weights"]}
-    state = SavedRun(training, about | {"mode": rm.mode, "reward": digest(args.reward)})
+    about |= {"mode": rm.mode, "reward": digest(args.reward)} | ({"left_out": bad} if bad else {})
+    state = SavedRun(training, about)
     log = train_policy(rm, reward_fn(rm, rm.mode), sample_prompts, c, args.seed, None, state, report)
     with whole_folder(args.out, args.overwrite) as new:
         save_adapter(rm.backbone, POLICY, new)
@@ -65,8 +70,21 @@ def run_files(args: argparse.Namespace, c: GrpoConfig) -> dict:
     return {"steps": len(log), "reward": log[-1]["reward"]}
 
 
+def fits(record: Record, rm: RewardModel, c: GrpoConfig) -> Record:
+    """A prompt that leaves room for the longest answers there may be: to the policy for one, to the judge for all."""
+    asked = encode(record, replace(rm.processor, layout="default"), pixels=False)  # as `prompt_row` reads it
+    most = encode(replace(record, responses=["a"] * c.group), rm.processor, pixels=False)
+    needed = max(len(asked.ids) + c.max_new_tokens, len(most.ids) + c.group * (c.max_new_tokens - 1))
+    if needed > rm.processor.max_tokens:
+        raise InputError(
+            f"{record.prefix}{c.group} answers of {c.max_new_tokens} tokens to it may need {needed} tokens, and the "
+            f"model reads {rm.processor.max_tokens}: a smaller --group or --max-new-tokens"
+        )
+    return record
+
+
 RULES = [
-    ("without", "tiny make-start", "weights reward data resume"),
+    ("without", "tiny make-start", "weights reward data resume keep-going"),
     ("without", "make-start", "tiny prompts group max-new-tokens lr"),
     ("with", "tiny", "controls seeds"),
     ("with", "out make-start", "overwrite"),
@@ -87,6 +105,7 @@ def main() -> None:
     add("--out", type=Path, metavar="DIR", help="folder for the policy's adapter; with --tiny, for every run's log")
     add("--overwrite", action="store_true", help="replace what --out holds")
     add("--resume", action="store_true", help="go on with an interrupted run")
+    add("--keep-going", action="store_true", help="leave bad prompts out, and list them")
     steps = f"training steps (default: {d.steps}, with --make-start {START_STEPS})"
     add("--steps", type=whole(1), metavar="S", help=steps)
     add("--prompts", type=whole(1), default=d.prompts, metavar="P", help="prompts a step")

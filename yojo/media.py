@@ -10,7 +10,6 @@ See it: `pytest tests/test_media.py tests/test_video.py`.
 import base64
 import io
 import json
-import math
 import os
 import re
 import warnings
@@ -19,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import accumulate, pairwise
+from numbers import Real
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -33,6 +33,9 @@ TIMES = "timestamps.json"
 LITTER = ("Thumbs.db", "desktop.ini", "__MACOSX", "@eaDir")  # that systems leave in folders
 
 
+LONGEST = 1e9  # seconds; beyond it is no time in a video
+
+
 @dataclass(frozen=True)
 class Clip:
     """A video by path, at most so many of its frames, and the seconds between them where nothing else says so."""
@@ -41,15 +44,21 @@ class Clip:
     frames: int = FRAMES
     interval: float = INTERVAL
 
+    def __post_init__(self):
+        if not 0 < self.interval < LONGEST:
+            raise InputError(f"frames {self.interval!r:.99} seconds apart: give more than 0, less than {LONGEST:g}")
+
 
 Source = str | Path | bytes | Image.Image  # of a picture: where it lies, what its file holds, or itself
 
 
 @contextmanager
 def opened(source: Source, name: str | None = None) -> Iterator[Image.Image]:
-    """A picture or an animation, up to twice Pillow's limit; whatever it raises in the block gets the file's name, or
-    the one given."""
-    name = str(source) if name is None or isinstance(source, (str, Path)) else name  # a path names itself
+    """A picture or an animation, in any form that `picture_from` knows, up to twice Pillow's limit; whatever it raises
+    in the block gets the file's name, or the one given."""
+    name = name or "the picture"
+    source = picture_from(source, name)
+    name = str(source) if isinstance(source, Path) else name
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of metadata that nobody needs, and at the limit; at twice that, Pillow raises
@@ -68,10 +77,10 @@ def opened(source: Source, name: str | None = None) -> Iterator[Image.Image]:
             raise InputError(f"{name} cannot be read as a picture: {error}") from None
 
 
-def picture_size(source: Source) -> tuple[int, int]:
+def picture_size(source: Source, name: str | None = None) -> tuple[int, int]:
     """(width, height) of a picture, upright."""
-    with opened(source) as picture:
-        check_still(picture, str(source))
+    with opened(source, name) as picture:
+        check_still(picture, getattr(picture, "filename", "") or name or "the picture")
         turn = turn_of(picture)
         return picture.size[::-1] if turn in SIDEWAYS else picture.size
 
@@ -80,7 +89,7 @@ def open_picture(source: Source, name: str | None = None, most: float = 0) -> Im
     """A picture of any mode -> RGB, upright, on white. `most`: the brightest level of the clip that it is a frame of,
     if it has more than 8 bits."""
     with opened(source, name) as picture:
-        name = getattr(picture, "filename", "") or name or "a picture"
+        name = getattr(picture, "filename", "") or name or "the picture"
         check_still(picture, name)
         wide = has_16_bits_a_colour(picture)
         turn = turn_of(picture)
@@ -158,6 +167,39 @@ def picture_from(value: object, what: str) -> Source:
     return Path(value)
 
 
+def shown_by(raw: dict, where: str, folder: Path) -> tuple[list[Path | bytes], Clip | None]:
+    """The pictures and the video of one line of a file of records. Paths are relative to the file's `folder`, and what
+    is not there raises, as does more than one of the keys; a picture may be a data URL."""
+    given = {key: raw[key] for key in ("image", "images", "video") if raw.get(key) not in (None, [])}
+    if len(given) > 1:
+        raise InputError(f"{where} has both {' and '.join(given)}: keep one")
+    key, names = next(iter(given.items()), ("images", []))
+    listed = names if key == "images" else [names]
+    if not isinstance(listed, list) or not all(isinstance(name, str) and name.strip() for name in listed):
+        kinds = "image and video must be a path, images a list of paths, or null"
+        raise InputError(f"{where}: {kinds}, got {names!r:.99}")
+    apart = [raw[key] for key in ("sampling_interval", "fps") if raw.get(key) is not None] or [INTERVAL]
+    if any(type(seconds) not in (int, float) or seconds != apart[0] for seconds in apart):
+        raise InputError(f"{where}: sampling_interval and fps are the seconds between frames, got {apart!r:.99}")
+    try:
+        sources = [source_of(name, folder, key) for name in listed]
+        return ([], Clip(sources[0], interval=apart[0])) if key == "video" else (sources, None)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def source_of(name: str, folder: Path, key: str) -> Path | bytes:
+    """A picture or a video that a line of records names."""
+    if os.path.exists(folder / name):
+        return folder / name
+    source = picture_from(name, key)
+    if isinstance(source, Path) and not os.path.exists(source := folder / source):
+        raise InputError(f"no {'video' if key == 'video' else 'picture'} at {source}")
+    if key == "video" and not isinstance(source, Path):
+        raise InputError("video must be a path: a folder of frames or an animation")
+    return source
+
+
 def address_of(text: str) -> str:
     """The scheme of an address, such as https, file or data; "" of a path."""
     found = re.match(r"(data):|([a-z][a-z0-9+.-]*)://", text, re.IGNORECASE)
@@ -188,6 +230,10 @@ def _from_base64(text: str, what: str) -> bytes:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError as error:
         raise InputError(f"{what} is not base64: {error}") from None
+
+
+def data_url(picture: bytes) -> str:
+    return f"data:application/octet-stream;base64,{base64.b64encode(picture).decode()}"
 
 
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF", "TIFF")  # MPO, a format of phones, holds one picture several times
@@ -245,18 +291,55 @@ def eight_bits(picture: Image.Image, name: str, most: float = 0) -> Image.Image:
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
+def pictures_in(value: object) -> list:
+    """One picture, or several in a list or whatever yields them -> a list."""
+    return list(value) if isinstance(value, (list, tuple, Iterator)) else [value]
+
+
 Frames = list[tuple[float, Image.Image]]  # with their seconds
+Video = str | Path | Clip | Sequence | None  # by path; or frames, alone or each with its second
 
 
-def open_video(source: str | Path | Clip, frames: int = FRAMES, interval: float = INTERVAL) -> Frames:
+class NoClip(InputError):
+    """A value that is no video in any form that is read."""
+
+
+def timed(frames: object, apart: float = INTERVAL, what: str = "the video") -> list[tuple[float, object]]:
+    """Frames, or (seconds, frame) of each, in a list or array or whatever yields them -> (seconds, frame). Without
+    times, frames are `apart` seconds apart."""
+    if not isinstance(frames, (list, tuple, Iterator)) and getattr(frames, "ndim", 0) != 4:
+        raise NoClip(
+            f"{what} is {short(frames)}: give a list of frames, or the path of a folder of frames, which "
+            f"`ffmpeg -i clip.mp4 -vf fps=1/{apart:g} clip/%05d.png` makes"
+        )
+    frames = list(frames)
+    paired = [isinstance(frame, tuple) and len(frame) == 2 for frame in frames]
+    times = [frame[0] for frame in frames] if all(paired) else [i * apart for i in range(len(frames))]
+    real = all(isinstance(t, (Real, np.generic)) and 0 <= t < LONGEST for t in times)
+    if not frames:
+        raise InputError(f"{what} has no frames")
+    if any(paired) != all(paired) or not real or sorted(times) != times:
+        raise InputError(f"{what}: (seconds, frame) needs rising seconds from 0, for every frame")
+    return [(float(t), frame[1] if all(paired) else frame) for t, frame in zip(times, frames, strict=True)]
+
+
+def short(value: object) -> str:
+    """A value of others, to name it in an error."""
+    return repr(value[:60]) if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def open_video(source: Video, frames: int = FRAMES, interval: float = INTERVAL) -> Frames:
     """A folder of pictures or an animated GIF or WebP -> [(seconds, RGB frame)], at most `frames`, evenly spaced, the
-    first and the last among them.
+    first and the last among them. What is a list of frames, or of (seconds, frame), is opened whole.
 
     The pictures of a folder are taken in the order of the numbers in their names, at the seconds that `timestamps.json`
     beside them lists, or else `interval` seconds apart; an animation brings its own times, or else is spaced in the
     same way. A `Clip` brings its own number of frames and interval.
     """
     plan = video_plan(source, frames, interval)
+    if not isinstance(source, (str, Path, Clip)):
+        names = [f"frame {i}" for i in range(1, len(plan) + 1)]
+        return [*zip([t for t, _ in plan], open_frames([frame for _, frame in plan], names), strict=True)]
     source = source.path if isinstance(source, Clip) else Path(source)
     if source.is_dir():
         paths = frames_of(source)
@@ -267,13 +350,12 @@ def open_video(source: str | Path | Clip, frames: int = FRAMES, interval: float 
     return [(seconds, frame) for (seconds, _), frame in zip(plan, open_frames(shown, names), strict=True)]
 
 
-def video_plan(source: str | Path | Clip, frames: int = FRAMES, interval: float = INTERVAL) -> list[tuple[float, int]]:
-    """Of the frames that `open_video` opens: the second of each, and its number among all."""
-    if isinstance(source, Clip):
-        source, frames, interval = source.path, source.frames, source.interval
-    source = Path(source)
-    if not 0 < interval < math.inf:
-        raise InputError(f"frames {interval} seconds apart: more than 0 is needed")
+def video_plan(source: Video, frames: int = FRAMES, interval: float = INTERVAL) -> list[tuple[float, object]]:
+    """Of the frames that `open_video` opens: the second of each, and its number among all, or itself in a list."""
+    if not isinstance(source, (str, Path, Clip)):
+        return timed(source, interval)
+    clip = source if isinstance(source, Clip) else Clip(Path(source), frames, interval)
+    source, frames, interval = clip.path, clip.frames, clip.interval
     if source.suffix.lower() in MOVIES:
         make = f"mkdir {source.stem} && ffmpeg -i {source} -vf fps=1/{interval:g} {source.stem}/%05d.png"
         raise InputError(f"{source} must be a folder of frames first: {make}, then give {source.stem}")
@@ -318,7 +400,7 @@ def _times(path: Path, count: int) -> list[float] | None:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         times = [float(t) for t in raw if type(t) in (int, float)]
-        rising = all(0 <= a <= b < math.inf for a, b in pairwise([0.0, *times]))
+        rising = all(0 <= a <= b < LONGEST for a, b in pairwise([0.0, *times]))
         good = isinstance(raw, list) and len(raw) == len(times) == count and rising
     except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         good = False

@@ -25,15 +25,18 @@ from yojo.files import InputError
 from yojo.media import (
     FRAMES,
     INTERVAL,
+    LONGEST,
     Clip,
     Frames,
+    NoClip,
     address_of,
     file_of,
     open_frames,
     open_picture,
     open_video,
-    picture_from,
+    short,
     spread,
+    timed,
 )
 from yojo.unread import empty, may_show, refuse_unread
 
@@ -221,7 +224,7 @@ def columns_of(row: Mapping[str, object], video: bool) -> dict[str, list]:
 
 def seconds_apart(row: Mapping[str, object]) -> float:
     apart = row.get(APART)
-    if not empty(apart) and not (isinstance(apart, (Real, np.generic)) and 0 < apart < 1e9):
+    if not empty(apart) and not (isinstance(apart, (Real, np.generic)) and 0 < apart < LONGEST):
         raise InputError(f"{APART} is the seconds between frames, got {apart!r}")
     return INTERVAL if empty(apart) else float(apart)
 
@@ -252,18 +255,14 @@ def merged(kind: str, blocks: list, beside: list) -> list:
 # -------------------------------------------------------------------------------------------------- pictures and videos
 
 
-class NoClip(InputError):
-    """A value that is no video in any form that is read."""
-
-
 def opened(value: object) -> Image.Image:
     what = "a picture of the prompt"
-    return open_picture(picture_from(value, what), what)
+    return open_picture(value, what)
 
 
 def clip_from(value: object, apart: float = INTERVAL) -> Frames:
-    """A folder of frames or an animation by path; or a list of frames, or of (seconds, frame). Frames without times are
-    `apart` seconds apart."""
+    """A folder of frames or an animation by path; or frames, as in `media.timed`, of which as many are taken as of a
+    path."""
     what = "a video of the prompt"
     if isinstance(value, Mapping) and value.get("bytes") is None and value.get("path") is not None:
         value = value["path"]
@@ -275,22 +274,8 @@ def clip_from(value: object, apart: float = INTERVAL) -> Frames:
     if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], tuple):
         with suppress(NoClip):  # a list of one video; or else it is one of one frame
             return clip_from(value[0], apart)
-    if not isinstance(value, list) or not value:
-        raise NoClip(
-            f"{what} is {short(value)}: give a list of frames, or the path of a folder of frames, which "
-            f"`ffmpeg -i clip.mp4 -vf fps=1/{apart:g} clip/%05d.png` makes"
-        )
-    timed = [isinstance(frame, tuple) and len(frame) == 2 for frame in value]
-    times = [frame[0] for frame in value] if all(timed) else [i * apart for i in range(len(value))]
-    numbers = all(isinstance(t, (Real, np.generic)) and 0 <= t < 1e9 for t in times)
-    if any(timed) != all(timed) or not numbers or sorted(times) != times:
-        raise InputError(f"{what}: (seconds, frame) needs rising seconds from 0, for every frame")
-    chosen = spread(len(value), FRAMES)
+    frames = timed(value, apart, what)
+    chosen = spread(len(frames), FRAMES)
     names = [f"frame {i + 1} of {what}" for i in chosen]
-    frames = [value[i][1] if all(timed) else value[i] for i in chosen]
-    frames = open_frames([picture_from(frame, name) for frame, name in zip(frames, names, strict=True)], names)
-    return [(float(times[i]), frame) for i, frame in zip(chosen, frames, strict=True)]
-
-
-def short(value: object) -> str:
-    return repr(value[:60]) if isinstance(value, str) else f"a {type(value).__name__}"
+    shown = open_frames([frames[i][1] for i in chosen], names)
+    return [(frames[i][0], frame) for i, frame in zip(chosen, shown, strict=True)]

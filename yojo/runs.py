@@ -6,6 +6,9 @@ See it: `pytest tests/test_fit.py tests/test_faults.py`.
 
 import json
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,14 +16,24 @@ from torch import nn
 
 from yojo.cli import refuse_existing
 from yojo.core import parallel
-from yojo.core.state import Log, NotFinite, RunState
-from yojo.files import InputError, add_line, whole_file, write_lines
+from yojo.core.state import Log, RunState
+from yojo.files import InputError, add_line, followed, whole_file, write_lines
+from yojo.terminal import unbroken
 
 
 def random_states() -> dict:
     """Those of torch's generators, which dropout draws from."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"random": torch.get_rng_state(), "random_cuda": cuda}
+
+
+def set_random_states(states: dict) -> None:
+    torch.set_rng_state(states["random"])
+    if states["random_cuda"]:
+        torch.cuda.set_rng_state_all(states["random_cuda"])
+
+
+RECORDS = {"data", "records", "left_out"}  # of what a run is about, what the records decide
 
 
 class SavedRun(RunState):
@@ -34,10 +47,15 @@ class SavedRun(RunState):
     def resume(self, settings: dict, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Log:
         """The log so far, [] where nothing is saved. Steps after the save are done again."""
         self.identity, self.parameters, self.optimizer = {**settings, **self.about}, parameters, optimizer
-        log = self._read() if (self.folder / "state.pt").exists() else []
+        begun = (self.folder / "state.pt").exists()
+        log, self.saved, self.after = self._read() if begun else [], -1, random_states()
         parallel.wait()  # all have read the state before the first writes again
         if parallel.is_main():
             write_lines(self.folder / "metrics.jsonl", log)
+        if begun:
+            parallel.say(f"going on after {len(log)} steps, from {self.folder}")
+        else:
+            self.save(log)  # what is trained on what is known from the start
         return log
 
     def _read(self) -> Log:
@@ -47,20 +65,23 @@ class SavedRun(RunState):
         except Exception as error:  # torch.load raises many kinds
             raise InputError(f"{self.folder / 'state.pt'} is not the state of a run ({error}): start over") from None
         if changed := [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]:
-            differs = f"its {changed[0]} is {theirs.get(changed[0])!r}, not {ours.get(changed[0])!r}"
-            remedy = "resume with the same arguments, or start over"
+            differs = f"its {changed[0]} is {theirs.get(changed[0])!r:.99}, not {ours.get(changed[0])!r:.99}"
+            what = "records, the same ones readable," if {*changed} & RECORDS else "arguments"
+            remedy = f"resume with the same {what} or start over with --overwrite"
             raise InputError(f"{self.folder} holds another run: {differs}; {remedy}")
         with torch.no_grad():
             for p, saved in zip(self.parameters, state["parameters"], strict=True):
                 p.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        if state["random_cuda"]:
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+        set_random_states(state)
         return state["log"]
 
-    def begin_step(self) -> None:
-        self.before = random_states()
+    @contextmanager
+    def unbroken(self) -> Iterator[None]:
+        self.after = None  # while it is half done, there is nothing whole to save
+        with unbroken():
+            yield
+            self.after = random_states()
 
     def add(self, entry: dict[str, float]) -> None:
         if parallel.is_main():
@@ -68,32 +89,38 @@ class SavedRun(RunState):
 
     def save(self, log: Log) -> None:
         """In one file, everything that the run needs to go on as if it had never stopped."""
-        self._write(log, random_states())
-
-    def save_before(self, log: Log, error: NotFinite) -> None:
-        try:
-            self._write(log, self.before)
-        except InputError as fault:
-            raise NotFinite(error.step, f"{error.args[1]}; {fault}") from None
-
-    def _write(self, log: Log, states: dict) -> None:
         if not parallel.is_main():
             return
         state = {
             "about": json.dumps(self.identity, sort_keys=True),
             "parameters": [p.detach() for p in self.parameters],
         }
-        state |= {"optimizer": self.optimizer.state_dict(), "log": log, **states}
-        with whole_file(self.folder / "state.pt") as temporary:
+        state |= {"optimizer": self.optimizer.state_dict(), "log": log, **random_states()}
+        with unbroken(), whole_file(self.folder / "state.pt") as temporary:
             try:
                 torch.save(state, temporary)
             except RuntimeError as error:  # what torch makes of a full disk
                 raise OSError(f"torch could not write it, is the disk full? ({error})") from None
+        self.saved = len(log)
+
+    def broken_off(self, log: Log) -> None:
+        if self.after is None or self.saved == len(log):
+            return
+        with unbroken():
+            set_random_states(self.after)  # the step that was broken off may have drawn
+            try:
+                self.save(log)
+                parallel.say(f"{len(log)} steps are kept in {self.folder}: --resume goes on")
+            except InputError as error:
+                print(error, file=sys.stderr)
 
 
 def run_folder(out: Path, overwrite: bool, resume: bool) -> Path:
     """The folder of a run's state; refuses what it was not told to replace."""
-    training = out.absolute().with_name(out.absolute().name + ".training")
+    training = followed(out.absolute().with_name(out.absolute().name + ".training"))
+    for folder in (out, training):
+        if followed(folder).exists() and not folder.is_dir():
+            raise InputError(f"{folder} is no folder: choose another --out")
     refuse_existing(out, overwrite)
     if resume and not training.exists():
         raise InputError(f"there is no unfinished run at {training} to resume")

@@ -70,15 +70,16 @@ def run_command(args: argparse.Namespace) -> dict | list[dict]:
         rm.backbone.fuse()
     mode = args.mode or rm.mode
     print(f"mode: {mode}" + ("" if mode == rm.mode else f" (trained in {rm.mode})") + f": {MEANS[mode]}")
-    results, encoded = [], (encode(r, rm.processor) for r in tqdm(records, "scoring", delay=2, leave=False))
+    encoded = (encode(r, rm.processor) for r in tqdm(records, "scoring", delay=2, leave=False))
     if args.draw_mask:
         row = next(encoded)
         save_mask(row, mode, rm, args.draw_mask, records[0].prefix)
         encoded = chain([row], encoded)
+    args.found = []
     for record, scores in zip(records, rm.score_all(encoded, mode), strict=True):
+        args.found.append({"mode": mode, "scores": scores} | ({"true_facts": facts} if facts else {}))
         print(f"\n{record.prompt}\n" + ranked(record.responses, scores, facts))
-        results.append({"mode": mode, "scores": scores} | ({"true_facts": facts} if facts else {}))
-    return results if args.data else results[0]
+    return args.found if args.data else args.found[0]
 
 
 def prompts(args: argparse.Namespace) -> tuple[list[Record], list[int]]:

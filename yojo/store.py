@@ -28,7 +28,16 @@ from yojo.core import lora
 from yojo.core.molmo2 import Molmo2
 from yojo.core.prompt import SEPARATOR, Processor
 from yojo.core.reward import ADAPTER, RewardModel, ValueHead
-from yojo.files import InputError, open_tensors, read_json, read_pickle, read_tensors, whole_folder, write_json
+from yojo.files import (
+    InputError,
+    as_path,
+    open_tensors,
+    read_json,
+    read_pickle,
+    read_tensors,
+    whole_folder,
+    write_json,
+)
 from yojo.settings import check_keys, check_tokens, read_adapter_config
 from yojo.weights import fingerprint, load_backbone
 
@@ -101,7 +110,7 @@ def save_reward_model(rm: RewardModel, folder: str | Path, overwrite: bool, also
 
 def load_reward_model(kind: type[RewardModel], folder: str | Path, base: str | Path | None, **how) -> RewardModel:
     """`RewardModel.load`; kind: the class that is made; how: dtype, device and lm_head, as in `load_backbone`."""
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     config = read_json(folder / CONFIG)
     released = "value_head_type" in config
     base = (_check_released if released else _check_ours)(folder, config, base)

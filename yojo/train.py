@@ -8,7 +8,8 @@ Accuracy is best-of-N on records that were not trained on. Beside it stand the c
 with another record's) and baselines that read no picture.
 
 `--out` becomes a reward model's folder when the run is complete. Until then `<out>.training` holds its state: an
-interrupted run goes on from there with `--resume`.
+interrupted run goes on from there with `--resume`. Before the first step every picture and frame is opened once; bad
+records end the command or, with `--keep-going`, are left out and listed.
 """
 
 import argparse
@@ -19,9 +20,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
-from yojo import memory, metrics
+from yojo import checks, memory, metrics
 from yojo.cli import Parser, add_model_options, rate, run, whole, with_interval
 from yojo.core import flops, parallel
 from yojo.core.data import Record, encode, read_records
@@ -40,7 +39,8 @@ def run_files(args: argparse.Namespace) -> dict:
     """Train on a checkpoint and a JSONL file, save, evaluate on records held back."""
     device = parallel.join_group()
     training = run_folder(args.out, args.overwrite, args.resume)
-    records, test = split(read_records(args.data), args.test, args.seed)
+    bad: list[str] | None = [] if args.keep_going else None
+    records, test = split(readable(args.data, bad), args.test and readable(args.test, bad), args.seed)
     recipe = replace(Recipe(), loss=args.loss)
     steps = args.steps or max(1, recipe.epochs * len(records) // (recipe.records * recipe.fit.accumulate))
     recipe = replace(recipe, fit=replace(recipe.fit, steps=steps, lr=args.lr or recipe.fit.lr))
@@ -49,8 +49,9 @@ def run_files(args: argparse.Namespace) -> dict:
     rm.backbone.checkpointing = True
     if args.compile:
         rm.backbone.fuse()
-    records, lengths = fit_pictures(records, rm.processor, recipe)
-    test, _ = fit_pictures(test, rm.processor, recipe)
+    records, lengths = fit_pictures(records, rm.processor, recipe, bad)
+    test, _ = fit_pictures(test, rm.processor, recipe, bad)
+    checks.report(bad or [])
     if parallel.is_main():
         announce(records, lengths, rm, recipe)
         start_over(training, args.resume)
@@ -58,6 +59,8 @@ def run_files(args: argparse.Namespace) -> dict:
     digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
     about = {"mode": args.mode, "loss": args.loss, "seed": args.seed, "data": digest, "records": len(records)}
     about["base"] = rm.fingerprint["weights"]
+    if bad:
+        about["left_out"] = bad
     if args.compile:  # sums round otherwise
         about["compile"] = True
 
@@ -68,42 +71,53 @@ def run_files(args: argparse.Namespace) -> dict:
     rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
     shutil.rmtree(training)
     # one record a batch: those of files are long
-    scores = {name: score_records(rm, some, args.seed, tokens=1, title=name) for name, some in tests.items()}
-    scores |= {name: [metrics.BASELINES[name](r.responses) for r in test] for name in BASELINES}
-    figures = {name: metrics.accuracies(some, test) for name, some in scores.items()}
+    args.found = {"mode": args.mode, "steps": steps, "left_out": bad or []}
     print(f"\nbest-of-N accuracy of the {args.mode} model on {len(test)} records it was not trained on, 95% intervals")
-    for name, values in figures.items():
-        print(f"{name:10s} {with_interval(metrics.mean(values), metrics.interval(values))}")
-    return {"mode": args.mode, "steps": steps, **{name: metrics.mean(values) for name, values in figures.items()}}
+    for name in (*tests, *BASELINES):
+        if name in tests:
+            scores = score_records(rm, tests[name], args.seed, tokens=1, title=name)
+        else:
+            scores = [metrics.BASELINES[name](r.responses) for r in test]
+        values = metrics.accuracies(scores, test)
+        args.found[name] = metrics.mean(values)
+        print(f"{name:10s} {with_interval(args.found[name], metrics.interval(values))}")
+    return args.found
+
+
+def readable(path: Path, bad: list[str] | None) -> list[Record]:
+    """The records of a file that say what is better, and whose pictures can all be opened."""
+    return checks.openable(checks.preferring(read_records(path, bad=bad)), bad)
 
 
 Lengths = tuple[int, int]  # of a record: its tokens, and those of them that are pictures
 
 
-def fit_pictures(records: list[Record], processor: Processor, recipe: Recipe) -> tuple[list[Record], list[Lengths]]:
-    """The records, and the lengths of each, before a run: one that is too long raises, and pictures that would not fit
-    are cut into fewer crops, which is said."""
+def fit_pictures(
+    records: list[Record], processor: Processor, recipe: Recipe, bad: list[str] | None = None
+) -> tuple[list[Record], list[Lengths]]:
+    """The records, and the lengths of each, before a run: one that is too long raises or, with a list `bad`, is left
+    out, and pictures that would not fit are cut into fewer crops, which is said."""
     limit, most = min(recipe.max_tokens, processor.max_tokens), processor.images.max_crops
-    processor, fitted, lengths = replace(processor, max_tokens=sys.maxsize), [], []
-    for record in tqdm(records, "measuring", delay=2, leave=False):
+    processor = replace(processor, max_tokens=sys.maxsize)
+
+    def fit(record: Record) -> tuple[Record, Lengths]:
         fewer = range((record.max_crops or most) - 1, 0, -1) if record.images else ()  # a video is not cut
         for fitting in (record, *(replace(record, max_crops=crops) for crops in fewer)):
             row = encode(fitting, processor, pixels=False)
             tokens, pictures = len(row.ids), len(row.pictures.ids)
             if tokens <= limit and pictures <= recipe.max_picture_tokens:
-                break
-        else:
-            found = f"{record.where}: {tokens} tokens, {pictures} of them pictures"
-            allowed = f"{limit} and {recipe.max_picture_tokens} are the most"
-            raise InputError(f"{found}, where {allowed}: shorten or drop responses")
-        fitted.append(fitting)
-        lengths.append((tokens, pictures))
-    if cut := [after for before, after in zip(records, fitted, strict=True) if after is not before]:
+                return fitting, (tokens, pictures)
+        found = f"{record.where}: {tokens} tokens, {pictures} of them pictures"
+        allowed = f"{limit} and {recipe.max_picture_tokens} are the most"
+        raise InputError(f"{found}, where {allowed}: shorten or drop responses")
+
+    fitted, lengths = zip(*checks.keeping(records, fit, bad, "measuring"), strict=True)
+    if cut := [record for record in fitted if record.max_crops is not None]:
         parallel.say(
             f"to fit into {limit} tokens, pictures of {len(cut)} record(s) are cut into fewer than {most} crops;"
         )
         parallel.say(f"the first is {cut[0].where}: at most {cut[0].max_crops}")
-    return fitted, lengths
+    return [*fitted], [*lengths]
 
 
 def announce(records: list[Record], lengths: list[Lengths], rm: RewardModel, recipe: Recipe) -> None:
@@ -126,10 +140,10 @@ def announce(records: list[Record], lengths: list[Lengths], rm: RewardModel, rec
     print(f"a step, computed: {cost * a_step / 1e12:,.1f} TFLOPs")
 
 
-def split(records: list[Record], test: Path | None, seed: int) -> tuple[list[Record], list[Record]]:
-    """Records to train on and to test on: the file `test`, or one record in twenty held back."""
+def split(records: list[Record], test: list[Record] | None, seed: int) -> tuple[list[Record], list[Record]]:
+    """Records to train on and to test on: those given, or one record in twenty held back."""
     if test is not None:
-        return records, read_records(test)
+        return records, test
     if len(records) < 2:
         raise InputError("one record can't both be trained on and held back: add records, or give --test FILE")
     held_back = set(random.Random(f"{seed} hold back").sample(range(len(records)), max(1, len(records) // 20)))
@@ -139,7 +153,7 @@ def split(records: list[Record], test: Path | None, seed: int) -> tuple[list[Rec
 
 RULES = [
     ("with", "tiny", "task paraphrase seeds sizes"),
-    ("without", "tiny", "weights data test resume compile"),
+    ("without", "tiny", "weights data test resume keep-going compile"),
     ("with", "out", "overwrite"),
     ("or", "tiny", "weights data out mode"),
 ]
@@ -162,6 +176,7 @@ def main() -> None:
     add("--out", type=Path, metavar="DIR", help="folder for the reward model; with --tiny, for both")
     add("--overwrite", action="store_true", help="replace what --out holds")
     add("--resume", action="store_true", help="go on with an interrupted run")
+    add("--keep-going", action="store_true", help="leave bad records out, and list them")
     add("--loss", choices=LOSSES, default=Recipe().loss, help="what scores are trained against")
     d, tiny = Recipe(), {task: recipe.fit for task, (recipe, _) in TASKS.items()}
     steps = f"training steps (default: every record {d.epochs} times; with --tiny "

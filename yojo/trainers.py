@@ -35,7 +35,8 @@ class GroupReward:
 
     generations: answers a group has. A run of answers to one prompt that is no multiple of it was cut by the batch: it
     is scored as it is and counted in `cut`, or, with `refuse_cut`, raises. None = a group is as long as its run.
-    ignore: columns that show something and are not to be looked at. `passes` counts scoring passes.
+    device: None = CUDA if there is one. ignore: columns that show something and are not to be looked at. `passes`
+    counts scoring passes.
 
     An answer that cannot be judged ends no run: it is empty, no text of the assistant's, no valid Unicode, its score is
     not finite, or, of answers that are too long for one row together, it is among the longest. It gets one less than

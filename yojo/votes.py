@@ -33,6 +33,7 @@ from yojo import metrics
 from yojo.cli import Parser, refuse_existing, run, table, whole
 from yojo.core.data import Record, record_of
 from yojo.files import InputError, read_lines, write_lines
+from yojo.media import data_url
 
 TIE = "tie"
 
@@ -297,7 +298,8 @@ def line_of(item: str, answered: Answered, names: Sequence[str], ranks: dict[str
     stays readable in "models"."""
     texts = dict(zip(answered.names, answered.responses, strict=True))
     clips = [answered.video] if answered.video else []
-    paths = [os.path.relpath(p.resolve(), folder.resolve()) for p in (*answered.images, *(clip.path for clip in clips))]
+    sources = [*answered.images, *(clip.path for clip in clips)]
+    paths = [data_url(s) if isinstance(s, bytes) else os.path.relpath(s.resolve(), folder.resolve()) for s in sources]
     shown = {"images": paths} if paths else {}
     if clips:
         shown = {"video": paths[0], "sampling_interval": clips[0].interval}

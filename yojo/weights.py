@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from yojo.core.config import Config
 from yojo.core.molmo2 import Molmo2
-from yojo.files import InputError, check_tensors, open_tensors, read_json, whole_folder
+from yojo.files import InputError, as_path, check_tensors, open_tensors, read_json, whole_folder
 from yojo.settings import read_config, write_settings
 
 WTE = "model.transformer.wte."
@@ -82,17 +82,31 @@ def open_weights(path: str | Path, config: Config, lm_head: bool = True) -> Iter
         yield pieces
 
 
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """The device that is asked for; None = CUDA if there is one, else the CPU."""
+    found = torch.cuda.is_available()
+    try:
+        device = torch.device(("cuda" if found else "cpu") if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device {device!r}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and not found:
+        raise InputError(f"device {device}: torch sees no CUDA device")
+    return device
+
+
 def load_backbone(
     path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None, lm_head: bool = True
 ) -> Molmo2:
     """A checkpoint folder -> the network in eval mode, its weights frozen.
 
-    dtype None = float32 on CPU, bfloat16 on CUDA. Files are memory-mapped and cast tensor by tensor: at no time is
-    there a second copy of the model, on the host or on the device. A tensor that needs no cast on the CPU stays the
-    mapped file. Without `lm_head` the vocabulary matrix is not read: scoring never needs it. What does not fit raises
-    `InputError` with its name.
+    device None = CUDA if there is one, else the CPU; dtype None = float32 on CPU, bfloat16 on CUDA. Files are
+    memory-mapped and cast tensor by tensor: at no time is there a second copy of the model, on the host or on the
+    device. A tensor that needs no cast on the CPU stays the mapped file. Without `lm_head` the vocabulary matrix is not
+    read: scoring never needs it. What does not fit raises `InputError` with its name.
     """
-    device = torch.device(device or "cpu")
+    path, device = as_path(path, "path"), pick_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     config = read_config(path)
     with torch.device("meta"):

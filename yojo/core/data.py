@@ -6,16 +6,15 @@ A record is one line of JSONL, in the schema of the released training code:
      "image": path | "images": [path, ...] | "video": path}
 
 rankings: 1 = best, ties allowed, one per response; only training and evaluation need them. Paths are relative to the
-JSONL file; a video is a folder of frames or an animation (`media.open_video`), its frames `sampling_interval` seconds
-apart, which the released records also call `fps`. `question` is another name of `prompt`. A bad line raises
-`InputError` with the file and the line number; nothing is skipped.
+JSONL file, and a picture may be a data URL; a video is a folder of frames or an animation (`media.open_video`), its
+frames `sampling_interval` seconds apart, which the released records also call `fps`. `question` is another name of
+`prompt`. A bad line raises `InputError` with the file and the line number; nothing is skipped.
 
 A batch is rows beside each other. By default a row is a record; several records in one row see nothing of each other.
 
 See it: `pytest tests/test_data.py`.
 """
 
-import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,8 +29,8 @@ from torch import Tensor, nn
 from yojo.core.image import Pictures
 from yojo.core.mask import PADDING, PROMPT, AttentionMask
 from yojo.core.prompt import Encoded, Processor
-from yojo.files import InputError, read_lines
-from yojo.media import INTERVAL, Clip, Frames
+from yojo.files import InputError, passed_over, read_lines
+from yojo.media import Video, shown_by
 from yojo.unread import refuse_unread
 
 
@@ -44,11 +43,18 @@ class Record:
     prompt: str
     responses: list[str] = field(default_factory=list)
     rankings: list[int] | None = None
-    images: list[Path | Image.Image] = field(default_factory=list)
+    images: list[Path | bytes | Image.Image] = field(default_factory=list)
     where: str = ""
-    video: Clip | Path | Frames | None = None
+    video: Video = None
     max_crops: int | None = None
     pictures: Pictures | None = None
+
+    def __post_init__(self):
+        ranks, n = self.rankings, len(self.responses)
+        good = isinstance(ranks, list) and len(ranks) == n and all(type(r) is int and 1 <= r <= n for r in ranks)
+        if ranks is not None and not (good and 1 in ranks):
+            ranks = f"{ranks!r:.99}; 1 is the best and must be there, none is above {n}"
+            raise InputError(f"{self.prefix}rankings must be {n} whole numbers from 1, got {ranks}")
 
     @property
     def prefix(self) -> str:
@@ -93,11 +99,15 @@ def in_order(record: Record, order: Sequence[int]) -> Record:
 KEYS = "prompt question responses rankings image images video sampling_interval fps".split()
 
 
-def read_records(path: str | Path, ranked: bool = True, answered: bool = True) -> list[Record]:
-    """All records of a JSONL file; `ranked`, `answered`: as in `record_of`."""
-    records = [record_of(raw, where, Path(path).parent, ranked, answered) for where, raw in read_lines(path)]
+def read_records(path: str | Path, ranked=True, answered=True, bad: list[str] | None = None) -> list[Record]:
+    """All records of a JSONL file; `ranked`, `answered`: as in `record_of`. A bad one raises or, with a list `bad`, is
+    left out and its error put there."""
+    records = []
+    for where, raw in read_lines(path, bad):
+        with passed_over(bad):
+            records.append(record_of(raw, where, Path(path).parent, ranked, answered))
     if not records:
-        raise InputError(f"{path} holds no records")
+        raise InputError(f"{path} holds no records" + "".join(f"; the first: {error}" for error in (bad or [])[:1]))
     return records
 
 
@@ -112,7 +122,7 @@ def record_of(raw: dict, where: str, folder: Path, ranked: bool = True, answered
     prompt, responses, rankings = prompts[0] if prompts else None, raw.get("responses"), raw.get("rankings")
     if not isinstance(prompt, str):
         raise InputError(f"{where}: prompt must be a string, got {prompt!r}")
-    images, video = pictures_of(raw, where, folder)
+    images, video = shown_by(raw, where, folder)
     if not answered:
         return Record(prompt, images=images, where=where, video=video)
     if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
@@ -121,29 +131,7 @@ def record_of(raw: dict, where: str, folder: Path, ranked: bool = True, answered
         raise InputError(f"{where}: response {empty[0]} is empty: there is nothing to score")
     if rankings is None and ranked:
         raise InputError(f"{where} has no rankings")
-    if rankings is not None:
-        whole = isinstance(rankings, list) and all(type(r) is int and r >= 1 for r in rankings)
-        if not whole or len(rankings) != len(responses):
-            raise InputError(f"{where}: rankings must be {len(responses)} whole numbers from 1, got {rankings!r}")
     return Record(prompt, responses, rankings, images, where, video)
-
-
-def pictures_of(raw: dict, where: str, folder: Path) -> tuple[list[Path], Clip | None]:
-    """A line's pictures and its video; what is not there raises."""
-    given = {key: raw[key] for key in ("image", "images", "video") if raw.get(key) not in (None, [])}
-    if len(given) > 1:
-        raise InputError(f"{where} has both {' and '.join(given)}: keep one")
-    key, names = next(iter(given.items()), ("images", []))
-    names = names if key == "images" else [names]
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise InputError(f"{where}: image and video must be a path, images a list of paths, got {given[key]!r}")
-    paths = [folder / name for name in names]
-    if absent := [path for path in paths if not os.path.exists(path)]:
-        raise InputError(f"{where}: no {'video' if key == 'video' else 'picture'} at {absent[0]}")
-    apart = [raw[key] for key in ("sampling_interval", "fps") if raw.get(key) is not None] or [INTERVAL]
-    if any(type(seconds) not in (int, float) or seconds != apart[0] for seconds in apart):
-        raise InputError(f"{where}: sampling_interval and fps are the seconds between frames, got {apart}")
-    return ([], Clip(paths[0], interval=apart[0])) if key == "video" else (paths, None)
 
 
 @dataclass(frozen=True)

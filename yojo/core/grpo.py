@@ -259,10 +259,11 @@ def train_policy(
         clock["update"] = time.perf_counter() - sampled
         entry = {"step": step, **statistics(rollouts, prompts, rm.processor.tokenizer, quality), **learned}
         entry |= {f"{part}_share": seconds / (time.perf_counter() - start) for part, seconds in clock.items()}
-        log.append(entry)
         report(entry)
-        state.add(entry)
-        state.save(log)
+        with state.unbroken():
+            log.append(entry)
+            state.add(entry)
+            state.save(log)
     return log
 
 

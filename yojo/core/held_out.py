@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import length_hint
-from pathlib import Path
 
 from PIL import Image
 
@@ -18,7 +17,7 @@ from yojo.core.data import Record, encode, in_order, random_order
 from yojo.core.prompt import Encoded
 from yojo.core.reward import BATCH_TOKENS, RewardModel
 from yojo.files import InputError
-from yojo.media import Clip, open_video, picture_size
+from yojo.media import open_video, picture_size
 
 
 def score_orders(
@@ -70,8 +69,8 @@ class Blanked(Sequence[Record]):
         with record.named():
             if record.pictures is not None and record.pictures.ids and not (record.images or record.video):
                 raise InputError("its pictures are open already: what is to be blanked must bring its files")
-            video = open_video(record.video) if isinstance(record.video, (str, Path, Clip)) else record.video
-            frames = video and [(seconds, grey(frame.size)) for seconds, frame in video]
+            video = [] if record.video is None else open_video(record.video)
+            frames = [(seconds, grey(frame.size)) for seconds, frame in video] or None
             images = [grey(picture_size(image)) for image in record.images]
             return replace(record, images=images, video=frames, pictures=None)
 

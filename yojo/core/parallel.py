@@ -20,10 +20,10 @@ from tqdm import tqdm
 from yojo.files import InputError
 
 
-def join_group() -> torch.device:
-    """Join the processes that `torchrun` started, if it did -> the device of this one."""
+def join_group() -> torch.device | None:
+    """Join the processes that `torchrun` started, if it did -> the device of this one; None where it is alone."""
     if "WORLD_SIZE" not in os.environ:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return None
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

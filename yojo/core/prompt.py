@@ -29,7 +29,7 @@ See it: `pytest tests/test_prompt.py`, `tutorials/04_separators_and_masks.md`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +45,7 @@ from yojo.core.config import ImageConfig, Markup
 from yojo.core.image import Pictures, frames_to_patches, images_to_patches
 from yojo.core.mask import MODES, PROMPT
 from yojo.files import InputError, read_json
-from yojo.media import Clip, open_picture, open_video, picture_size, video_plan
+from yojo.media import Video, open_picture, open_video, picture_size, pictures_in, video_plan
 
 SEPARATOR = "<|resp_sep|>"
 BOS = TURN_END = "<|im_end|>"  # one token, two uses: the release opens rows with it
@@ -57,8 +57,7 @@ MARKUP = {SEPARATOR, TURN_END, TURN_START, *IMAGE_TOKENS}
 MAX_RESPONSES = 64
 
 
-Images = str | Path | Image.Image | Sequence | None  # a picture, or several
-Video = str | Path | Clip | Sequence[tuple[float, Image.Image]] | None  # a file or folder, or frames with their seconds
+Images = str | Path | Image.Image | Sequence | None  # a picture, in any form of `media.picture_from`, or several
 
 
 class Layout(NamedTuple):
@@ -237,15 +236,15 @@ class Processor:
     ) -> Encoded:
         """One record -> `Encoded`. No responses = the prompt alone, ready for the first one to be written.
 
-        image: a path, a Pillow picture, or a list of them; video: a path as in `media.open_video`, or a list of
-        (seconds, frame); pictures: in place of both, what `open_pictures` made of them. More than 64 responses, an
+        image: a path, a Pillow picture, or a list of them; video: a path, a list of frames or of (seconds, frame), as
+        in `media.open_video`; pictures: in place of both, what `open_pictures` made of them. More than 64 responses, an
         empty one, or more tokens than the model has positions for raise `InputError`: nothing is ever cut.
         """
         if pictures is None:
             pictures = self.open_pictures(image, video)
         elif image is not None or video is not None:
             raise InputError("pictures that are open already stand in place of image and video: give one of them")
-        check_texts(prompt, responses)
+        responses = checked(prompt, responses)
         encode, token, layout = self.tokenizer.encode, self.tokenizer.id, LAYOUTS[self.layout]
         bos = [token(BOS)] if layout.always_bos or pictures.ids else []
         user = [token(TURN_START), *encode("user\n" + prompt, "the prompt"), token(TURN_END)]
@@ -275,20 +274,18 @@ class Processor:
         if image is not None and video is not None:
             raise InputError("a record shows images or a video, not both")
         if video is not None:
-            if isinstance(video, (str, Path, Clip)):
-                video = open_video(video) if pixels else video_plan(video)
-            if not video:
-                raise InputError("the video has no frames")
             square = (self.images.size, self.images.size)  # a frame's own size plays no part
-            shown = frames_to_patches([open_picture(frame) if pixels else square for _, frame in video], self.images)
-            return replace(shown, ids=self._video_ids([seconds for seconds, _ in video], shown.grids))
+            frames = open_video(video) if pixels else [(seconds, square) for seconds, _ in video_plan(video)]
+            shown = frames_to_patches([frame for _, frame in frames], self.images)
+            return replace(shown, ids=self._video_ids([seconds for seconds, _ in frames], shown.grids))
         if image is None:
             return Pictures()
-        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        images = pictures_in(image)
         if not images:
             raise InputError("the list of images is empty: leave it out where there is no picture")
         config = replace(self.images, max_crops=self.images.max_crops if max_crops is None else max_crops)
-        shown = images_to_patches([open_picture(i) if pixels else picture_size(i) for i in images], config)
+        look = open_picture if pixels else picture_size
+        shown = images_to_patches([look(value, f"image {i}") for i, value in enumerate(images, 1)], config)
         return replace(shown, ids=self._images_ids(shown.grids))
 
     def _images_ids(self, grids: list[tuple[int, ...]]) -> list[int]:
@@ -309,13 +306,16 @@ class Processor:
         return ids
 
 
-def check_texts(prompt: str, responses: Sequence[str]) -> None:
-    if isinstance(responses, str) or not all(isinstance(text, str) for text in [prompt, *responses]):
-        raise InputError("prompt must be a string and responses a list of strings")
+def checked(prompt: str, responses: Iterable[str]) -> list[str]:
+    ordered = isinstance(responses, Iterable) and not isinstance(responses, (str, Mapping, Set))
+    responses = list(responses) if ordered else None
+    if not isinstance(prompt, str) or responses is None or not all(isinstance(text, str) for text in responses):
+        raise InputError(f"prompt must be a string and responses a list of strings: {prompt!r:.99}, {responses!r:.99}")
     if (n := len(responses)) > MAX_RESPONSES:
         raise InputError(f"{n} responses are {n - MAX_RESPONSES} more than the limit of {MAX_RESPONSES}")
     if empty := [i for i, text in enumerate(responses, 1) if not text.strip()]:
         raise InputError(f"response {empty[0]} is empty: there is nothing to score")
+    return responses
 
 
 def image_tokens(grid: tuple[int, ...], m: Markup) -> list[str]:

@@ -25,8 +25,9 @@ from yojo.core import lora, ops
 from yojo.core.data import Batch, collate
 from yojo.core.mask import MODES
 from yojo.core.molmo2 import Molmo2
-from yojo.core.prompt import Encoded, Images, Processor, Video
+from yojo.core.prompt import Encoded, Images, Processor
 from yojo.files import InputError
+from yojo.media import Video
 
 ADAPTER = "reward"
 WINDOW, WINDOW_TOKENS = 256, 32_768  # rows, or their tokens, that are read ahead and sorted by length
@@ -98,25 +99,26 @@ class RewardModel(nn.Module):
         self.adapter = None
 
     def forward(self, batch: Batch) -> Tensor:
-        """Scores [R] in at least float32, one a response, in the order of the batch's records."""
-        inputs = batch.input_ids, self.backbone.encode_images(batch.pictures), batch.mask, batch.positions
-        return self.head(self.backbone(*inputs, keep=batch.score_positions, adapter=self.adapter))
+        """Scores [R] in at least float32, one a response, in the order of the batch's records. Computed in the model's
+        own dtype: an `autocast` outside would round scores to those that bfloat16 has."""
+        with torch.autocast(self.backbone.device.type, enabled=False):
+            inputs = batch.input_ids, self.backbone.encode_images(batch.pictures), batch.mask, batch.positions
+            return self.head(self.backbone(*inputs, keep=batch.score_positions, adapter=self.adapter))
 
-    @torch.no_grad()
     def score(
-        self, prompt: str, responses: Sequence[str], image: Images = None, video: Video = None, mode: str | None = None
+        self, prompt: str, responses: Iterable[str], image: Images = None, video: Video = None, mode: str | None = None
     ) -> list[float]:
         """One score per response, in input order, from one forward pass.
 
-        image: a path, a Pillow picture or a list of them; video: a folder of frames, an animation, or a list of
-        (seconds, frame). mode None = the one the model was trained in. Scores of one call compare with each other;
-        joint scores of different calls do not.
+        image: a path, a Pillow picture, an array of uint8 or a list of them; video: a folder of frames, an animation,
+        or a list of frames or of (seconds, frame). mode None = the one the model was trained in. Scores of one call
+        compare with each other; joint scores of different calls do not.
         """
-        if not responses:
+        row = self.processor.encode(prompt, responses, image, video)
+        if not row.spans:
             raise InputError("there are no responses: at least one is needed")
-        return self.score_encoded([self.processor.encode(prompt, responses, image, video)], mode)[0]
+        return self.score_encoded([row], mode)[0]
 
-    @torch.no_grad()
     def score_encoded(self, rows: Sequence[Encoded], mode: str | None = None) -> list[list[float]]:
         """Scores of several records' rows, in one batch. Scores that are not finite raise `InputError`."""
         scores = self.raw_scores(rows, mode or self.mode)

@@ -1,10 +1,11 @@
-"""What the loops of `training.py` and `grpo.py` keep of an unfinished run. (GRPO saves after every step, so it never
-asks for the state before one.)
+"""What the loops of `training.py` and `grpo.py` keep of an unfinished run.
 
 `RunState` keeps nothing; the one that keeps a run in a folder, from which it goes on, is in `runs.py`.
 
 See it: `pytest tests/test_fit.py`.
 """
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -30,8 +31,9 @@ class RunState:
         """Put back what was saved -> the log so far."""
         return []
 
-    def begin_step(self) -> None:
-        """Remember what `save_before` needs."""
+    def unbroken(self) -> AbstractContextManager:
+        """What changes together: signals wait until it is done."""
+        return nullcontext()
 
     def add(self, entry: dict[str, float]) -> None:
         """A step is done."""
@@ -39,8 +41,8 @@ class RunState:
     def save(self, log: Log) -> None:
         """Everything that the run needs to go on."""
 
-    def save_before(self, log: Log, error: NotFinite) -> None:
-        """The same, as it was before this step. What keeps it from being saved is added to the error."""
+    def broken_off(self, log: Log) -> None:
+        """The same, where an error or a signal ends the run: as it was after the last whole step."""
 
 
 UNSAVED = RunState()

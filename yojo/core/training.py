@@ -1,7 +1,8 @@
 """Learning from preferences: records -> scores of one pass -> loss -> gradient.
 
     rows = encode(records);  batch = collate(rows);  scores = rm(batch);  L = loss(scores, ranks)      `PreferenceLoss`
-    g = mean over micro-batches of grad L;  clip |g|;  AdamW with lr(step)                             `train_step`
+    g = mean over micro-batches of grad L;  clip |g|                                                   `gradients`
+    AdamW with lr(step)                                                                                `fit`
 
 `fit` is the loop round any `loss(step, micro_batch)`, which returns the loss of one micro-batch and what to log about
 it. `loss` must be a function of its arguments (and of torch's random state), so that a run can go on from a saved state
@@ -113,8 +114,8 @@ def accuracy(scores: Tensor, ranks: Tensor) -> float:
 # --------------------------------------------------------------------------------------------------------- loss to step
 
 
-def train_step(loss, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, c: FitConfig) -> dict:
-    """One update from `accumulate` micro-batches."""
+def gradients(loss, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, c: FitConfig) -> dict:
+    """Those of one update, from `accumulate` micro-batches, clipped -> what is logged."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, c)
     logged: dict[str, float] = {}
@@ -127,8 +128,6 @@ def train_step(loss, step: int, parameters: list[nn.Parameter], optimizer: torch
     norm = nn.utils.clip_grad_norm_(parameters, c.clip).item()
     if not math.isfinite(logged["loss"]) or not math.isfinite(norm):
         raise NotFinite(step, f"loss {logged['loss']}, gradient norm {norm}; the parameters are untouched")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     return {**logged, "lr": learning_rate(step, c), "norm": norm}
 
 
@@ -158,19 +157,20 @@ def fit(
     log = state.resume(asdict(c), parameters, optimizer)
     start = time.monotonic() - (log[-1]["seconds"] if log else 0)
     bar = parallel.progress(range(len(log), c.steps), title, initial=len(log), total=c.steps)
-    for step in bar:
-        state.begin_step()
-        try:
-            learned = train_step(loss, step, parameters, optimizer, c)
-        except NotFinite as error:
-            state.save_before(log, error)
-            raise
-        entry = {"step": step, **learned, "seconds": round(time.monotonic() - start, 3)}
-        log.append(entry)
-        bar.set_postfix({k: f"{v:.3f}" for k, v in entry.items() if k in ("loss", "accuracy")}, refresh=False)
-        state.add(entry)
-        if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
-            state.save(log)
+    try:
+        for step in bar:
+            learned = gradients(loss, step, parameters, optimizer, c)
+            with state.unbroken():
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                log.append({"step": step, **learned, "seconds": round(time.monotonic() - start, 3)})
+            state.add(log[-1])
+            bar.set_postfix({k: f"{v:.3f}" for k, v in learned.items() if k in ("loss", "accuracy")}, refresh=False)
+            if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
+                state.save(log)
+    except BaseException:  # a signal, too
+        state.broken_off(log)
+        raise
     return log
 
 

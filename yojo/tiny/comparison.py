@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from yojo import metrics
+from yojo.checks import with_preference
 from yojo.cli import shipped, table
 from yojo.core.data import Record, read_records
 from yojo.core.held_out import score_records
@@ -33,7 +34,7 @@ def records_of(folder: Path, seed: int, task: str, n: int = 4, noisy: float = wo
     # the string of an older version, so that the records stay the same
     rng = random.Random(f"{seed} ablation World(task={task!r}, n={n}, noisy={noisy})")
     made = world.records(rng, task, GROUPS, GROUPS, (n,))
-    return read_records(world.write_records(folder, f"{task}-{n}-{noisy}", made, noisy))
+    return with_preference(read_records(world.write_records(folder, f"{task}-{n}-{noisy}", made, noisy)))
 
 
 def under(rm: RewardModel, records: Sequence[Record], mode: str, orders: int, seed: int) -> float:

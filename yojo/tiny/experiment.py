@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from yojo import metrics
+from yojo.checks import with_preference
 from yojo.cli import in_processes, refuse_existing, shipped, table, with_interval
 from yojo.core.data import Record, join, open_pictures, read_records
 from yojo.core.held_out import controls, score_records
@@ -70,7 +71,7 @@ def run_one(recipe: Recipe, mode: str, seed: int, folder: Path, out: Path | None
     """Train one mode on the records in `folder` and measure it. Runs in a process of its own."""
     rm = RewardModel.new(shipped("weights/tiny"), mode, recipe.lora, recipe.inner, seed=seed)
     files = (folder / f"{name}.jsonl" for name in ("train", "test", "heldout"))
-    records, test, heldout = (with_features(read_records(file), rm) for file in files)
+    records, test, heldout = (with_features(with_preference(read_records(file)), rm) for file in files)
 
     log = train(rm, records, recipe, seed, title=f"{mode} seed {seed}")
     if out is not None:
@@ -110,8 +111,9 @@ def run_tiny(
             write_world(folder, task, recipe, sizes, seed, paraphrase)
         jobs = [(recipe, mode, seed, folders[seed], out, overwrite) for seed in seeds for mode in modes]
         runs = in_processes(run_one, jobs)
-        tests = [record for folder in folders.values() for record in read_records(folder / "test.jsonl")]
-    result = summary(task, runs, tests)
+        made = [record for folder in folders.values() for record in read_records(folder / "test.jsonl")]
+    result = summary(task, runs, tests := with_preference(made))
+    result["without_preference"] = len(made) - len(tests)
     result["ceilings"] = world.PARAPHRASED if paraphrase else world.CEILINGS
     result["seconds"] = round(time.monotonic() - start, 1)
     print(report(result))
@@ -160,6 +162,8 @@ def report(r: dict) -> str:
         rows.append({"": "exact ceiling", **{mode: f"{r['ceilings'][mode]:.3f}" for mode in MODES}})
     title = f"\nbest-of-{r['n']} accuracy, task {r['task']}, {r['groups']} held-out groups, seeds {seeds}, "
     lines = [title + "95% intervals over groups", table(rows, {"": "<", **dict.fromkeys(MODES, "")})]
+    if r["without_preference"]:
+        lines.append(f"left out, since all answers are as good: {r['without_preference']} groups")
     lines.append("without a picture: " + ", ".join(f"{name} {r[name]:.3f}" for name in BASELINES))
     for mode in [m for m in MODES if m in r] if len(seeds) > 1 else ():
         lines.append(f"{mode}, own picture, seed by seed: " + ", ".join(f"{s[mode]:.3f}" for s in r["per_seed"]))

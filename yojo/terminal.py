@@ -1,0 +1,101 @@
+"""A terminal decides nothing: what it cannot show, or nobody reads, ends no command, and a signal loses no work.
+
+See it: `pytest tests/test_terminal.py`.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO
+
+# -------------------------------------------------------------------------------------------------------------- prints
+
+
+class Printed:
+    """A stream that raises nothing. Characters that it lacks become "?". `error` is what kept it from being written;
+    from then on what is printed goes nowhere."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.error = stream, None
+        with suppress(AttributeError):  # of a stream that is no file
+            stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self.forgiving():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self.forgiving():
+            self.stream.flush()
+
+    @contextmanager
+    def forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error
+            with suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+
+
+def print_leniently() -> list[Printed]:
+    """Standard output and error, from now on."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the command began
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  open until the end
+    sys.stdout, sys.stderr = streams = [Printed(sys.stdout), Printed(sys.stderr)]
+    return streams
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_held = {"by": 0, "signal": 0}  # how many `unbroken` blocks are open, and what came in meanwhile
+
+
+def _stop(number: int, frame: object = None) -> None:
+    if _held["by"]:
+        _held["signal"] = number
+    elif number == signal.SIGINT:
+        raise KeyboardInterrupt
+    else:
+        raise SystemExit(128 + number)
+
+
+@contextmanager
+def stopping_by_exception() -> Iterator[None]:
+    """Signals that ask to stop raise: KeyboardInterrupt, or SystemExit with the usual status. Those that are ignored
+    stay so (`nohup`)."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        usual = (signal.SIG_DFL, signal.default_int_handler)
+        before = {number: signal.getsignal(number) for number in STOPS if signal.getsignal(number) in usual}
+    for number in before:
+        signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """Such signals wait until the end of the block."""
+    _held["by"] += 1
+    try:
+        yield
+    finally:
+        _held["by"] -= 1
+        if not _held["by"] and _held["signal"]:
+            number, _held["signal"] = _held["signal"], 0
+            _stop(number)
