@@ -25,7 +25,7 @@ from yojo.cli import WEIGHTS
 from yojo.core.reward import RewardModel
 from yojo.evaluate import order_sensitivity, orders_of, report, score_item
 from yojo.files import InputError
-from yojo.media import Clip
+from yojo.video import Clip
 
 CASES = json.loads((Path(__file__).parent / "data/evaluate.json").read_text())
 CASES["habit of position"]["rows"] = [

@@ -1,5 +1,5 @@
-"""The house: the method in `core/` uses nothing that serves it but `files.py`, `media.py` and `unread.py`, nothing
-imports a command, and the part that is to be read stays short.
+"""The house: the method in `core/` uses nothing that serves it but `files.py`, `media.py`, `video.py` and `unread.py`,
+nothing imports a command, and the part that is to be read stays short.
 
     pytest tests/test_house.py
     python tests/test_house.py            # code lines of every file, the reading path apart
@@ -21,7 +21,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 CORE = sorted(name for name in FILES if name.startswith("yojo.core."))
 GUARD = ast.dump(ast.parse('__name__ == "__main__"', mode="eval").body)
 COMMANDS = {n for n, t in TREES.items() if any(isinstance(x, ast.If) and ast.dump(x.test) == GUARD for x in t.body)}
-SERVES_CORE = {"yojo.files", "yojo.media", "yojo.unread"}
+SERVES_CORE = {"yojo.files", "yojo.media", "yojo.video", "yojo.unread"}
 PACKAGES = {"PIL", "numpy", "tokenizers", "torch", "tqdm"}  # that core may use
 EXCEPTION = {("yojo.core.reward", "RewardModel", method, "yojo.store") for method in ("new", "load", "save")}
 EXCEPTION |= {("yojo.core.prompt", "Processor", "from_folder", "yojo.settings")}

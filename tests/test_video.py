@@ -12,7 +12,7 @@ from PIL import Image
 from yojo.core.data import encode, open_pictures, read_records
 from yojo.core.prompt import Processor
 from yojo.files import InputError
-from yojo.media import Clip, open_video, spread
+from yojo.video import Clip, open_video, spread
 
 GREYS = range(0, 200, 20)  # ten frames, each of its own grey
 

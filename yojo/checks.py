@@ -11,7 +11,8 @@ from tqdm import tqdm
 from yojo.core import parallel
 from yojo.core.data import Record
 from yojo.files import InputError, passed_over
-from yojo.media import Clip, open_picture, open_video
+from yojo.media import open_picture
+from yojo.video import Clip, open_video
 
 Kept = TypeVar("Kept")
 Some = TypeVar("Some", bound=Record)

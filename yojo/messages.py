@@ -22,23 +22,9 @@ import numpy as np
 from PIL import Image
 
 from yojo.files import InputError
-from yojo.media import (
-    FRAMES,
-    INTERVAL,
-    LONGEST,
-    Clip,
-    Frames,
-    NoClip,
-    address_of,
-    file_of,
-    open_frames,
-    open_picture,
-    open_video,
-    short,
-    spread,
-    timed,
-)
+from yojo.media import address_of, file_of, open_frames, open_picture, short
 from yojo.unread import empty, may_show, refuse_unread
+from yojo.video import FRAMES, INTERVAL, LONGEST, Clip, Frames, NoClip, open_video, spread, timed
 
 
 @dataclass(frozen=True)
@@ -261,7 +247,7 @@ def opened(value: object) -> Image.Image:
 
 
 def clip_from(value: object, apart: float = INTERVAL) -> Frames:
-    """A folder of frames or an animation by path; or frames, as in `media.timed`, of which as many are taken as of a
+    """A folder of frames or an animation by path; or frames, as in `video.timed`, of which as many are taken as of a
     path."""
     what = "a video of the prompt"
     if isinstance(value, Mapping) and value.get("bytes") is None and value.get("path") is not None:

@@ -22,9 +22,9 @@ from yojo.core.prompt import Encoded
 from yojo.core.reward import RewardModel
 from yojo.drawing import DRAWN_UP_TO, draw_mask, readable
 from yojo.files import InputError, whole_file
-from yojo.media import FRAMES, INTERVAL, Clip
 from yojo.tiny import world
 from yojo.tiny.experiment import NAMES
+from yojo.video import FRAMES, INTERVAL, Clip
 
 MEANS = {
     "joint": "each answer attends to the question, itself and the answers before it",

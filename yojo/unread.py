@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from yojo.files import InputError
-from yojo.media import MOVIES, address_of
+from yojo.media import address_of
+from yojo.video import MOVIES
 
 # Names that speak of something shown, alone or with words that say how it is stored: image, pixel_values, audio_path.
 STRONG = "attachment audio clip frame image img keyframe media modal multi multimodal photo picture pixel screenshot"

@@ -1,6 +1,6 @@
 """The method: read what has a star, the rest when you need it. A file imports only those above it, but for two types of
-`generate.py` that `molmo2.py` names. From outside they use `files.py`, `media.py`, `unread.py` and, to load and save,
-`store.py` and `settings.py`.
+`generate.py` that `molmo2.py` names. From outside they use `files.py`, `media.py`, `video.py`, `unread.py` and, to load
+and save, `store.py` and `settings.py`.
 
       config.py     the numbers of a checkpoint
     * image.py      a picture becomes patches

@@ -6,7 +6,7 @@ A record is one line of JSONL, in the schema of the released training code:
      "image": path | "images": [path, ...] | "video": path}
 
 rankings: 1 = best, ties allowed, one per response; only training and evaluation need them. Paths are relative to the
-JSONL file, and a picture may be a data URL; a video is a folder of frames or an animation (`media.open_video`), its
+JSONL file, and a picture may be a data URL; a video is a folder of frames or an animation (`video.open_video`), its
 frames `sampling_interval` seconds apart, which the released records also call `fps`. `question` is another name of
 `prompt`. A bad line raises `InputError` with the file and the line number; nothing is skipped.
 
@@ -30,8 +30,8 @@ from yojo.core.image import Pictures
 from yojo.core.mask import PADDING, PROMPT, AttentionMask
 from yojo.core.prompt import Encoded, Processor
 from yojo.files import InputError, passed_over, read_lines
-from yojo.media import Video, shown_by
 from yojo.unread import refuse_unread
+from yojo.video import Video, shown_by
 
 
 @dataclass(frozen=True)

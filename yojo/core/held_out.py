@@ -17,7 +17,8 @@ from yojo.core.data import Record, encode, in_order, random_order
 from yojo.core.prompt import Encoded
 from yojo.core.reward import BATCH_TOKENS, RewardModel
 from yojo.files import InputError
-from yojo.media import open_video, picture_size
+from yojo.media import picture_size
+from yojo.video import open_video
 
 
 def score_orders(

@@ -45,7 +45,8 @@ from yojo.core.config import ImageConfig, Markup
 from yojo.core.image import Pictures, frames_to_patches, images_to_patches
 from yojo.core.mask import MODES, PROMPT
 from yojo.files import InputError, read_json
-from yojo.media import Video, open_picture, open_video, picture_size, pictures_in, video_plan
+from yojo.media import open_picture, picture_size, pictures_in
+from yojo.video import Video, open_video, video_plan
 
 SEPARATOR = "<|resp_sep|>"
 BOS = TURN_END = "<|im_end|>"  # one token, two uses: the release opens rows with it
@@ -237,7 +238,7 @@ class Processor:
         """One record -> `Encoded`. No responses = the prompt alone, ready for the first one to be written.
 
         image: a path, a Pillow picture, or a list of them; video: a path, a list of frames or of (seconds, frame), as
-        in `media.open_video`; pictures: in place of both, what `open_pictures` made of them. More than 64 responses, an
+        in `video.open_video`; pictures: in place of both, what `open_pictures` made of them. More than 64 responses, an
         empty one, or more tokens than the model has positions for raise `InputError`: nothing is ever cut.
         """
         if pictures is None:
@@ -274,8 +275,8 @@ class Processor:
         if image is not None and video is not None:
             raise InputError("a record shows images or a video, not both")
         if video is not None:
-            square = (self.images.size, self.images.size)  # a frame's own size plays no part
-            frames = open_video(video) if pixels else [(seconds, square) for seconds, _ in video_plan(video)]
+            # a frame's own size plays no part
+            frames = open_video(video) if pixels else [(t, (self.images.size,) * 2) for t, _ in video_plan(video)]
             shown = frames_to_patches([frame for _, frame in frames], self.images)
             return replace(shown, ids=self._video_ids([seconds for seconds, _ in frames], shown.grids))
         if image is None:

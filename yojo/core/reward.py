@@ -27,7 +27,7 @@ from yojo.core.mask import MODES
 from yojo.core.molmo2 import Molmo2
 from yojo.core.prompt import Encoded, Images, Processor
 from yojo.files import InputError
-from yojo.media import Video
+from yojo.video import Video
 
 ADAPTER = "reward"
 WINDOW, WINDOW_TOKENS = 256, 32_768  # rows, or their tokens, that are read ahead and sorted by length
