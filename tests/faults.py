@@ -1,6 +1,9 @@
-"""Kill a run with SIGKILL at a random moment, let it go on, and compare what it leaves with an uninterrupted run's.
+"""Stop a run by a signal at a random moment, let it go on, and compare what it leaves with an uninterrupted run's.
 
-python tests/faults.py train 50          (or evaluate, grpo, checkpoint; `test_faults.py` does two of each)
+python tests/faults.py train 50 SIGKILL   (or evaluate, grpo, checkpoint; SIGINT, SIGTERM; `test_faults.py` does some)
+
+SIGKILL is seen by nobody: a run loses what it did since its last save. After the others nothing is lost but the step in
+flight, although training saves nothing before its end here.
 
 Every run is a fork of this process, which has imported everything and computed nothing, so that a kill costs little.
 """
@@ -29,7 +32,8 @@ from yojo.core.lora import LoraConfig
 from yojo.core.training import FitConfig, Recipe
 
 torch.set_num_threads(1)
-SAVED = 2  # steps between saves of the training run
+SAVED = {"SIGKILL": 2, "SIGINT": 100, "SIGTERM": 100}  # steps between saves of the training run, which has 9
+STATUS = {"SIGKILL": -9, "SIGINT": 130, "SIGTERM": 143}  # of a run that was stopped
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,13 @@ def ends(kind: Kind, folder: Path, out: Path) -> dict[str, bytes]:
     return {name: (folder / name.format(out=out.name)).read_bytes() for name in kind.files}
 
 
-def prepare(folder: Path) -> dict[str, Kind]:
+def prepare(folder: Path, stop: str) -> dict[str, Kind]:
     """Twelve records, and each command made small."""
     Image.effect_noise((84, 84), 60).save(folder / "p.png")
     record = {"prompt": "Describe the star.", "responses": ["a red star", "a star", "no"], "rankings": [1, 2, 3]}
     lines = [json.dumps(record | {"prompt": f"{i}?", "image": "p.png"}) for i in range(12)]
     (folder / "prefs.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    small = Recipe(LoraConfig(r=2), 8, records=1, fit=FitConfig(steps=0, accumulate=2, save_every=SAVED))
+    small = Recipe(LoraConfig(r=2), 8, records=1, fit=FitConfig(steps=0, accumulate=2, save_every=SAVED[stop]))
     train.Recipe = lambda: replace(small)
     tiny, data = WEIGHTS / "tiny", folder / "prefs.jsonl"
     model = ["adapter_model.safetensors", "value_head.safetensors"]
@@ -119,23 +123,27 @@ def finish(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def check_left(name: str, folder: Path, out: Path) -> None:
-    """What a kill may leave: a whole result, or none, and of a run no more lost than the steps since its last save."""
+def check_left(name: str, folder: Path, out: Path, stop: str) -> None:
+    """What a signal may leave: a whole result, or none, and of a run no more lost than the steps since its last save,
+    or nothing but the step in flight."""
     training = out.with_name(out.name + ".training")
-    if name == "train" and (training / "state.pt").exists():
+    if name in ("train", "grpo") and (training / "state.pt").exists():
         saved = len(torch.load(training / "state.pt", weights_only=True)["log"])
         logged = (training / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
-        assert logged - saved <= SAVED, f"{logged} steps were made and {saved} saved"
+        lost = {"SIGKILL": {"train": SAVED[stop], "grpo": 1}[name]}.get(stop, 0)
+        assert logged - saved <= lost, f"{logged} steps were made and {saved} saved"
+    if stop != "SIGKILL":
+        assert not [path for path in folder.glob(f".*{out.name}*") if path.is_dir()], "nothing half written is left"
     if name == "checkpoint" and out.exists():
         weights.load_backbone(out)
 
 
-def kill_many(name: str, times: int, seed: int = 0) -> int:
-    """-> how many of the kills came before the end of the run."""
+def stop_many(name: str, times: int, stop: str = "SIGKILL", seed: int = 0) -> int:
+    """-> how many of the signals came before the end of the run."""
     rng, hits = random.Random(f"{seed} {name}"), 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        kind, log = prepare(folder)[name], folder / "log.txt"
+        kind, log = prepare(folder, stop)[name], folder / "log.txt"
         for out in (folder / "cold", folder / "whole"):  # the first run also warms the machine up
             began = time.monotonic()
             assert finish(start(kind, kind.words(folder, out), log)) == 0, log.read_text(encoding="utf-8")
@@ -144,9 +152,12 @@ def kill_many(name: str, times: int, seed: int = 0) -> int:
             out = folder / f"out{i}"
             process = start(kind, kind.words(folder, out), log)
             time.sleep(rng.uniform(0, seconds))
-            os.kill(process, signal.SIGKILL)
-            hits += finish(process) == -signal.SIGKILL
-            check_left(name, folder, out)
+            os.kill(process, signal.Signals[stop])
+            status, said = finish(process), log.read_text(encoding="utf-8")
+            hits += status != 0
+            if status not in (0, STATUS[stop]) or "Traceback" in said:
+                assert "in main" not in said, said  # in the fork's own lines, before or after the command
+            check_left(name, folder, out, stop)
             begun = out.with_name(out.name + ".training").exists()
             done = out.exists() and name != "evaluate"  # an evaluation is asked for again in the same words
             if not done:
@@ -159,4 +170,5 @@ def kill_many(name: str, times: int, seed: int = 0) -> int:
 
 
 if __name__ == "__main__":
-    print(f"{kill_many(sys.argv[1], int(sys.argv[2]))} of {sys.argv[2]} kills hit a run; all went on to the same bytes")
+    name, times, stop = sys.argv[1], int(sys.argv[2]), (sys.argv[3:] or ["SIGKILL"])[0]
+    print(f"{stop_many(name, times, stop)} of {times} signals hit a run; all went on to the same bytes")

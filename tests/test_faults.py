@@ -28,11 +28,12 @@ from yojo.files import InputError, add_line
 FAULTS = Path(__file__).with_name("faults.py")
 
 
+@pytest.mark.parametrize("stop", ["SIGKILL", "SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("kind", ["train", "grpo", "evaluate", "checkpoint"])
-def test_killed_at_a_random_moment_a_run_goes_on_to_the_same_bytes(kind):
+def test_stopped_at_a_random_moment_a_run_goes_on_to_the_same_bytes(kind, stop):
     environment = {**os.environ, "PYTHONPATH": str(FAULTS.parent.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, FAULTS, kind, "2"], env=environment, check=False, capture_output=True, text=True
+        [sys.executable, FAULTS, kind, "2", stop], env=environment, check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "all went on to the same bytes" in done.stdout

@@ -17,6 +17,7 @@ from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from yojo.files import InputError, check_writable, is_plain, write_json
 from yojo.terminal import print_leniently, stopping_by_exception
@@ -246,6 +247,7 @@ def in_processes(function: Callable, jobs: Sequence[tuple]) -> list:
 
 def _start(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its workers
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which would be left behind
     print_leniently()
     torch.set_num_threads(threads)
     end_with_parent()

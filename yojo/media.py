@@ -85,15 +85,15 @@ def check_still(picture: Image.Image, name: str) -> None:
 
 def open_frames(sources: Sequence, names: Sequence[str | None]) -> list[Image.Image]:
     """Frames of one clip: as `open_picture`, but levels of more than 8 bits share one range."""
-    found = [*map(brightest, sources)]
+    found = [brightest(source, name) for source, name in zip(sources, names, strict=True)]
     most = {kind: max(level for k, level in found if k == kind) for kind, _ in found}
     shown = zip(sources, names, found, strict=True)
     return [open_picture(source, name, most[kind]) for source, name, (kind, _) in shown]
 
 
-def brightest(source: Source) -> tuple[str, float]:
+def brightest(source: Source, name: str | None = None) -> tuple[str, float]:
     """The kind of a picture of more than 8 bits a channel, and its brightest level; of others, 0."""
-    with opened(source) as picture:
+    with opened(source, name) as picture:
         if has_16_bits_a_colour(picture):
             return "colour", upper_bits(picture)
         return (picture.mode[0], float(np.asarray(picture).max(initial=0))) if deep(picture) else ("", 0.0)

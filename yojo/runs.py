@@ -53,7 +53,7 @@ class SavedRun(RunState):
         if parallel.is_main():
             write_lines(self.folder / "metrics.jsonl", log)
         if begun:
-            parallel.say(f"going on after {len(log)} steps, from {self.folder}")
+            parallel.say(f"going on after {len(log)} of {settings.get('steps')} steps, from {self.folder}")
         else:
             self.save(log)  # what is trained on what is known from the start
         return log
@@ -124,6 +124,8 @@ def run_folder(out: Path, overwrite: bool, resume: bool) -> Path:
     refuse_existing(out, overwrite)
     if resume and not training.exists():
         raise InputError(f"there is no unfinished run at {training} to resume")
+    if resume and not (training / "state.pt").exists():
+        parallel.say(f"nothing was saved in {training}: the run begins at its first step")
     if training.exists() and not resume and not overwrite:
         raise InputError(f"{training} holds an unfinished run: say --resume to go on, --overwrite to start over")
     return training
