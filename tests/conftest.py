@@ -19,9 +19,9 @@ from yojo.initial import init_weights
 
 torch.set_num_threads(2)
 
-# What `hypothesis` makes up: 200 cases of every property, or 10,000 with --hypothesis-profile=long (hours).
-settings.register_profile("usual", max_examples=200, deadline=None)
-settings.register_profile("long", max_examples=10_000, deadline=None)
+# What `hypothesis` makes up: 200 cases of every property, or more with --hypothesis-profile=thousands or long.
+for profile, cases in (("usual", 200), ("thousands", 2000), ("long", 10_000)):
+    settings.register_profile(profile, max_examples=cases, deadline=None)
 settings.load_profile("usual")
 
 TINY = Config(

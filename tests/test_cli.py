@@ -32,7 +32,7 @@ def test_a_column_may_say_itself_how_it_is_written():
     assert with_interval(0.5, (0.25, 0.75)) == "0.500 [0.250, 0.750]"
 
 
-@pytest.mark.parametrize("text", ["-1", "1.5", "two", "", "0"])
+@pytest.mark.parametrize("text", ["-1", "1.5", "two", "", "0", str(2**32), "1" + 30 * "0", 9000 * "9", "\u00b2"])
 def test_a_whole_number_has_a_least_value(text):
     assert whole(1)("1") == 1 and whole(0)("0") == 0
     with pytest.raises(argparse.ArgumentTypeError, match="is no whole number from 1"):

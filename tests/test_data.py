@@ -3,15 +3,17 @@
 pytest tests/test_data.py
 """
 
+import base64
 import json
 
 import pytest
 import torch
 from PIL import Image
 
-from yojo.core.data import collate, join, read_records
+from yojo.core.data import collate, encode, join, read_records
 from yojo.core.image import Pictures
 from yojo.files import InputError
+from yojo.media import picture_size
 
 GOOD = {"prompt": "?", "responses": ["a", "b"], "rankings": [2, 1]}
 
@@ -62,10 +64,25 @@ def test_a_line_break_inside_a_string_is_no_line_break(tmp_path):
         ({**GOOD, "rankings": [1, "2"]}, "rankings must be 2 whole numbers"),
         ({**GOOD, "rankings": [1, True]}, "rankings must be 2 whole numbers"),
         ({**GOOD, "rankings": [0, 1]}, "rankings must be 2 whole numbers"),
+        ({**GOOD, "rankings": [9, 3]}, "rankings must be 2 whole numbers"),
+        ({**GOOD, "rankings": [1, 10**30]}, "none is above 2"),
         ({**GOOD, "rankings": {"a": 1}}, "rankings must be 2 whole numbers"),
         ({**GOOD, "image": 5}, "image and video must be a path"),
         ({**GOOD, "images": "a.png"}, "images a list of paths"),
         ({**GOOD, "image": "a", "images": ["b"]}, "both image and images"),
+        ({**GOOD, "images": ["b"], "video": "c"}, "both images and video"),
+        ({**GOOD, "image": ""}, "image and video must be a path, images a list of paths, or null, got ''"),
+        ({**GOOD, "image": ["a.png"]}, "image and video must be a path, images a list"),
+        ({**GOOD, "images": ["a.png", None]}, "image and video must be a path, images a list"),
+        ({**GOOD, "images": {"a": "a.png"}}, "image and video must be a path, images a list"),
+        ({**GOOD, "image": "https://example.org/a.png"}, "image is an address"),
+        ({**GOOD, "image": "data:image/png;base64,***"}, "image is not base64"),
+        ({**GOOD, "image": "data:text/plain,hello"}, "only pictures in base64"),
+        ({**GOOD, "image": "file:///none/a.png"}, "no picture at /none/a.png"),
+        ({**GOOD, "image": "a\0b"}, "no picture at"),
+        ({**GOOD, "video": "data:image/gif;base64,R0lGODlhAQABAAAAACw="}, "video must be a path"),
+        ({**GOOD, "video": ["v"]}, "image and video must be a path"),
+        (json.dumps(GOOD)[:-1] + ', "prompt": "!"}', "has the key 'prompt' twice"),
         ({**GOOD, "videos": ["clip"]}, "'videos' may show something, and it is not read: read are prompt, question"),
         ({**GOOD, "image_path": "a"}, "'image_path' may show something"),
         ({**GOOD, "Image": "a"}, "'Image' may show something"),
@@ -81,6 +98,27 @@ def test_a_bad_line_is_named_with_its_number(tmp_path, line, why):
     with pytest.raises(InputError) as error:
         read_records(path)
     assert f"{path}:2" in str(error.value) and why in str(error.value)
+
+
+def test_a_picture_may_be_a_data_url_or_a_file_url(tmp_path, processor):
+    """`datasets` and web services write such; a path with the same letters as base64 stays a path."""
+    Image.effect_noise((60, 60), 60).save(tmp_path / "a.png")
+    (tmp_path / ("x" * 90)).write_bytes((tmp_path / "a.png").read_bytes())
+    coded = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    forms = ["a.png", f"data:image/png;base64,{coded}", coded, (tmp_path / "a.png").as_uri(), "x" * 90]
+    shown = [{"image": form} for form in forms] + [{"images": [form]} for form in forms]
+    records = read_records(write(tmp_path, *({**GOOD, **some} for some in shown)))
+    rows = [encode(record, processor) for record in records]
+    assert all(torch.equal(row.pictures.patches, rows[0].pictures.patches) for row in rows)
+    assert all(picture_size(record.images[0]) == (60, 60) for record in records)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 1e10, 10**30, "1", True, [1], float("inf"), float("nan")])
+@pytest.mark.parametrize("key", ["fps", "sampling_interval"])
+def test_seconds_between_frames_are_seconds(tmp_path, key, seconds):
+    (tmp_path / "v").mkdir()
+    with pytest.raises(InputError, match=r"data.jsonl:1: .*(seconds between frames|seconds apart)"):
+        read_records(write(tmp_path, {**GOOD, "video": "v", key: seconds}))
 
 
 def test_files_that_hold_nothing(tmp_path):

@@ -23,11 +23,6 @@ class Item(Record):
     category: str = "all"
     group: str = ""
 
-    @property
-    def paths(self) -> list[Path]:
-        """Of its pictures; others came in a data URL."""
-        return [image for image in self.images if isinstance(image, Path)]
-
 
 def records(row: dict, fields: dict[str, str]) -> dict:
     return {"category": "all"} | row

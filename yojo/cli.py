@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from yojo.files import InputError, check_writable, is_plain, write_json
+from yojo.files import InputError, check_place, check_writable, is_plain, write_json
 from yojo.terminal import print_leniently, stopping_by_exception
 
 DTYPES = ("float32", "bfloat16")
@@ -37,10 +37,13 @@ def shipped(name: str) -> Path:
     return path
 
 
-def refuse_existing(path: Path | None, overwrite: bool) -> None:
-    """Before work is begun that would end there."""
-    if path is not None and path.exists() and is_plain(path) and not overwrite:
+def refuse_existing(path: Path | None, overwrite: bool, folder: bool = True) -> None:
+    """Before work is begun that would end there: nothing is there that should stay, and there can be something."""
+    if path is None:
+        return
+    if path.exists() and is_plain(path) and not overwrite:
         raise InputError(f"{path} exists already: choose another --out, or say --overwrite")
+    check_place(path, folder)
 
 
 # -------------------------------------------------------------------------------------------------------------- options

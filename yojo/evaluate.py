@@ -42,7 +42,7 @@ from yojo.core.data import in_order, open_pictures
 from yojo.core.held_out import score_orders
 from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
-from yojo.files import InputError, add_line, whole_file
+from yojo.files import InputError, add_line, is_plain, whole_file
 from yojo.store import digest
 from yojo.tiny.comparison import tables
 
@@ -78,7 +78,7 @@ def score_items(
 ) -> None:
     """Scores of every item are put into `done`; those that `out` holds already are read from it, unless `overwrite`. An
     item that can't be scored raises or, `going` on, has its error in their place."""
-    done += [] if out is None or overwrite else resume(out, identity)
+    done += [] if out is None or overwrite or not is_plain(out) else resume(out, identity)
     if out is not None:
         with whole_file(out) as temporary:
             lines = [identity, *map(json.dumps, done)]
@@ -113,14 +113,23 @@ def identity_of(items: list[Item], model: dict, protocol: dict) -> str:
     """One line that names everything the scores depend on; of pictures, their names, sizes and times."""
     content = []
     for item in items:
-        paths = [*item.paths, *([item.video.path] if item.video else [])]
-        files = [f for path in paths for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
-        stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        stats += [item.video.interval] if item.video else []
-        stats += [hashlib.sha256(image).hexdigest() for image in item.images if isinstance(image, bytes)]
+        stats = [
+            stat_of(image) if isinstance(image, Path) else hashlib.sha256(image).hexdigest() for image in item.images
+        ]
+        if item.video:
+            clip = item.video.path
+            stats += [*map(stat_of, sorted(clip.iterdir()) if clip.is_dir() else [clip]), item.video.interval]
         content.append((item.prompt, item.responses, item.rankings, stats))
     items_digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps({**model, "items": items_digest, **protocol})
+
+
+def stat_of(path: Path) -> tuple:
+    """Name, size and time; of what can't be looked at, and will fail when it is opened, the name."""
+    try:
+        return path.name, path.stat().st_size, path.stat().st_mtime_ns
+    except OSError:
+        return (path.name,)
 
 
 # ------------------------------------------------------------------------------------------------------------- report

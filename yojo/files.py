@@ -176,6 +176,17 @@ def check_writable(path: str | Path) -> None:
         pass
 
 
+def check_place(path: str | Path, folder: bool) -> None:
+    """The same of a folder (or a file), as far as its neighbours tell."""
+    path = followed(path)
+    if path.exists() and folder and not path.is_dir():
+        raise InputError(f"{path} is no folder: choose another")
+    if is_plain(path):
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+
+
 @contextmanager
 def whole_file(path: str | Path, keep: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it takes the place of `path` in one step, or is written into

@@ -17,7 +17,7 @@ from torch import nn
 from yojo.cli import refuse_existing
 from yojo.core import parallel
 from yojo.core.state import Log, RunState
-from yojo.files import InputError, add_line, followed, whole_file, write_lines
+from yojo.files import InputError, add_line, check_place, followed, whole_file, write_lines
 from yojo.terminal import unbroken
 
 
@@ -118,10 +118,8 @@ class SavedRun(RunState):
 def run_folder(out: Path, overwrite: bool, resume: bool) -> Path:
     """The folder of a run's state; refuses what it was not told to replace."""
     training = followed(out.absolute().with_name(out.absolute().name + ".training"))
-    for folder in (out, training):
-        if followed(folder).exists() and not folder.is_dir():
-            raise InputError(f"{folder} is no folder: choose another --out")
     refuse_existing(out, overwrite)
+    check_place(training, folder=True)
     if resume and not training.exists():
         raise InputError(f"there is no unfinished run at {training} to resume")
     if resume and not (training / "state.pt").exists():

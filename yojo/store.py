@@ -95,7 +95,7 @@ def load_adapter(model: nn.Module, name: str, folder: str | Path) -> list[nn.Par
 
 def save_reward_model(rm: RewardModel, folder: str | Path, overwrite: bool, also: Sequence[Path]) -> None:
     """`RewardModel.save`."""
-    folder = Path(folder)
+    folder = as_path(folder, "folder")
     config = {"format": "yojo", "base": os.path.relpath(rm.base.resolve(), folder.resolve()), "mode": rm.mode}
     config |= {"fingerprint": rm.fingerprint, "layout": rm.processor.layout, "separator": SEPARATOR}
     config["separator_id"] = rm.processor.tokenizer.separator_id
@@ -110,7 +110,7 @@ def save_reward_model(rm: RewardModel, folder: str | Path, overwrite: bool, also
 
 def load_reward_model(kind: type[RewardModel], folder: str | Path, base: str | Path | None, **how) -> RewardModel:
     """`RewardModel.load`; kind: the class that is made; how: dtype, device and lm_head, as in `load_backbone`."""
-    folder = as_path(folder, "folder")
+    folder, base = as_path(folder, "folder"), base if base is None else as_path(base, "base")
     config = read_json(folder / CONFIG)
     released = "value_head_type" in config
     base = (_check_released if released else _check_ours)(folder, config, base)

@@ -18,7 +18,7 @@ See it: `pytest tests/test_trainers.py`.
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -66,6 +66,10 @@ class GroupReward:
         return {**self.__dict__, "rm": None}
 
     def __call__(self, prompts: Sequence, completions: Sequence, **columns) -> list[float | None]:
+        for name, values in (("prompts", prompts), ("completions", completions)):
+            if isinstance(values, str) or not isinstance(values, Iterable):
+                raise InputError(f"{name} must be a list, got {values!r:.99}")
+        prompts, completions = list(prompts), list(completions)
         if len(prompts) != len(completions):
             raise InputError(f"{len(prompts)} prompts, {len(completions)} completions: one prompt an answer is needed")
         rows = rows_of(columns, len(prompts), self.ignore)

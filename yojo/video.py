@@ -136,7 +136,7 @@ def _times(path: Path, count: int) -> list[float] | None:
     if not path.exists():
         return None
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
         times = [float(t) for t in raw if type(t) in (int, float)]
         rising = all(0 <= a <= b < LONGEST for a, b in pairwise([0.0, *times]))
         good = isinstance(raw, list) and len(raw) == len(times) == count and rising

@@ -322,7 +322,7 @@ def from_file(args: argparse.Namespace) -> dict:
         for item, ranked in ranks.items():
             print(item + "  " + "  ".join(f"{rank}. {name}" for name, rank in ranked.items()))
         return ranks
-    refuse_existing(args.out, args.overwrite)
+    refuse_existing(args.out, args.overwrite, folder=False)
     chosen, left_out = {item: list(ranked) for item, ranked in ranks.items()}, []
     if args.sample:
         chosen, left_out = sample(ranks, args.sample, args.ties, random.Random(args.seed))

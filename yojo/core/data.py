@@ -50,9 +50,11 @@ class Record:
     pictures: Pictures | None = None
 
     def __post_init__(self):
-        ranks, n = self.rankings, len(self.responses)
+        if (ranks := self.rankings) is None:
+            return
+        n = len(self.responses)
         good = isinstance(ranks, list) and len(ranks) == n and all(type(r) is int and 1 <= r <= n for r in ranks)
-        if ranks is not None and not (good and 1 in ranks):
+        if not good or 1 not in ranks:
             ranks = f"{ranks!r:.99}; 1 is the best and must be there, none is above {n}"
             raise InputError(f"{self.prefix}rankings must be {n} whole numbers from 1, got {ranks}")
 
