@@ -1,6 +1,6 @@
 """Stop a run by a signal at a random moment, let it go on, and compare what it leaves with an uninterrupted run's.
 
-python tests/faults.py train 50 SIGKILL   (or evaluate, grpo, checkpoint; SIGINT, SIGTERM; `test_faults.py` does some)
+python tests/faults.py train 50 SIGINT SIGTERM     (in turns; or evaluate, grpo, checkpoint; `test_faults.py` does 3 each)
 
 SIGKILL is seen by nobody: a run loses what it did since its last save. After the others nothing is lost but the step in
 flight, although training saves nothing before its end here.
@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -50,14 +50,12 @@ def ends(kind: Kind, folder: Path, out: Path) -> dict[str, bytes]:
     return {name: (folder / name.format(out=out.name)).read_bytes() for name in kind.files}
 
 
-def prepare(folder: Path, stop: str) -> dict[str, Kind]:
+def prepare(folder: Path) -> dict[str, Kind]:
     """Twelve records, and each command made small."""
     Image.effect_noise((84, 84), 60).save(folder / "p.png")
     record = {"prompt": "Describe the star.", "responses": ["a red star", "a star", "no"], "rankings": [1, 2, 3]}
     lines = [json.dumps(record | {"prompt": f"{i}?", "image": "p.png"}) for i in range(12)]
     (folder / "prefs.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    small = Recipe(LoraConfig(r=2), 8, records=1, fit=FitConfig(steps=0, accumulate=2, save_every=SAVED[stop]))
-    train.Recipe = lambda: replace(small)
     tiny, data = WEIGHTS / "tiny", folder / "prefs.jsonl"
     model = ["adapter_model.safetensors", "value_head.safetensors"]
     return {
@@ -93,6 +91,12 @@ def prepare(folder: Path, stop: str) -> dict[str, Kind]:
             + ["{out}/config.json", "{out}/model.safetensors.index.json"],
         ),
     }
+
+
+def save_every(steps: int) -> None:
+    """Of training, which is small."""
+    fit = FitConfig(steps=0, accumulate=2, save_every=steps)
+    train.Recipe = lambda: Recipe(LoraConfig(r=2), 8, records=1, fit=fit)
 
 
 def start(kind: Kind, words: list, quiet: Path) -> int:
@@ -138,18 +142,20 @@ def check_left(name: str, folder: Path, out: Path, stop: str) -> None:
         weights.load_backbone(out)
 
 
-def stop_many(name: str, times: int, stop: str = "SIGKILL", seed: int = 0) -> int:
+def stop_many(name: str, times: int, stops: list[str], seed: int = 0) -> int:
     """-> how many of the signals came before the end of the run."""
-    rng, hits = random.Random(f"{seed} {name}"), 0
+    rng, hits = random.Random(f"{seed} {name} {stops}"), 0
+    save_every(100)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        kind, log = prepare(folder, stop)[name], folder / "log.txt"
+        kind, log = prepare(folder)[name], folder / "log.txt"
         for out in (folder / "cold", folder / "whole"):  # the first run also warms the machine up
             began = time.monotonic()
             assert finish(start(kind, kind.words(folder, out), log)) == 0, log.read_text(encoding="utf-8")
         seconds, expected = time.monotonic() - began, ends(kind, folder, out)
         for i in range(times):
-            out = folder / f"out{i}"
+            out, stop = folder / f"out{i}", stops[i % len(stops)]
+            save_every(SAVED[stop])
             process = start(kind, kind.words(folder, out), log)
             time.sleep(rng.uniform(0, seconds))
             os.kill(process, signal.Signals[stop])
@@ -170,5 +176,6 @@ def stop_many(name: str, times: int, stop: str = "SIGKILL", seed: int = 0) -> in
 
 
 if __name__ == "__main__":
-    name, times, stop = sys.argv[1], int(sys.argv[2]), (sys.argv[3:] or ["SIGKILL"])[0]
-    print(f"{stop_many(name, times, stop)} of {times} signals hit a run; all went on to the same bytes")
+    name, times, *stops = sys.argv[1:]
+    hits = stop_many(name, int(times), stops or ["SIGKILL"])
+    print(f"{hits} of {times} signals hit a run; all went on to the same bytes")

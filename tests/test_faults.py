@@ -1,6 +1,6 @@
 """What happens in runs of days: kills, a full disk, numbers that are no numbers. Nothing saved is lost.
 
-pytest tests/test_faults.py            (two kills of each kind; `python tests/faults.py train 50` for more)
+pytest tests/test_faults.py            (three signals of each kind; `python tests/faults.py train 50` for more)
 """
 
 import json
@@ -28,12 +28,15 @@ from yojo.files import InputError, add_line
 FAULTS = Path(__file__).with_name("faults.py")
 
 
-@pytest.mark.parametrize("stop", ["SIGKILL", "SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("kind", ["train", "grpo", "evaluate", "checkpoint"])
-def test_stopped_at_a_random_moment_a_run_goes_on_to_the_same_bytes(kind, stop):
+def test_stopped_at_a_random_moment_a_run_goes_on_to_the_same_bytes(kind):
     environment = {**os.environ, "PYTHONPATH": str(FAULTS.parent.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, FAULTS, kind, "2", stop], env=environment, check=False, capture_output=True, text=True
+        [sys.executable, FAULTS, kind, "3", "SIGKILL", "SIGINT", "SIGTERM"],
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "all went on to the same bytes" in done.stdout
