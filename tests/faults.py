@@ -1,6 +1,6 @@
 """Stop a run by a signal at a random moment, let it go on, and compare what it leaves with an uninterrupted run's.
 
-python tests/faults.py train 50 SIGINT SIGTERM     (in turns; or evaluate, grpo, checkpoint; `test_faults.py` does 3 each)
+python tests/faults.py train 50 SIGINT SIGTERM   (in turns; or evaluate, grpo, checkpoint; `test_faults.py` does some)
 
 SIGKILL is seen by nobody: a run loses what it did since its last save. After the others nothing is lost but the step in
 flight, although training saves nothing before its end here.
