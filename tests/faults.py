@@ -105,6 +105,7 @@ def start(kind: Kind, words: list, quiet: Path) -> int:
     if process:
         return process
     status = 1
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     tqdm.set_lock(threading.RLock())  # its own lock is shared by forks, and one that is killed may hold it
     try:
         with open(quiet, "w", encoding="utf-8") as file:
@@ -172,6 +173,7 @@ def stop_many(name: str, times: int, stops: list[str], seed: int = 0) -> int:
             assert ends(kind, folder, out) == expected
             for path in folder.glob(f"*out{i}*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert hits or times < 10, "no signal hit a run"
     return hits
 
 

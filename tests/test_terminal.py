@@ -127,6 +127,14 @@ def test_what_failed_before_anything_was_found_leaves_what_was_there(command, fo
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
+@pytest.fixture(autouse=True)
+def signals_that_are_heard():
+    """A shell's background jobs ignore SIGINT, and so would what these tests start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     "number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)]
 )
