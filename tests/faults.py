@@ -163,7 +163,7 @@ def stop_many(name: str, times: int, stops: list[str], seed: int = 0) -> int:
             status, said = finish(process), log.read_text(encoding="utf-8")
             hits += status != 0
             if status not in (0, STATUS[stop]) or "Traceback" in said:
-                assert "in main" not in said, said  # in the fork's own lines, before or after the command
+                assert "in finish" not in said, said  # but before the command began, or after it
             check_left(name, folder, out, stop)
             begun = out.with_name(out.name + ".training").exists()
             done = out.exists() and name != "evaluate"  # an evaluation is asked for again in the same words
