@@ -161,9 +161,11 @@ def stop_many(name: str, times: int, stops: list[str], seed: int = 0) -> int:
             time.sleep(rng.uniform(0, seconds))
             os.kill(process, signal.Signals[stop])
             status, said = finish(process), log.read_text(encoding="utf-8")
-            hits += status != 0
-            if status not in (0, STATUS[stop]) or "Traceback" in said:
-                assert "in finish" not in said, said  # but before the command began, or after it
+            hits += status == STATUS[stop]
+            if "Traceback" in said:  # before the command began, or after it
+                assert "in finish" not in said, said
+            else:
+                assert status in (0, STATUS[stop]), said
             check_left(name, folder, out, stop)
             begun = out.with_name(out.name + ".training").exists()
             done = out.exists() and name != "evaluate"  # an evaluation is asked for again in the same words

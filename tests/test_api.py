@@ -6,7 +6,11 @@ pytest tests/test_api.py
 import base64
 import io
 import math
+import os
 import warnings
+from collections import deque
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -17,11 +21,23 @@ import yojo
 from yojo import InputError, RewardModel, load_backbone, weights
 from yojo.cli import WEIGHTS
 from yojo.core.data import Record, encode
+from yojo.core.grpo import prompt_row
+from yojo.core.training import FitConfig, PreferenceLoss, Recipe
 from yojo.trainers import GroupReward
+from yojo.video import Clip
 
 ANSWERS = ["a small cyan cross, bottom centre, one of three", "a large cyan cross, bottom centre, one of three"]
 PICTURE = np.random.default_rng(0).integers(0, 256, (84, 84, 3), dtype=np.uint8)
 ASKED = "Describe the cross."
+
+
+class Table:
+    """As of pandas, without it."""
+
+    ndim = 2
+
+    def __iter__(self):
+        return iter(["a", "b"])
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +57,8 @@ def test_a_picture_in_any_form_is_the_same_picture(rm, tmp_path):
     coded = base64.b64encode(as_png()).decode()
     forms = [str(tmp_path / "p.png"), Image.fromarray(PICTURE), PICTURE, torch.tensor(PICTURE).permute(2, 0, 1)]
     forms += [as_png(), f"data:image/png;base64,{coded}", (tmp_path / "p.png").as_uri(), {"bytes": as_png()}]
-    for form in [*forms, [PICTURE], (PICTURE,), iter([PICTURE])]:
+    forms += [io.BytesIO(as_png()), (tmp_path / "p.png").open("rb"), next(os.scandir(tmp_path)), coded]
+    for form in [*forms, [PICTURE], (PICTURE,), iter([PICTURE]), [io.BytesIO(as_png())]]:
         assert rm.score(ASKED, ANSWERS, image=form) == expected, type(form)
     two = rm.score(ASKED, ANSWERS, image=[PICTURE, PICTURE])
     assert two == rm.score(ASKED, ANSWERS, image=(p for p in [PICTURE, PICTURE])) != expected
@@ -54,7 +71,10 @@ def test_frames_with_or_without_seconds(rm, tmp_path):
         Image.fromarray(frame).save(tmp_path / f"clip/{i}.png")
     expected = rm.score(ASKED, ANSWERS, video=tmp_path / "clip")
     forms = [frames, tuple(frames), iter(frames), np.stack(frames), torch.tensor(np.stack(frames)).permute(0, 3, 1, 2)]
-    for form in [*forms, [(4.0 * i, frame) for i, frame in enumerate(frames)]]:
+    forms += [deque(frames), [[4.0 * i, frame] for i, frame in enumerate(frames)], (tmp_path / "clip").as_uri()]
+    for number in (float, torch.tensor, np.float32, Decimal, Fraction):
+        forms.append([(number(4 * i), frame) for i, frame in enumerate(frames)])
+    for form in forms:
         assert rm.score(ASKED, ANSWERS, video=form) == expected, type(form)
     assert rm.score(ASKED, ANSWERS, video=[(2.0 * i, frame) for i, frame in enumerate(frames)]) != expected
 
@@ -106,18 +126,36 @@ def test_responses_in_whatever_yields_them_in_order(rm):
         ({"video": 5}, "the video is a int"),
         ({"video": "none"}, "no video at none"),
         ({"video": "clip.mp4"}, "must be a folder of frames first"),
-        ({"video": "https://example.org/a.mp4"}, "must be a folder of frames first|no video"),
+        ({"video": "https://example.org/a.mp4"}, "the video is an address, 'https://example.org/a.mp4'"),
+        ({"video": ""}, "a video must be a path, got ''"),
+        ({"video": "file://clip"}, "'file://clip' names no absolute path"),
+        ({"image": "file://p.png"}, "'file://p.png' names no absolute path"),
+        ({"image": "images/" + 16 * "0a1b"}, "no picture at images/0a1b"),
+        ({"image": [[PICTURE, PICTURE], [PICTURE]]}, "image 1 is a list"),
+        ({"image": torch.zeros(3, 8, 8, dtype=torch.uint8, device="meta")}, "image 1 is a Tensor of .* cannot be read"),
+        ({"image": torch.zeros(84, 84, 3, dtype=torch.uint8)}, r"give \[3, height, width\]"),
+        ({"responses": Table()}, "responses a list of strings"),
         ({"video": [(1.0, PICTURE), (0.5, PICTURE)]}, "rising seconds"),
         ({"video": [(0.0, PICTURE), PICTURE]}, "seconds"),
         ({"video": [("0", PICTURE)]}, "seconds"),
         ({"video": [(math.nan, PICTURE)]}, "seconds"),
         ({"video": [(10**30, PICTURE)]}, "seconds"),
         ({"video": [(None, PICTURE)]}, "seconds"),
+        ({"video": [(np.str_("1"), PICTURE)]}, "seconds"),
+        ({"video": [(np.timedelta64(1, "s"), PICTURE)]}, "seconds"),
+        ({"video": [(np.complex64(1), PICTURE)]}, "seconds"),
+        ({"video": Clip("none")}, "no video at none"),
     ],
 )
 def test_what_cannot_be_scored_names_its_argument(rm, change, why):
     with pytest.raises(InputError, match=why):
         rm.score(**{"prompt": ASKED, "responses": ANSWERS} | change)
+
+
+@pytest.mark.parametrize("frames, interval", [(0, 1), ("2", 1), (None, 1), (2.5, 1), (2, "4"), (2, 0), (2, math.nan)])
+def test_a_clip_is_checked_where_it_is_made(frames, interval):
+    with pytest.raises(InputError, match="frames"):
+        Clip("clip", frames, interval)
 
 
 @pytest.mark.parametrize("mode", ["joint", "isolated"])
@@ -131,21 +169,52 @@ def test_an_autocast_outside_leaves_scores_alone(rm, mode):
             rows = [encode(Record(ASKED, many, images=[PICTURE]), rm.processor)]
             assert list(rm.score_all(rows, mode)) == [expected]
             assert torch.is_autocast_enabled("cpu")
+            kept = prompt_row(rm, Record(ASKED, images=[PICTURE])).pictures
+        assert torch.equal(kept.features, prompt_row(rm, Record(ASKED, images=[PICTURE])).pictures.features)
     on_grid = [float(torch.tensor(s).to(torch.bfloat16)) for s in expected]
     assert on_grid != expected, "or this would show nothing"
 
 
+def test_training_in_python_leaves_out_what_prefers_nothing(rm):
+    good, records = Record("?", ["a", "b"], [2, 1]), [Record("?", ["a"], [1]), Record("?", ["a", "b"], [1, 1])]
+    recipe = Recipe(fit=FitConfig(steps=1))
+    assert PreferenceLoss(rm, [*records, good], recipe, 0).records == [good]
+    for nothing in (records, [], [Record("?", ["a", "b"])]):
+        with pytest.raises(InputError, match="says which of its responses is better"):
+            PreferenceLoss(rm, nothing, recipe, 0)
+    with pytest.raises(InputError, match="rankings must be"):
+        Record("?", "abc", [1, 2, 3])
+
+
+@pytest.mark.parametrize("prompts, completions", [("?", ["a"]), (["?"], "a"), (None, ["a"]), (["?"], {"a"}), ({}, [])])
+def test_a_group_reward_is_asked_with_lists(prompts, completions):
+    with pytest.raises(InputError, match="(prompts|completions) must be a list"):
+        GroupReward(WEIGHTS / "tiny-rm")(prompts, completions)
+
+
 @pytest.mark.parametrize("nothing", [None, 5, b"x"])
 def test_a_folder_must_be_a_path(nothing):
-    for load in (RewardModel.load, load_backbone, lambda path: RewardModel.new(path, "joint", yojo.LoraConfig())):
+    for load in (
+        GroupReward,
+        RewardModel.load,
+        load_backbone,
+        lambda path: RewardModel.new(path, "joint", yojo.LoraConfig()),
+    ):
         with pytest.raises(InputError, match="must be a path"):
             load(nothing)
 
 
+def test_half_precision_is_refused_where_a_base_must_be_known():
+    """Weights rounded to float16 are not those that a fingerprint remembers."""
+    with pytest.raises(InputError, match="dtype must be torch.float32, float64 or bfloat16, got torch.float16"):
+        RewardModel.load(WEIGHTS / "tiny-rm", dtype=torch.float16)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, float, "x"])
 def test_a_dtype_must_be_one_of_torch(dtype):
-    with pytest.raises(InputError, match="dtype must be a floating-point torch.dtype"):
-        RewardModel.load(WEIGHTS / "tiny-rm", dtype=dtype)
+    for load, folder in ((RewardModel.load, "tiny-rm"), (load_backbone, "tiny")):
+        with pytest.raises(InputError, match="dtype must be "):
+            load(WEIGHTS / folder, dtype=dtype)
 
 
 # -------------------------------------------------------------------------------------------------------------- device
@@ -173,7 +242,7 @@ def _stop():
 
 
 @pytest.mark.parametrize(
-    "device, why", [("cuda", "torch sees no CUDA device"), ("gpu", "device 'gpu'"), ([], "device")]
+    "device, why", [("cuda", "sees no CUDA device"), ("gpu", "device .gpu."), ("meta", ".meta."), ([], "device")]
 )
 def test_a_device_that_is_not_there_is_named(monkeypatch, device, why):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -117,6 +117,19 @@ def test_training_does_not_begin_on_a_picture_that_is_cut_off(command, small):
     assert status == 2 and "d.jsonl:30: " in err and not (folder / "rm.training").exists()
 
 
+@pytest.mark.parametrize("out", ["", ".", "..", "d.jsonl"])
+def test_training_does_not_begin_where_nothing_could_be_saved(command, small, monkeypatch, out):
+    words, _, folder = small
+    words = words()
+    words[words.index("--out") + 1] = out
+    monkeypatch.chdir(folder)
+    before = sorted(folder.parent.iterdir()), sorted(folder.iterdir())
+    monkeypatch.setattr(train, "read_records", lambda *_, **__: pytest.fail("work was begun"))
+    status, _, err = command(train, *words, "--overwrite")
+    assert status == 2 and ("current folder" in err or "no folder" in err)
+    assert (sorted(folder.parent.iterdir()), sorted(folder.iterdir())) == before
+
+
 def test_keep_going_lists_what_it_leaves_out(command, small):
     words, lines, folder = small
     lines[3]["image"], lines[7], lines[8]["rankings"] = "cut.jpg", '{"prompt": ', [9, 3]

@@ -35,10 +35,11 @@ def test_a_record_in_each_form(tmp_path):
         "",
         {**GOOD, "images": ["a.png", "b/c.png"]},
         {**GOOD, "image": None},
+        {**GOOD, "image": float("nan"), "images": None, "video": None},
     )
     records = read_records(path)
-    assert [r.images for r in records] == [[], [tmp_path / "a.png"], [tmp_path / "a.png", tmp_path / "b/c.png"], []]
-    assert [r.where for r in records] == [f"{path}:{n}" for n in (1, 2, 4, 5)]
+    assert [r.images for r in records] == [[], [tmp_path / "a.png"], [tmp_path / "a.png", tmp_path / "b/c.png"], [], []]
+    assert [r.where for r in records] == [f"{path}:{n}" for n in (1, 2, 4, 5, 6)]
     assert records[0].responses == ["a", "b"] and records[0].rankings == [2, 1]
 
 
@@ -79,6 +80,9 @@ def test_a_line_break_inside_a_string_is_no_line_break(tmp_path):
         ({**GOOD, "image": "data:image/png;base64,***"}, "image is not base64"),
         ({**GOOD, "image": "data:text/plain,hello"}, "only pictures in base64"),
         ({**GOOD, "image": "file:///none/a.png"}, "no picture at /none/a.png"),
+        ({**GOOD, "image": "file://a.png"}, "'file://a.png' names no absolute path"),
+        ({**GOOD, "video": "file://clip"}, "'file://clip' names no absolute path"),
+        ({**GOOD, "image": "images/" + 16 * "0a1b"}, "no picture at"),
         ({**GOOD, "image": "a\0b"}, "no picture at"),
         ({**GOOD, "video": "data:image/gif;base64,R0lGODlhAQABAAAAACw="}, "video must be a path"),
         ({**GOOD, "video": ["v"]}, "image and video must be a path"),

@@ -129,6 +129,14 @@ def test_a_full_disk_is_one_line_and_keeps_the_state_before_it(command, run, mon
     assert command(train, *words, "--resume")[0] == 0
 
 
+def test_a_disk_that_is_full_from_the_start_is_found_before_the_first_step(command, run):
+    words, training = run
+    with full_disk(10_000):
+        status, _, err = command(train, *words)
+    assert status == 2 and "state.pt: torch could not write it, is the disk full?" in err.split("\n")[-2]
+    assert (training / "metrics.jsonl").read_text() == ""
+
+
 def test_a_killed_command_leaves_no_worker_behind():
     code = (
         "import os; from yojo.cli import in_processes\n"

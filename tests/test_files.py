@@ -10,7 +10,16 @@ import threading
 
 import pytest
 
-from yojo.files import InputError, check_writable, is_plain, read_json, read_lines, whole_folder, write_json
+from yojo.files import (
+    InputError,
+    check_place,
+    check_writable,
+    is_plain,
+    read_json,
+    read_lines,
+    whole_folder,
+    write_json,
+)
 
 LINE = '{"prompt": "a star?", "responses": ["yes", "no"]}'
 
@@ -88,6 +97,17 @@ def test_a_file_is_not_replaced_by_a_folder_nor_a_folder_by_a_file(tmp_path):
     with pytest.raises(InputError, match="it is a folder"):
         write_json(tmp_path, 1)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "sub/..", "/", "a\0b", "x" * 300])
+def test_a_folder_that_cannot_be_replaced_is_known_before(tmp_path, monkeypatch, name):
+    """An unset variable behind --out, most of all."""
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for check in (lambda: check_place(name, folder=True), whole_folder(name, overwrite=True).__enter__):
+        with pytest.raises(InputError, match="current folder, or one above it|cannot write|null character"):
+            check()
+    assert [path.name for path in tmp_path.iterdir()] == ["sub"] and not (tmp_path.parent / "...training").exists()
 
 
 def test_a_pipe_is_written_into_and_stays_a_pipe(tmp_path):

@@ -38,7 +38,10 @@ def vl_rewardbench(row: dict, fields: dict[str, str]) -> dict:
     """Ranks count from 0. No field names the category; where an id comes from says it, and every other source is
     general, as in the benchmark's own script."""
     ranks, name = row["rankings"], str(row["group"])
-    if len(ranks) == len(row["responses"]) and all(type(rank) is int and rank >= 0 for rank in ranks):
+    whole, n = all(type(rank) is int for rank in ranks), len(row["responses"])
+    if whole and len(ranks) == n and min(ranks, default=0) > 0:
+        raise InputError(f"{fields['rankings']} must count from 0, got {ranks!r:.99}")
+    if whole and len(ranks) == n and set(ranks) <= set(range(n)):  # others are refused as they stand there
         row = row | {"rankings": [rank + 1 for rank in ranks]}
     found = [category for category, starts in PREFIXES.items() if name.lower().startswith(starts)]
     return {"category": found[0] if found else "general"} | row
@@ -130,5 +133,6 @@ def item_of(raw: dict, form: str, convert: Callable, fields: dict[str, str], whe
     if form != "records" and (len(record.responses) > 2 or len(set(record.rankings)) < 2):
         raise InputError(f"{where}: a pair with one better answer is needed, got ranks {record.rankings}")
     shown = [i for i in record.images if isinstance(i, Path)] + ([record.video.path] if record.video else [])
-    beside = (shown[0].parent.name or "all") if shown else "text"  # what MM-RLHF says of a category
+    # what MM-RLHF says of a category; a picture in a data URL stands in no folder
+    beside = (shown[0].parent.name or "all") if shown else "all" if record.images else "text"
     return Item(**vars(record), category=str(row.get("category", beside)), group=str(row.get("group", where)))

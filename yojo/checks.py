@@ -9,13 +9,12 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from yojo.core import parallel
-from yojo.core.data import Record
+from yojo.core.data import Record, Some, with_preference
 from yojo.files import InputError, passed_over
 from yojo.media import open_picture
 from yojo.video import Clip, open_video
 
 Kept = TypeVar("Kept")
-Some = TypeVar("Some", bound=Record)
 
 
 def keeping(
@@ -39,7 +38,7 @@ def openable(records: Sequence[Some], bad: list[str] | None) -> list[Some]:
     def check(record: Some) -> Some:
         for shown in [*record.images, *([record.video] if record.video else [])]:
             if shown not in faults:
-                faults[shown] = fault(shown)
+                faults[shown] = fault(shown, "a picture")
             if faults[shown] is not None:
                 raise InputError(f"{record.prefix}{faults[shown]}")
         return record
@@ -47,25 +46,17 @@ def openable(records: Sequence[Some], bad: list[str] | None) -> list[Some]:
     return keeping(records, check, bad, "opening pictures")
 
 
-def fault(shown: object) -> str | None:
-    """What is wrong with a picture or a clip."""
+def fault(shown: object, name: str) -> str | None:
+    """What is wrong with a picture or a clip; name: of a picture that has no path."""
     try:
-        open_video(shown) if isinstance(shown, Clip) else open_picture(shown)
+        open_video(shown) if isinstance(shown, Clip) else open_picture(shown, name)
     except InputError as error:
         return str(error)
 
 
-def with_preference(records: Sequence[Some]) -> list[Some]:
-    """Those that say which response is better. One response, or several that are all as good, teach nothing and make
-    every model right."""
-    return [record for record in records if len(set(record.rankings or [])) > 1]
-
-
 def preferring(records: Sequence[Some], say: Callable[[str], object] = parallel.say) -> list[Some]:
-    """The same; how many were left out is said, and none at all raises."""
+    """Those `with_preference`; how many were left out is said."""
     kept = with_preference(records)
-    if not kept:
-        raise InputError(f"none of {len(records)} records says which of its responses is better: at least two ranks")
     if left := len(records) - len(kept):
         say(f"left out, since all their responses are as good or there is only one: {left} of {len(records)} records")
     return kept

@@ -41,7 +41,7 @@ def refuse_existing(path: Path | None, overwrite: bool, folder: bool = True) -> 
     """Before work is begun that would end there: nothing is there that should stay, and there can be something."""
     if path is None:
         return
-    if path.exists() and is_plain(path) and not overwrite:
+    if os.path.exists(path) and is_plain(path) and not overwrite:
         raise InputError(f"{path} exists already: choose another --out, or say --overwrite")
     check_place(path, folder)
 

@@ -156,8 +156,10 @@ def followed(path: str | Path) -> Path:
     """What a path names once its links are followed. Links that the system keeps stay: /dev/stdout leads to a file that
     is open already."""
     path = Path(path)
+    if "\0" in str(path):
+        raise InputError(f"no path can hold a null character: {str(path)!r:.99}")
     for _ in range(40):  # a ring of links is left to whoever opens it
-        if not path.is_symlink() or path.absolute().parts[1] in ("dev", "proc"):
+        if not os.path.islink(path) or path.absolute().parts[1] in ("dev", "proc"):
             break
         path = path.parent / os.readlink(path)
     return path
@@ -167,7 +169,7 @@ def is_plain(path: str | Path) -> bool:
     """Is it a file or a folder, or nothing yet? Not so is what can only be written into: devices, pipes, and whatever
     stands for an open file."""
     path = followed(path)
-    return not path.is_symlink() and (not path.exists() or path.is_file() or path.is_dir())
+    return not os.path.islink(path) and (not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path))
 
 
 def check_writable(path: str | Path) -> None:
@@ -179,12 +181,19 @@ def check_writable(path: str | Path) -> None:
 def check_place(path: str | Path, folder: bool) -> None:
     """The same of a folder (or a file), as far as its neighbours tell."""
     path = followed(path)
-    if path.exists() and folder and not path.is_dir():
-        raise InputError(f"{path} is no folder: choose another")
+    if folder:
+        _check_folder(path)
     if is_plain(path):
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+
+
+def _check_folder(path: Path) -> None:
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise InputError(f"{path} is no folder: choose another")
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise InputError(f"{path} is the current folder, or one above it: choose another")
 
 
 @contextmanager
@@ -193,7 +202,7 @@ def whole_file(path: str | Path, keep: bool = False) -> Iterator[Path]:
     what is no plain file. keep: what `path` holds stays."""
     path = followed(path)
     with _writing(path):
-        if path.is_dir():
+        if os.path.isdir(path):
             raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
         plain = is_plain(path)
         if not plain and not os.access(path, os.W_OK):
@@ -234,11 +243,11 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     under `.<name>.old`, from where the next write of `path` or `restore` puts it back.
     """
     path = followed(path)
+    _check_folder(path)
+    path = path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
     old = _aside(path)
     restore(path)
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is no folder: choose another")
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise InputError(f"{path} exists already: choose another folder, or say --overwrite")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +255,7 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         try:
             yield temporary
             os.chmod(temporary, 0o777 & ~_umask())
-            if path.exists():
+            if os.path.exists(path):
                 os.rename(path, old)
             os.rename(temporary, path)
         finally:
@@ -258,7 +267,7 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 def restore(path: str | Path) -> None:
     """Put back the folder that an interrupted `whole_folder` had moved aside, if it had."""
     path = followed(path)
-    if _aside(path).exists() and not path.exists():
+    if os.path.exists(_aside(path)) and not os.path.exists(path):
         os.rename(_aside(path), path)
 
 

@@ -113,11 +113,15 @@ def picture_from(value: object, what: str) -> Source:
     Pillow picture, bytes, base64, a data URL, `{"bytes", "path"}`, an array or tensor of uint8, or a list of one of
     these. Nothing is fetched."""
     if isinstance(value, (list, tuple)) and len(value) == 1:
-        return picture_from(value[0], what)
+        value = value[0]
     if isinstance(value, dict) and value.keys() <= {"bytes", "path"} and any(v is not None for v in value.values()):
         value = value["path"] if value.get("bytes") is None else value["bytes"]
     if isinstance(value, (Path, Image.Image)):
         return value
+    if isinstance(value, os.PathLike):
+        return Path(value)
+    if hasattr(value, "read"):
+        value = value.read()
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value)
     if hasattr(value, "dtype") and hasattr(value, "shape"):
@@ -135,20 +139,24 @@ def picture_from(value: object, what: str) -> Source:
         return file_of(value)
     if scheme:
         raise InputError(f"{what} is an address, {value[:80]!r}: nothing is fetched, so download it and give its path")
-    if len(value) > 64 and re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", value) and not os.path.exists(value):
+    coded = len(value) > 64 and value.startswith(BASE64) and re.fullmatch(r"[A-Za-z0-9+/_\s-]+=*\s*", value)
+    if coded and not os.path.exists(value):
         return _from_base64(value, what)
     return Path(value)
 
 
 def address_of(text: str) -> str:
     """The scheme of an address, such as https, file or data; "" of a path."""
-    found = re.match(r"(data):|([a-z][a-z0-9+.-]*)://", text, re.IGNORECASE)
+    found = re.match(r"(data|file):|([a-z][a-z0-9+.-]*)://", text, re.IGNORECASE)
     return (found[1] or found[2]).lower() if found else ""
 
 
 def file_of(url: str) -> Path:
-    """The path in a file URL."""
-    return Path(unquote(re.sub(r"^file://[^/]*", "", url, flags=re.IGNORECASE)))
+    """The path in a file URL, which is absolute."""
+    found = re.fullmatch(r"file:(?://(?:localhost)?)?(/(?!/).+)", url, re.IGNORECASE | re.DOTALL)
+    if not found:
+        raise InputError(f"{url[:80]!r} names no absolute path: write file:///..., or the path alone")
+    return Path(unquote(found[1]))
 
 
 def _from_array(array: object, what: str) -> Image.Image:
@@ -156,11 +164,15 @@ def _from_array(array: object, what: str) -> Image.Image:
     kind = f"{type(array).__name__} of {array.dtype} {list(array.shape)}"
     if "uint8" not in str(array.dtype):
         raise InputError(f"{what} is a {kind} that is no picture here: give uint8, or a path")
-    levels = np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
+    try:
+        levels = np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
+    except Exception as error:  # by how the tensor is stored
+        raise InputError(f"{what} is a {kind} that cannot be read: {error}") from None
     if levels.ndim == 3 and hasattr(array, "detach"):
         levels = levels.transpose(1, 2, 0)
     if levels.ndim not in (2, 3) or levels.shape[2:] not in ((), (1,), (3,), (4,)):
-        raise InputError(f"{what} is a {kind} that is no picture here: give [height, width, 3], or a path")
+        form = "[3, height, width]" if hasattr(array, "detach") else "[height, width, 3]"
+        raise InputError(f"{what} is a {kind} that is no picture here: give {form}, or a path")
     return Image.fromarray(np.ascontiguousarray(levels.squeeze(2) if levels.shape[2:] == (1,) else levels))
 
 
@@ -176,6 +188,8 @@ def data_url(picture: bytes) -> str:
     return f"data:application/octet-stream;base64,{base64.b64encode(picture).decode()}"
 
 
+# How files of pictures, sounds and videos begin in base64.
+BASE64 = tuple("iVBORw0KGgo /9j/ R0lGOD UklGR Qk SUkq TU0AK AAAA SUQz T2dnUw GkXfo JVBERi".split())
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF", "TIFF")  # MPO, a format of phones, holds one picture several times
 Turn = Image.Transpose
 SIDEWAYS = (Turn.TRANSPOSE, Turn.ROTATE_270, Turn.TRANSVERSE, Turn.ROTATE_90)
@@ -233,7 +247,8 @@ def eight_bits(picture: Image.Image, name: str, most: float = 0) -> Image.Image:
 
 def pictures_in(value: object) -> list:
     """One picture, or several in a list or whatever yields them -> a list."""
-    return list(value) if isinstance(value, (list, tuple, Iterator)) else [value]
+    several = isinstance(value, (list, tuple, Iterator)) and not hasattr(value, "read")  # an open file yields lines
+    return list(value) if several else [value]
 
 
 def short(value: object) -> str:

@@ -14,17 +14,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
-from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from yojo.files import InputError
 from yojo.media import address_of, file_of, open_frames, open_picture, short
 from yojo.unread import empty, may_show, refuse_unread
-from yojo.video import FRAMES, INTERVAL, LONGEST, Clip, Frames, NoClip, open_video, spread, timed
+from yojo.video import FRAMES, INTERVAL, Clip, Frames, NoClip, open_video, seconds_of, spread, timed
 
 
 @dataclass(frozen=True)
@@ -210,9 +208,9 @@ def columns_of(row: Mapping[str, object], video: bool) -> dict[str, list]:
 
 def seconds_apart(row: Mapping[str, object]) -> float:
     apart = row.get(APART)
-    if not empty(apart) and not (isinstance(apart, (Real, np.generic)) and 0 < apart < LONGEST):
-        raise InputError(f"{APART} is the seconds between frames, got {apart!r}")
-    return INTERVAL if empty(apart) else float(apart)
+    if not empty(apart) and not seconds_of(apart):
+        raise InputError(f"{APART} is the seconds between frames, got {apart!r:.99}")
+    return INTERVAL if empty(apart) else seconds_of(apart)
 
 
 def merged(kind: str, blocks: list, beside: list) -> list:

@@ -117,8 +117,8 @@ class SavedRun(RunState):
 
 def run_folder(out: Path, overwrite: bool, resume: bool) -> Path:
     """The folder of a run's state; refuses what it was not told to replace."""
-    training = followed(out.absolute().with_name(out.absolute().name + ".training"))
     refuse_existing(out, overwrite)
+    training = followed(out.absolute().with_name(out.absolute().name + ".training"))
     check_place(training, folder=True)
     if resume and not training.exists():
         raise InputError(f"there is no unfinished run at {training} to resume")

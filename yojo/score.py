@@ -49,8 +49,8 @@ def main() -> None:
     add("--tiny", action="store_true", help="use the built-in model, and its world where no --prompt is given")
     add("--model", type=Path, metavar="DIR", help="a reward model's folder")
     add("--base", type=Path, metavar="DIR", help="the folder of its backbone, if it has moved")
-    add("--image", type=Path, action="append", metavar="FILE", help="a picture; repeat for several")
-    add("--video", type=Path, metavar="DIR", help="a folder of frames, or an animated GIF or WebP")
+    add("--image", action="append", metavar="FILE", help="a picture; repeat for several")
+    add("--video", metavar="DIR", help="a folder of frames, or an animated GIF or WebP")
     add("--frames", type=whole(1), default=FRAMES, metavar="K", help="at most so many, evenly spaced")
     add("--interval", type=float, default=INTERVAL, metavar="S", help="seconds between frames without times")
     add("--prompt", metavar="TEXT", help="the question")
@@ -92,7 +92,7 @@ def prompts(args: argparse.Namespace) -> tuple[list[Record], list[int]]:
         return [Record(prompt, responses, images=[world.render(scene)])], facts
     if args.prompt is None or not args.response:
         raise InputError("give --prompt and at least one --response, or --data FILE")
-    video = Clip(args.video, args.frames, args.interval) if args.video else None
+    video = None if args.video is None else Clip(args.video, args.frames, args.interval)
     return [Record(args.prompt, args.response, images=args.image or [], video=video)], []
 
 

@@ -208,7 +208,7 @@ def check_tokens(folder: str | Path, processor: Processor) -> None:
 PREPROCESSOR = {"patch": "patch_size", "margins": "overlap_margins", "max_crops": "max_crops"}
 PREPROCESSOR |= {"pooling": "pooling_size", "mean": "image_mean", "std": "image_std"}  # our name: the file's
 STEPS = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 2}
-# Names and ways of passing tensors; and how others choose frames of a video, which here `media.py` does.
+# Names and ways of passing tensors; and how others choose frames of a video, which here `video.py` does.
 UNUSED = "auto_map data_format default_to_square do_convert_rgb image_processor_type processor_class"
 UNUSED = {*UNUSED.split(), "video_processor_type"}
 SAMPLING = set("do_sample_frames fps frame_sample_mode max_fps num_frames return_metadata sampling_fps".split())

@@ -180,6 +180,8 @@ def _check_released(folder: Path, config: dict, base: str | Path | None) -> Path
 
 def open_base(base: str | Path, layout: str = "default", **how) -> tuple[Molmo2, Processor, dict[str, str]]:
     """Backbone with a row for the separator, processor, fingerprint. how: as in `load_backbone`."""
+    if how.get("dtype") not in (None, torch.float32, torch.float64, torch.bfloat16):
+        raise InputError(f"dtype must be torch.float32, float64 or bfloat16, got {how['dtype']!r}")
     backbone = load_backbone(base, **how)
     processor = Processor.from_folder(base, backbone.config.text.max_position_embeddings, layout)
     views, tower = processor.images, backbone.config.vision

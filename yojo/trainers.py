@@ -18,14 +18,14 @@ See it: `pytest tests/test_trainers.py`.
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 from yojo.core.prompt import MAX_RESPONSES
 from yojo.core.reward import RewardModel
-from yojo.files import InputError
+from yojo.files import InputError, as_path
 from yojo.messages import APART, COLUMNS, Prompt, answer_of, prompt_of
 from yojo.unread import shows
 
@@ -54,9 +54,9 @@ class GroupReward:
         refuse_cut: bool = False,
         ignore: Sequence[str] = (),
     ):
-        if generations is not None and not 1 <= generations <= MAX_RESPONSES:
+        if generations is not None and not (type(generations) is int and 1 <= generations <= MAX_RESPONSES):
             raise InputError(f"generations must be at least 1 and at most {MAX_RESPONSES}, got {generations}")
-        self.model_dir, self.base, self.mode, self.device = str(model_dir), base, mode, device
+        self.model_dir, self.base, self.mode, self.device = str(as_path(model_dir, "model_dir")), base, mode, device
         self.generations, self.refuse_cut, self.ignore = generations, refuse_cut, tuple(ignore)
         self.passes = self.cut = self.unjudged = 0
         self.__name__ = "group_reward"  # what TRL calls it in its logs
@@ -67,7 +67,7 @@ class GroupReward:
 
     def __call__(self, prompts: Sequence, completions: Sequence, **columns) -> list[float | None]:
         for name, values in (("prompts", prompts), ("completions", completions)):
-            if isinstance(values, str) or not isinstance(values, Iterable):
+            if isinstance(values, (str, Mapping, Set)) or not isinstance(values, Iterable):
                 raise InputError(f"{name} must be a list, got {values!r:.99}")
         prompts, completions = list(prompts), list(completions)
         if len(prompts) != len(completions):

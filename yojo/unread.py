@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from yojo.files import InputError
-from yojo.media import address_of
+from yojo.media import BASE64, address_of
 from yojo.video import MOVIES
 
 # Names that speak of something shown, alone or with words that say how it is stored: image, pixel_values, audio_path.
@@ -29,8 +29,6 @@ PACED = {"fps", "rate", "timestamp", "interval"}
 PACES = PACED | {"frame", "sample", "sampling", "second", "time", "video"}
 FILES = ".png .jpg .jpeg .gif .webp .bmp .tif .tiff .avif .heic .heif .jp2 .svg .npy .npz .pdf .wav .mp3 .flac .ogg"
 FILES = (*MOVIES, *FILES.split(), ".m4a", ".opus", ".aac")
-# How files of pictures, sounds and videos begin in base64.
-BASE64 = tuple("iVBORw0KGgo /9j/ R0lGOD UklGR Qk SUkq TU0AK AAAA SUQz T2dnUw GkXfo JVBERi".split())
 LIBRARIES = ("torchcodec", "decord", "av", "cv2", "soundfile")  # of open videos and sounds
 
 

@@ -9,15 +9,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
 from itertools import accumulate, pairwise
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from yojo.files import InputError
-from yojo.media import open_frames, opened, picture_from, short
+from yojo.media import address_of, file_of, open_frames, opened, picture_from, short
 
 FRAMES, INTERVAL = 16, 4.0  # at most so many frames of a video, so many seconds apart where nothing says otherwise
 MOVIES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -35,8 +35,23 @@ class Clip:
     interval: float = INTERVAL
 
     def __post_init__(self):
-        if not 0 < self.interval < LONGEST:
+        if not isinstance(self.path, (str, os.PathLike)) or not str(self.path):
+            raise InputError(f"a video must be a path, got {self.path!r:.99}")
+        scheme = address_of(str(self.path))
+        if scheme and (scheme != "file" or isinstance(self.path, Path)):
+            raise InputError(f"the video is an address, {str(self.path)[:80]!r}: download it and make it into frames")
+        object.__setattr__(self, "path", file_of(self.path) if scheme else Path(self.path))
+        if type(self.frames) is not int or self.frames < 1:
+            raise InputError(f"{self.frames!r:.99} frames: give a whole number from 1")
+        if seconds_of(self.interval) is None or self.interval == 0:
             raise InputError(f"frames {self.interval!r:.99} seconds apart: give more than 0, less than {LONGEST:g}")
+
+
+def seconds_of(value: object) -> float | None:
+    """Seconds in a video, as a number of any library; None of anything else."""
+    value = value.item() if isinstance(value, np.generic) or getattr(value, "ndim", None) == 0 else value
+    number = isinstance(value, (int, float, Decimal, Fraction))
+    return float(value) if number and 0 <= value < LONGEST else None
 
 
 Frames = list[tuple[float, Image.Image]]  # with their seconds
@@ -50,20 +65,20 @@ class NoClip(InputError):
 def timed(frames: object, apart: float = INTERVAL, what: str = "the video") -> list[tuple[float, object]]:
     """Frames, or (seconds, frame) of each, in a list or array or whatever yields them -> (seconds, frame). Without
     times, frames are `apart` seconds apart."""
-    if not isinstance(frames, (list, tuple, Iterator)) and getattr(frames, "ndim", 0) != 4:
+    listed = isinstance(frames, (Sequence, Iterator)) and not isinstance(frames, (str, bytes, bytearray, memoryview))
+    if not (listed or getattr(frames, "ndim", 0) == 4) or hasattr(frames, "read"):
         raise NoClip(
             f"{what} is {short(frames)}: give a list of frames, or the path of a folder of frames, which "
             f"`ffmpeg -i clip.mp4 -vf fps=1/{apart:g} clip/%05d.png` makes"
         )
     frames = list(frames)
-    paired = [isinstance(frame, tuple) and len(frame) == 2 for frame in frames]
-    times = [frame[0] for frame in frames] if all(paired) else [i * apart for i in range(len(frames))]
-    real = all(isinstance(t, (Real, np.generic)) and 0 <= t < LONGEST for t in times)
+    paired = [isinstance(frame, (tuple, list)) and len(frame) == 2 for frame in frames]
+    times = [seconds_of(frame[0]) for frame in frames] if all(paired) else [i * apart for i in range(len(frames))]
     if not frames:
         raise InputError(f"{what} has no frames")
-    if any(paired) != all(paired) or not real or sorted(times) != times:
+    if any(paired) != all(paired) or None in times or sorted(times) != times:
         raise InputError(f"{what}: (seconds, frame) needs rising seconds from 0, for every frame")
-    return [(float(t), frame[1] if all(paired) else frame) for t, frame in zip(times, frames, strict=True)]
+    return [(t, frame[1] if all(paired) else frame) for t, frame in zip(times, frames, strict=True)]
 
 
 def open_video(source: Video, frames: int = FRAMES, interval: float = INTERVAL) -> Frames:
@@ -78,7 +93,7 @@ def open_video(source: Video, frames: int = FRAMES, interval: float = INTERVAL) 
     if not isinstance(source, (str, Path, Clip)):
         names = [f"frame {i}" for i in range(1, len(plan) + 1)]
         return [*zip([t for t, _ in plan], open_frames([frame for _, frame in plan], names), strict=True)]
-    source = source.path if isinstance(source, Clip) else Path(source)
+    source = (source if isinstance(source, Clip) else Clip(source)).path
     if source.is_dir():
         paths = frames_of(source)
         shown, names = [paths[i] for _, i in plan], [None] * len(plan)
@@ -92,7 +107,7 @@ def video_plan(source: Video, frames: int = FRAMES, interval: float = INTERVAL) 
     """Of the frames that `open_video` opens: the second of each, and its number among all, or itself in a list."""
     if not isinstance(source, (str, Path, Clip)):
         return timed(source, interval)
-    clip = source if isinstance(source, Clip) else Clip(Path(source), frames, interval)
+    clip = source if isinstance(source, Clip) else Clip(source, frames, interval)
     source, frames, interval = clip.path, clip.frames, clip.interval
     if source.suffix.lower() in MOVIES:
         make = f"mkdir {source.stem} && ffmpeg -i {source} -vf fps=1/{interval:g} {source.stem}/%05d.png"
@@ -165,7 +180,8 @@ def spread(count: int, most: int) -> list[int]:
 def shown_by(raw: dict, where: str, folder: Path) -> tuple[list[Path | bytes], Clip | None]:
     """The pictures and the video of one line of a file of records. Paths are relative to the file's `folder`, and what
     is not there raises, as does more than one of the keys; a picture may be a data URL."""
-    given = {key: raw[key] for key in ("image", "images", "video") if raw.get(key) not in (None, [])}
+    named = {key: raw.get(key) for key in ("image", "images", "video")}
+    given = {key: value for key, value in named.items() if value not in (None, []) and value == value}  # pandas' NaN
     if len(given) > 1:
         raise InputError(f"{where} has both {' and '.join(given)}: keep one")
     key, names = next(iter(given.items()), ("images", []))
@@ -189,7 +205,7 @@ def source_of(name: str, folder: Path, key: str) -> Path | bytes:
         return folder / name
     source = picture_from(name, key)
     if isinstance(source, Path) and not os.path.exists(source := folder / source):
-        raise InputError(f"no {'video' if key == 'video' else 'picture'} at {source}")
+        raise InputError(f"no {'video' if key == 'video' else 'picture'} at {str(source)[:300]}")
     if key == "video" and not isinstance(source, Path):
         raise InputError("video must be a path: a folder of frames or an animation")
     return source

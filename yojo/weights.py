@@ -85,13 +85,15 @@ def open_weights(path: str | Path, config: Config, lm_head: bool = True) -> Iter
 def pick_device(device: str | torch.device | None = None) -> torch.device:
     """The device that is asked for; None = CUDA if there is one, else the CPU."""
     found = torch.cuda.is_available()
-    try:
-        device = torch.device(("cuda" if found else "cpu") if device is None else device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"device {device!r}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and not found:
+    if device is None:
+        return torch.device("cuda" if found else "cpu")
+    if str(device).startswith("cuda") and not found:
         raise InputError(f"device {device}: torch sees no CUDA device")
-    return device
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # of many kinds, by what is missing
+        raise InputError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return torch.device(device)
 
 
 def load_backbone(

@@ -6,9 +6,10 @@ A record is one line of JSONL, in the schema of the released training code:
      "image": path | "images": [path, ...] | "video": path}
 
 rankings: 1 = best, ties allowed, one per response; only training and evaluation need them. Paths are relative to the
-JSONL file, and a picture may be a data URL; a video is a folder of frames or an animation (`video.open_video`), its
-frames `sampling_interval` seconds apart, which the released records also call `fps`. `question` is another name of
-`prompt`. A bad line raises `InputError` with the file and the line number; nothing is skipped.
+JSONL file, and a picture may be a data or file URL; a video is a folder of frames or an animation
+(`video.open_video`), its frames `sampling_interval` seconds apart, which the released records also call `fps`.
+`question` is another name of `prompt`. A bad line raises `InputError` with the file and the line number; nothing is
+skipped.
 
 A batch is rows beside each other. By default a row is a record; several records in one row see nothing of each other.
 
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -33,12 +35,14 @@ from yojo.files import InputError, passed_over, read_lines
 from yojo.unread import refuse_unread
 from yojo.video import Video, shown_by
 
+Some = TypeVar("Some", bound="Record")
+
 
 @dataclass(frozen=True)
 class Record:
     """One preference record; without responses, a prompt. `rankings`: None where there are none; `where`: file and
-    line. What is shown beside the prompt are `images` or a `video`, by path or as Pillow pictures, cut into at most
-    `max_crops` (None = the checkpoint's); or `pictures`, which is the same, opened."""
+    line. What is shown beside the prompt are `images` or a `video`, in any form of `media.picture_from` and
+    `video.open_video`, cut into at most `max_crops` (None = the checkpoint's); or `pictures`, the same, opened."""
 
     prompt: str
     responses: list[str] = field(default_factory=list)
@@ -52,7 +56,7 @@ class Record:
     def __post_init__(self):
         if (ranks := self.rankings) is None:
             return
-        n = len(self.responses)
+        n = len(self.responses) if isinstance(self.responses, list) else -1
         good = isinstance(ranks, list) and len(ranks) == n and all(type(r) is int and 1 <= r <= n for r in ranks)
         if not good or 1 not in ranks:
             ranks = f"{ranks!r:.99}; 1 is the best and must be there, none is above {n}"
@@ -86,6 +90,15 @@ def open_pictures(record: Record, processor: Processor, pixels: bool = True) -> 
         return record.pictures
     with record.named():
         return processor.open_pictures(record.images or None, record.video, record.max_crops, pixels)
+
+
+def with_preference(records: Iterable[Some]) -> list[Some]:
+    """Those that say which response is better: one response, or several that are all as good, teach nothing and make
+    every model right. None at all raises."""
+    records = list(records)
+    if not (kept := [record for record in records if len(set(record.rankings or [])) > 1]):
+        raise InputError(f"none of {len(records)} records says which of its responses is better: at least two ranks")
+    return kept
 
 
 def random_order(record: Record, rng: random.Random) -> list[int]:

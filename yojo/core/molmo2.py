@@ -337,7 +337,8 @@ class Molmo2(nn.Module):
             return pictures.features.to(self.device, self.dtype)
         if not len(pictures.patches):
             raise ValueError("of these pictures only features were kept, which no longer hold: open them again")
-        return self.model.vision_backbone(pictures.patches.to(self.device), pictures.pooling.to(self.device))
+        with torch.autocast(self.device.type, enabled=False):  # what is kept must not depend on who asks
+            return self.model.vision_backbone(pictures.patches.to(self.device), pictures.pooling.to(self.device))
 
     @torch.no_grad()
     def keep_features(self, pictures: Pictures) -> Pictures:

@@ -308,8 +308,8 @@ class Processor:
 
 
 def checked(prompt: str, responses: Iterable[str]) -> list[str]:
-    ordered = isinstance(responses, Iterable) and not isinstance(responses, (str, Mapping, Set))
-    responses = list(responses) if ordered else None
+    other = isinstance(responses, (str, Mapping, Set)) or getattr(responses, "ndim", 1) != 1  # a table yields its names
+    responses = list(responses) if isinstance(responses, Iterable) and not other else None
     if not isinstance(prompt, str) or responses is None or not all(isinstance(text, str) for text in responses):
         raise InputError(f"prompt must be a string and responses a list of strings: {prompt!r:.99}, {responses!r:.99}")
     if (n := len(responses)) > MAX_RESPONSES:

@@ -121,7 +121,7 @@ class RewardModel(nn.Module):
 
     def score_encoded(self, rows: Sequence[Encoded], mode: str | None = None) -> list[list[float]]:
         """Scores of several records' rows, in one batch. Scores that are not finite raise `InputError`."""
-        scores = self.raw_scores(rows, mode or self.mode)
+        scores = self.raw_scores(rows, self.mode if mode is None else mode)
         for row, some in zip(rows, scores, strict=True):
             if not all(map(math.isfinite, some)):
                 raise InputError(f"{row.prefix}scores are not finite: {some}")
@@ -146,8 +146,7 @@ class RewardModel(nn.Module):
         one can't be had, those before it are scored first."""
         rows, error = iter(rows), None
         while error is None:
-            window: list[Encoded] = []
-            held = 0
+            window, held = [], 0
             try:
                 while len(window) < WINDOW and held < WINDOW_TOKENS:
                     window.append(next(rows))

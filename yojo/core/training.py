@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from yojo.core import parallel
-from yojo.core.data import Record, collate, encode, in_order, random_order
+from yojo.core.data import Record, collate, encode, in_order, random_order, with_preference
 from yojo.core.lora import LoraConfig
 from yojo.core.loss import LOSSES, best
 from yojo.core.reward import RewardModel
@@ -69,7 +69,7 @@ class PreferenceLoss:
     """`loss(step, micro_batch)`: records, the responses of each shuffled, scored in one pass; and their accuracy."""
 
     def __init__(self, rm: RewardModel, records: Sequence[Record], recipe: Recipe, seed: int):
-        self.rm, self.records, self.recipe, self.seed = rm, records, recipe, seed
+        self.rm, self.records, self.recipe, self.seed = rm, with_preference(records), recipe, seed
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 
     def _epoch(self, number: int) -> list[Record]:

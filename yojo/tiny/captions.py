@@ -91,7 +91,7 @@ class CaptionLoss:
 
 def make_start(out: Path, steps: int, seed: int, overwrite: bool) -> dict:
     """Fine-tune an adapter on noisy captions: a policy with room to learn."""
-    rm = RewardModel.load(shipped(f"weights/{NAMES['joint']}"), lm_head=True)
+    rm = RewardModel.load(shipped(f"weights/{NAMES['joint']}"), dtype=torch.float32, lm_head=True)
     generator = torch.Generator().manual_seed(seed)
     parameters = lora.add(rm.backbone, POLICY, LoraConfig(r=8, alpha=16, dropout=0.0), generator)
     with whole_folder(out, overwrite) as new:
@@ -121,7 +121,9 @@ CONTROLS = ("random", "oracle")
 
 def run_one(name: str, seed: int, c: GrpoConfig, folder: Path | None) -> dict:
     """One policy trained with one reward, in a process of its own."""
-    rm = RewardModel.load(shipped(f"weights/{NAMES['isolated' if name == 'isolated' else 'joint']}"), lm_head=True)
+    rm = RewardModel.load(
+        shipped(f"weights/{NAMES['isolated' if name == 'isolated' else 'joint']}"), dtype=torch.float32, lm_head=True
+    )
     for adapter in (REFERENCE, POLICY):
         load_adapter(rm.backbone, adapter, STARTS_FROM)
         for p in lora.parameters(rm.backbone, adapter):

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from yojo import metrics
-from yojo.checks import with_preference
 from yojo.cli import shipped, table
-from yojo.core.data import Record, read_records
+from yojo.core.data import Record, read_records, with_preference
 from yojo.core.held_out import score_records
 from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
@@ -48,7 +48,7 @@ def masks(models: Models, folder: Path, seed: int, task: str, n: int = 4, noisy:
     """One row a model: the same weights under every mask."""
     records, rows = records_of(folder, seed, task, n, noisy), []
     for trained, path in models.items():
-        rm = RewardModel.load(path)
+        rm = RewardModel.load(path, dtype=torch.float32)
         shown = with_features(records, rm)
         figures = {name: under(rm, shown, mode, orders, seed) for name, (mode, orders) in MASKS.items()}
         rows.append({"task": task, "noise": noisy, "trained": trained, **figures})
@@ -63,7 +63,7 @@ def sizes(models: Models, folder: Path, seed: int) -> list[dict]:
         guesses = [metrics.BASELINES["random"](record.responses) for record in records]
         rows.append({"n": n, "random": metrics.mean(metrics.accuracies(guesses, records))})
         for trained, path in models.items():
-            rm = RewardModel.load(path)
+            rm = RewardModel.load(path, dtype=torch.float32)
             rows[-1][trained] = under(rm, with_features(records, rm), trained, 1, seed)
     return rows
 

@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from yojo import metrics
-from yojo.checks import with_preference
 from yojo.cli import in_processes, refuse_existing, shipped, table, with_interval
-from yojo.core.data import Record, join, open_pictures, read_records
+from yojo.core.data import Record, join, open_pictures, read_records, with_preference
 from yojo.core.held_out import controls, score_records
 from yojo.core.image import Pictures
 from yojo.core.lora import LoraConfig
@@ -69,7 +68,7 @@ def with_features(records: Sequence[Record], rm: RewardModel, size: int = 64) ->
 
 def run_one(recipe: Recipe, mode: str, seed: int, folder: Path, out: Path | None, overwrite: bool) -> dict:
     """Train one mode on the records in `folder` and measure it. Runs in a process of its own."""
-    rm = RewardModel.new(shipped("weights/tiny"), mode, recipe.lora, recipe.inner, seed=seed)
+    rm = RewardModel.new(shipped("weights/tiny"), mode, recipe.lora, recipe.inner, torch.float32, seed=seed)
     files = (folder / f"{name}.jsonl" for name in ("train", "test", "heldout"))
     records, test, heldout = (with_features(with_preference(read_records(file)), rm) for file in files)
 
