@@ -117,7 +117,7 @@ def test_training_does_not_begin_on_a_picture_that_is_cut_off(command, small):
     assert status == 2 and "d.jsonl:30: " in err and not (folder / "rm.training").exists()
 
 
-@pytest.mark.parametrize("out", ["", ".", "..", "d.jsonl"])
+@pytest.mark.parametrize("out", ["", ".", "..", "a.jpg", "d.jsonl"])
 def test_training_does_not_begin_where_nothing_could_be_saved(command, small, monkeypatch, out):
     words, _, folder = small
     words = words()
@@ -126,7 +126,7 @@ def test_training_does_not_begin_where_nothing_could_be_saved(command, small, mo
     before = sorted(folder.parent.iterdir()), sorted(folder.iterdir())
     monkeypatch.setattr(train, "read_records", lambda *_, **__: pytest.fail("work was begun"))
     status, _, err = command(train, *words, "--overwrite")
-    assert status == 2 and ("current folder" in err or "no folder" in err)
+    assert status == 2 and any(why in err for why in ("current folder", "no folder", "both name"))
     assert (sorted(folder.parent.iterdir()), sorted(folder.iterdir())) == before
 
 
@@ -173,6 +173,37 @@ def test_what_was_left_out_is_part_of_the_run(command, small, module):
     shutil.copyfile(folder / "cut.jpg", folder / "late.jpg")
     status, out, err = command(module, *words, "--resume")
     assert status == 0 and "going on after" in out, err
+
+
+def test_what_was_left_out_is_known_by_its_line(command, small, monkeypatch):
+    """However the file is named; and another picture under the same name makes another run."""
+    words, lines, folder = small
+    lines[3] = "{"
+    asked = words("--keep-going")
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (_ for _ in ()).throw(MemoryError))
+    for resume in ([], ["--resume"]):
+        with pytest.raises(MemoryError):
+            command(train, *asked, *resume)
+        monkeypatch.chdir(folder)
+        asked = [word.name if word == folder / "d.jsonl" else word for word in asked]
+    Image.new("RGB", (90, 90)).save(folder / "a.jpg")
+    status, _, err = command(train, *asked, "--resume")
+    assert status == 2 and "its pictures is" in err and "resume with the same records" in err
+
+
+def test_more_answers_than_the_judge_reads_are_refused_at_once(command, small):
+    words, _, folder = small
+    words()
+    words = ["--reward", WEIGHTS / "tiny-rm", "--data", folder / "d.jsonl", "--out", folder / "x", "--group", 10**8]
+    status, _, err = command(grpo, *words)
+    assert status == 2 and "--group 100000000: the reward model reads at most 64" in err
+
+
+def test_a_run_that_is_broken_off_says_how_to_go_on(command, small, monkeypatch):
+    words, _, folder = small
+    monkeypatch.setattr(train.RewardModel, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    status, out, _ = command(train, *words())
+    assert status == 130 and f"what was done is kept in {folder / 'rm.training'}: --resume goes on" in out
 
 
 def test_a_resume_says_where_it_goes_on_and_other_records_are_refused(command, small, monkeypatch):

@@ -6,7 +6,9 @@ pytest tests/test_files.py
 import json
 import os
 import stat
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -72,11 +74,24 @@ def test_a_link_is_followed_and_stays_a_link(tmp_path):
     assert sorted(path.name for path in (tmp_path / "far").iterdir()) == ["a.json", "new.json"], "nothing beside"
 
 
+def test_links_in_dev_lead_to_files_as_elsewhere():
+    """/dev/shm is a folder of memory, where links are links."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        folder = Path(name)
+        (folder / "link").symlink_to("a.json")
+        for value in ([1], [2]):
+            write_json(folder / "link", value)
+            assert json.loads((folder / "a.json").read_text()) == value and (folder / "link").is_symlink()
+
+
 def test_a_ring_of_links_is_an_error_and_stays(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(InputError, match="cannot write"):
         write_json(tmp_path / "a", 1)
+    for check in (lambda: check_writable(tmp_path / "a"), lambda: check_place(tmp_path / "a", folder=True)):
+        with pytest.raises(InputError, match="cannot write|no folder"):
+            check()
     assert (tmp_path / "a").is_symlink() and (tmp_path / "b").is_symlink()
 
 
@@ -147,7 +162,7 @@ def test_whether_a_file_can_be_written_is_known_before(tmp_path):
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "new", tmp_path / "deep/new", "/dev/null"):
         check_writable(path)
-    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "new").exists()
+    assert (tmp_path / "file").read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["file"]
     for path in (tmp_path, tmp_path / "file/below", "/proc/none/x.json"):
         with pytest.raises(InputError, match="cannot write"):
             check_writable(path)

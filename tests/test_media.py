@@ -3,6 +3,7 @@
 pytest tests/test_media.py
 """
 
+import os
 import struct
 import zlib
 
@@ -16,6 +17,15 @@ from yojo.core.config import ImageConfig
 from yojo.core.image import images_to_patches
 from yojo.files import InputError
 from yojo.media import open_picture, picture_size
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    """It would be waited for."""
+    os.mkfifo(tmp_path / "p.png")
+    for path in (tmp_path / "p.png", "/dev/zero"):
+        with pytest.raises(InputError, match="is no file"):
+            open_picture(path)
+
 
 GREY = np.linspace(0, 255, 24 * 32).round().astype(np.uint8).reshape(24, 32)  # from black to white: zeros see nothing
 UPRIGHT = Image.fromarray(GREY).convert("RGB")

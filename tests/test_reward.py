@@ -277,11 +277,32 @@ def test_an_existing_folder_is_kept_unless_told(saved):
 
 @given(st.lists(st.integers(1, 500), max_size=60), st.integers(1, 2000))
 def test_batches_cover_every_row_once_within_the_budget(lengths, tokens):
-    made = batches(lengths, tokens)
+    made = list(batches(lengths, tokens))
     assert sorted(i for batch in made for i in batch) == list(range(len(lengths)))
     for batch in made:
         longest = max(lengths[i] for i in batch)
         assert len(batch) == 1 or len(batch) * longest <= tokens, "padding counts"
+
+
+def test_scores_that_come_before_a_bad_one_are_given_out(tiny_folder, monkeypatch):
+    """All records of a window are scored in batches by length; a bad one among them costs none of those before it."""
+    rm = RewardModel.new(tiny_folder, "joint", lora.LoraConfig(r=2, dropout=0.0), inner=8)
+    rows = [rm.processor.encode("?", ["word " * (1 + 7 * i % 20), "b"]) for i in range(20)]
+    whole, real = list(rm.score_all(rows, tokens=60)), RewardModel.raw_scores
+    bad = rows[13].ids.tolist()
+
+    def scores(self, some, mode):
+        return [
+            [math.nan] * len(s) if row.ids.tolist() == bad else s
+            for row, s in zip(some, real(self, some, mode), strict=True)
+        ]
+
+    monkeypatch.setattr(RewardModel, "raw_scores", scores)
+    given = []
+    with pytest.raises(InputError, match="not finite"):
+        for scores_of_one in rm.score_all(rows, tokens=60):
+            given.append(scores_of_one)
+    assert given == whole[:13]
 
 
 @pytest.mark.parametrize("long", [512, 40])  # tokens beyond which a record is a long one

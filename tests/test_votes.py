@@ -175,6 +175,29 @@ def test_the_command_ranks_and_writes_records(command, files):
     assert command(votes, *words)[0] == 2
 
 
+def test_picture_paths_follow_a_link_too(command, files):
+    path = files / "answers.jsonl"
+    lines = [json.loads(line) | {"image": "p.png"} for line in path.read_text().splitlines()]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    (files / "p.png").write_bytes(b"")
+    (files / "far/away").mkdir(parents=True)
+    (files / "link").symlink_to("far/away/b.jsonl")
+    assert command(votes, "--votes", files / "votes.jsonl", "--answers", path, "--out", files / "link")[0] == 0
+    assert read_records(files / "far/away/b.jsonl")[0].images[0].samefile(files / "p.png")
+
+
+def test_names_in_no_alphabet_are_only_names(command, tmp_path):
+    (tmp_path / "v.jsonl").write_text(r'{"item": "\ud800", "a": "a", "b": "\udfff", "winner": "a"}')
+    assert command(votes, "--votes", tmp_path / "v.jsonl")[0] == 0
+
+
+def test_an_answer_whose_pictures_are_no_list_is_named(files):
+    path = files / "answers.jsonl"
+    path.write_text(json.dumps({"item": "q1", "prompt": "?", "responses": {"a": "x"}, "images": "ok.png"}))
+    with pytest.raises(InputError, match="answers.jsonl:1: image and video must be a path, images a list of paths"):
+        votes.read_answers(path)
+
+
 def test_picture_paths_follow_the_records(command, files):
     path = files / "answers.jsonl"
     path.write_text(

@@ -130,7 +130,7 @@ def item_of(raw: dict, form: str, convert: Callable, fields: dict[str, str], whe
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     record = record_of({key: row[key] for key in KEYS if key in row}, where, folder)
-    if form != "records" and (len(record.responses) > 2 or len(set(record.rankings)) < 2):
+    if form != "records" and (len(record.responses) != 2 or len(set(record.rankings)) < 2):
         raise InputError(f"{where}: a pair with one better answer is needed, got ranks {record.rankings}")
     shown = [i for i in record.images if isinstance(i, Path)] + ([record.video.path] if record.video else [])
     # what MM-RLHF says of a category; a picture in a data URL stands in no folder

@@ -3,7 +3,11 @@
 See it: `pytest tests/test_checks.py`.
 """
 
+import hashlib
+import json
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -36,7 +40,7 @@ def openable(records: Sequence[Some], bad: list[str] | None) -> list[Some]:
     faults: dict[object, str | None] = {}
 
     def check(record: Some) -> Some:
-        for shown in [*record.images, *([record.video] if record.video else [])]:
+        for shown in sources_of(record):
             if shown not in faults:
                 faults[shown] = fault(shown, "a picture")
             if faults[shown] is not None:
@@ -60,6 +64,27 @@ def preferring(records: Sequence[Some], say: Callable[[str], object] = parallel.
     if left := len(records) - len(kept):
         say(f"left out, since all their responses are as good or there is only one: {left} of {len(records)} records")
     return kept
+
+
+def identity(records: Sequence[Record], bad: Sequence[str] | None, path: Path) -> dict:
+    """What a run remembers of the records in a file beside the file itself: the names and sizes of their pictures, and
+    which lines were left out."""
+    shown = [[size_of(source) for source in sources_of(record)] for record in records]
+    about = {"pictures": hashlib.sha256(json.dumps(shown).encode()).hexdigest(), "records": len(records)}
+    places = [re.match(r":\d+|, item \d+", error.removeprefix(str(path))) for error in bad or ()]
+    left_out = [place[0] for place in places if place]  # others are of another file
+    return about | ({"left_out": left_out} if left_out else {})
+
+
+def sources_of(record: Record) -> list[Path | bytes | Clip]:
+    return [*record.images, *([record.video] if record.video else [])]
+
+
+def size_of(source: Path | bytes | Clip) -> tuple:
+    path = source.path if isinstance(source, Clip) else source
+    if isinstance(path, bytes):
+        return ("", len(path))
+    return path.name, [f.stat().st_size for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
 
 
 def report(bad: Sequence[str], say: Callable[[str], object] = parallel.say) -> None:

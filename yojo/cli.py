@@ -9,9 +9,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from yojo.files import InputError, check_place, check_writable, is_plain, write_json
-from yojo.terminal import print_leniently, stopping_by_exception
+from yojo.terminal import print_leniently, stopping_by_exception, unbroken
 
 DTYPES = ("float32", "bfloat16")
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # relative to the package, not to the current folder
@@ -190,6 +191,8 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], dict | list]) ->
             print(f"{parser.prog}: cannot print: {out.error.strerror}", file=sys.stderr)
             status = status or 2
     finally:
+        out.flush()
+        err.flush()
         sys.stdout, sys.stderr = streams
     if status:
         sys.exit(status)
@@ -200,6 +203,7 @@ def finish(parser: Parser, args: argparse.Namespace, command: Callable) -> int:
     why, status = None, 0
     try:
         parser.check(args)
+        check_apart(args)
         if args.json:
             check_writable(args.json)
         args.found = command(args)
@@ -210,15 +214,27 @@ def finish(parser: Parser, args: argparse.Namespace, command: Callable) -> int:
     except KeyboardInterrupt:
         why, status = "", 130
     except BaseException as error:
-        write_found(args, repr(error))
+        with unbroken(), suppress(InputError):
+            write_found(args, "" if isinstance(error, SystemExit) else repr(error))
         raise
     try:
-        write_found(args, why)
+        with unbroken():
+            write_found(args, why)
     except InputError as error:
         why, status = "; ".join(filter(None, (why, str(error)))), status or 2
     if why:
         print(f"{parser.prog}: {' '.join(why.split())}", file=sys.stderr)
     return status
+
+
+def check_apart(args: argparse.Namespace) -> None:
+    """What is written must not be what is read, or written by another option."""
+    paths = {name: path for name, path in vars(args).items() if isinstance(path, Path) and is_plain(path)}
+    for name, path in paths.items():
+        for other in ("json", "out", "draw_mask"):
+            if name != other and other in paths and os.path.realpath(path) == os.path.realpath(paths[other]):
+                options = " and ".join(f"--{n.replace('_', '-')}" for n in (name, other))
+                raise InputError(f"{options} both name {path}: it would be replaced")
 
 
 def write_found(args: argparse.Namespace, why: str | None) -> None:
@@ -237,22 +253,33 @@ def in_processes(function: Callable, jobs: Sequence[tuple]) -> list:
     cores = os.cpu_count() or 1
     workers = min(2, len(jobs), cores)
     start = partial(_start, max(1, cores // workers))
-    with ProcessPoolExecutor(workers, get_context("spawn"), start) as processes:
-        try:
-            return list(processes.map(function, *zip(*jobs, strict=True)))
-        except BaseException as error:
-            for process in active_children():  # or they would be waited for
-                process.terminate()
-            if isinstance(error, BrokenProcessPool):
-                raise InputError(f"a process of {function.__name__} was killed: too little memory?") from None
-            raise
+    with ProcessPoolExecutor(workers, get_context("spawn"), start) as processes, ending_workers(function.__name__):
+        return list(processes.map(function, *zip(*jobs, strict=True)))
+
+
+@contextmanager
+def ending_workers(name: str) -> Iterator[None]:
+    """Where the block is left by an error or a signal, its processes end at once; or they would be waited for."""
+    try:
+        yield
+    except BaseException as error:
+        for process in active_children():
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise InputError(f"the process of {name} was killed: too little memory?") from None
+        raise
 
 
 def _start(threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its workers
+    torch.set_num_threads(threads)
+    start_worker()
+
+
+def start_worker() -> None:
+    """Of every worker: the command ends it, and what it prints ends nothing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which would be left behind
     print_leniently()
-    torch.set_num_threads(threads)
     end_with_parent()
 
 

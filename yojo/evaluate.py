@@ -78,7 +78,9 @@ def score_items(
 ) -> None:
     """Scores of every item are put into `done`; those that `out` holds already are read from it, unless `overwrite`. An
     item that can't be scored raises or, `going` on, has its error in their place."""
-    done += [] if out is None or overwrite or not is_plain(out) else resume(out, identity)
+    if out is not None and not is_plain(out):
+        raise InputError(f"{out} is a device or a pipe: scores are kept in a file, from which an evaluation goes on")
+    done += [] if out is None or overwrite else resume(out, identity)
     if out is not None:
         with whole_file(out) as temporary:
             lines = [identity, *map(json.dumps, done)]

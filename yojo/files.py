@@ -153,13 +153,13 @@ def as_path(value: object, name: str) -> Path:
 
 
 def followed(path: str | Path) -> Path:
-    """What a path names once its links are followed. Links that the system keeps stay: /dev/stdout leads to a file that
-    is open already."""
+    """What a path names once its links are followed. Links that the system keeps in /proc stay: /dev/stdout leads to
+    one, which stands for a file that is open already."""
     path = Path(path)
     if "\0" in str(path):
         raise InputError(f"no path can hold a null character: {str(path)!r:.99}")
     for _ in range(40):  # a ring of links is left to whoever opens it
-        if not os.path.islink(path) or path.absolute().parts[1] in ("dev", "proc"):
+        if not os.path.islink(path) or Path(os.path.realpath(path.parent)).parts[1:2] == ("proc",):
             break
         path = path.parent / os.readlink(path)
     return path
@@ -174,8 +174,10 @@ def is_plain(path: str | Path) -> bool:
 
 def check_writable(path: str | Path) -> None:
     """Whether `whole_file` could write there, before work is begun that would end there."""
-    with whole_file(path, keep=True):
-        pass
+    path = followed(path)
+    with _writing(path):
+        _check_file(path)
+        _check_parent(path)
 
 
 def check_place(path: str | Path, folder: bool) -> None:
@@ -183,39 +185,51 @@ def check_place(path: str | Path, folder: bool) -> None:
     path = followed(path)
     if folder:
         _check_folder(path)
+    with _writing(path):
+        _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
+    """Whether something can be made beside it, or in the nearest folder above it that is there."""
     if is_plain(path):
-        with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        parent = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _check_file(path: Path) -> None:
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    if not is_plain(path) and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, "it cannot be opened for writing", str(path))
 
 
 def _check_folder(path: Path) -> None:
-    if os.path.exists(path) and not os.path.isdir(path):
+    if os.path.islink(path) or (os.path.exists(path) and not os.path.isdir(path)):
         raise InputError(f"{path} is no folder: choose another")
     if Path.cwd().is_relative_to(path.resolve()):
         raise InputError(f"{path} is the current folder, or one above it: choose another")
 
 
 @contextmanager
-def whole_file(path: str | Path, keep: bool = False) -> Iterator[Path]:
+def whole_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it takes the place of `path` in one step, or is written into
-    what is no plain file. keep: what `path` holds stays."""
+    what is no plain file."""
     path = followed(path)
     with _writing(path):
-        if os.path.isdir(path):
-            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+        _check_file(path)
         plain = is_plain(path)
-        if not plain and not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, "no right to write there", str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent if plain else None)
         os.close(handle)
         try:
             yield Path(temporary)
-            if not keep and plain:
+            if plain:
                 os.chmod(temporary, 0o666 & ~_umask())
                 os.replace(temporary, path)
-            elif not keep:
+            else:
                 with open(path, "ab") as file:  # /dev/stdout may be a file that holds what was printed
                     file.write(Path(temporary).read_bytes())
         finally:

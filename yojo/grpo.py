@@ -25,9 +25,10 @@ from yojo.core import lora
 from yojo.core.data import Record, encode, read_records
 from yojo.core.grpo import POLICY, GrpoConfig, reward_fn, train_policy
 from yojo.core.lora import LoraConfig
+from yojo.core.prompt import MAX_RESPONSES
 from yojo.core.reward import RewardModel
 from yojo.files import InputError, whole_folder
-from yojo.runs import SavedRun, run_folder, start_over
+from yojo.runs import SavedRun, kept, run_folder, start_over
 from yojo.store import digest, save_adapter
 from yojo.tiny.captions import CONTROLS, REWARDS, START_STEPS, STARTS_FROM, make_start, run_tiny
 
@@ -36,6 +37,8 @@ FULL_LR, FULL_LORA = 1e-5, LoraConfig(r=64, alpha=64, dropout=0.0)  # without --
 
 def run_files(args: argparse.Namespace, c: GrpoConfig) -> dict:
     """The same loop on a checkpoint, a reward model and a file of prompts."""
+    if c.group > MAX_RESPONSES:
+        raise InputError(f"--group {c.group}: the reward model reads at most {MAX_RESPONSES} answers at once")
     training = run_folder(args.out, args.overwrite, args.resume)
     bad: list[str] | None = [] if args.keep_going else None
     prompts = checks.openable(read_records(args.data, answered=False, bad=bad), bad)
@@ -60,12 +63,13 @@ def run_files(args: argparse.Namespace, c: GrpoConfig) -> dict:
         bar.set_postfix({k: f"{entry[k]:.3f}" for k in ("reward", "kl", "length")})
 
     about = {"data": hashlib.sha256(args.data.read_bytes()).hexdigest(), "base": rm.fingerprint["weights"]}
-    about |= {"mode": rm.mode, "reward": digest(args.reward)} | ({"left_out": bad} if bad else {})
+    about |= {"mode": rm.mode, "reward": digest(args.reward)} | checks.identity(prompts, bad, args.data)
     state = SavedRun(training, about)
-    log = train_policy(rm, reward_fn(rm, rm.mode), sample_prompts, c, args.seed, None, state, report)
-    with whole_folder(args.out, args.overwrite) as new:
-        save_adapter(rm.backbone, POLICY, new)
-        shutil.copyfile(training / "metrics.jsonl", new / "metrics.jsonl")
+    with kept(training):
+        log = train_policy(rm, reward_fn(rm, rm.mode), sample_prompts, c, args.seed, None, state, report)
+        with whole_folder(args.out, args.overwrite) as new:
+            save_adapter(rm.backbone, POLICY, new)
+            shutil.copyfile(training / "metrics.jsonl", new / "metrics.jsonl")
     shutil.rmtree(training)
     return {"steps": len(log), "reward": log[-1]["reward"]}
 

@@ -10,7 +10,6 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
@@ -22,11 +21,10 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from yojo.cli import end_with_parent
+from yojo.cli import ending_workers, start_worker
 from yojo.core.data import Batch, collate
 from yojo.core.mask import MODES
 from yojo.core.prompt import Encoded, Processor
-from yojo.files import InputError
 from yojo.initial import size_config, write_random
 from yojo.instruments import clock, hardware, print_rows, ratio, watched
 from yojo.weights import load_backbone, shards
@@ -99,11 +97,8 @@ def alone(arm: Callable, folder: Path, args: argparse.Namespace) -> dict:
         with open(shard, "rb") as file:
             os.fsync(file.fileno())  # pages that are not yet on the disk would stay
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as process:
-        try:
-            return process.submit(arm, folder, args).result()
-        except BrokenProcessPool:
-            raise InputError(f"the process of {arm.__name__} was killed: too little memory?") from None
+    with ProcessPoolExecutor(1, get_context("spawn"), start_worker) as process, ending_workers(arm.__name__):
+        return process.submit(arm, folder, args).result()
 
 
 def phase(name: str, do: Callable[[], object], device: torch.device) -> tuple[object, dict[str, float]]:

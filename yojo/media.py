@@ -32,6 +32,8 @@ def opened(source: Source, name: str | None = None) -> Iterator[Image.Image]:
     name = name or "the picture"
     source = picture_from(source, name)
     name = str(source) if isinstance(source, Path) else name
+    if isinstance(source, Path) and os.path.exists(source) and not (os.path.isfile(source) or os.path.isdir(source)):
+        raise InputError(f"{name} is no file: a device or a pipe cannot be read as a picture")
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of metadata that nobody needs, and at the limit; at twice that, Pillow raises

@@ -341,10 +341,10 @@ def pretrain(out: Path, steps: int, seed: int, overwrite: bool) -> dict[str, flo
         model = new_model(processor.tokenizer, generator)
         loss = PretrainLoss(model, Rows(processor, seed), generator)
         log = fit(loss, loss.parameters(), replace(FIT, steps=steps), title="pretrain")
-        figures = evaluate_answers(model.eval(), loss.rows, seed)
         curve = Path(companions) / "metrics.jsonl"
         write_lines(curve, [{k: round(v, 4) for k, v in entry.items()} for entry in log[::20] + log[-1:]])
         save_backbone(model, out, companions, overwrite, also=[curve])
+        figures = evaluate_answers(model.eval(), loss.rows, seed)
     for kind, share in figures.items():
         print(f"{kind:20s} {share:.3f}")
     return figures

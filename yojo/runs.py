@@ -33,7 +33,7 @@ def set_random_states(states: dict) -> None:
         torch.cuda.set_rng_state_all(states["random_cuda"])
 
 
-RECORDS = {"data", "records", "left_out"}  # of what a run is about, what the records decide
+RECORDS = {"data", "records", "pictures", "left_out"}  # of what a run is about, what the records decide
 
 
 class SavedRun(RunState):
@@ -78,8 +78,8 @@ class SavedRun(RunState):
 
     @contextmanager
     def unbroken(self) -> Iterator[None]:
-        self.after = None  # while it is half done, there is nothing whole to save
         with unbroken():
+            self.after = None  # while it is half done, there is nothing whole to save
             yield
             self.after = random_states()
 
@@ -110,7 +110,6 @@ class SavedRun(RunState):
             set_random_states(self.after)  # the step that was broken off may have drawn
             try:
                 self.save(log)
-                parallel.say(f"{len(log)} steps are kept in {self.folder}: --resume goes on")
             except InputError as error:
                 print(error, file=sys.stderr)
 
@@ -127,6 +126,17 @@ def run_folder(out: Path, overwrite: bool, resume: bool) -> Path:
     if training.exists() and not resume and not overwrite:
         raise InputError(f"{training} holds an unfinished run: say --resume to go on, --overwrite to start over")
     return training
+
+
+@contextmanager
+def kept(training: Path) -> Iterator[None]:
+    """Where an error or a signal ends the block, it is said how to go on."""
+    try:
+        yield
+    except BaseException:
+        if (training / "state.pt").exists():
+            parallel.say(f"what was done is kept in {training}: --resume goes on")
+        raise
 
 
 def start_over(training: Path, resume: bool) -> None:

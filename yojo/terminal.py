@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
@@ -58,17 +59,24 @@ def print_leniently() -> list[Printed]:
 
 # ------------------------------------------------------------------------------------------------------------- signals
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_held = {"by": 0, "signal": 0}  # how many `unbroken` blocks are open, and what came in meanwhile
+# That end a process, are sent by people, systems and batch queues, and can be heard.
+STOPS = "SIGINT SIGTERM SIGHUP SIGUSR1 SIGUSR2 SIGXCPU".split()
+STOPS = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
+ONE = 5.0  # seconds in which signals are taken for one: a second must not break off what the first one began to save
+# How many `unbroken` blocks are open, what came in meanwhile, and until when no other signal is heard.
+_held = {"by": 0, "signal": 0, "until": 0.0}
 
 
 def _stop(number: int, frame: object = None) -> None:
     if _held["by"]:
         _held["signal"] = number
-    elif number == signal.SIGINT:
+        return
+    if time.monotonic() < _held["until"]:
+        return
+    _held["until"] = time.monotonic() + ONE
+    if number == signal.SIGINT:
         raise KeyboardInterrupt
-    else:
-        raise SystemExit(128 + number)
+    raise SystemExit(128 + number)
 
 
 @contextmanager
@@ -79,6 +87,7 @@ def stopping_by_exception() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         usual = (signal.SIG_DFL, signal.default_int_handler)
         before = {number: signal.getsignal(number) for number in STOPS if signal.getsignal(number) in usual}
+    _held.update(signal=0, until=0.0)
     for number in before:
         signal.signal(number, _stop)
     try:

@@ -31,7 +31,7 @@ from yojo.core.prompt import Processor
 from yojo.core.reward import RewardModel
 from yojo.core.training import Recipe, train
 from yojo.files import InputError
-from yojo.runs import SavedRun, run_folder, start_over
+from yojo.runs import SavedRun, kept, run_folder, start_over
 from yojo.tiny.experiment import BASELINES, TASKS, run_tiny
 
 
@@ -57,18 +57,17 @@ def run_files(args: argparse.Namespace) -> dict:
         start_over(training, args.resume)
     parallel.wait()
     digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
-    about = {"mode": args.mode, "loss": args.loss, "seed": args.seed, "data": digest, "records": len(records)}
-    about["base"] = rm.fingerprint["weights"]
-    if bad:
-        about["left_out"] = bad
+    about = {"mode": args.mode, "loss": args.loss, "seed": args.seed, "data": digest}
+    about |= {"base": rm.fingerprint["weights"]} | checks.identity(records, bad, args.data)
     if args.compile:  # sums round otherwise
         about["compile"] = True
 
     tests = {"own": test, **controls(test)}
-    train(rm, records, recipe, args.seed, SavedRun(training, about), title="train")
-    if not parallel.is_main():
-        raise SystemExit(0)  # the rest is for one
-    rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
+    with kept(training):
+        train(rm, records, recipe, args.seed, SavedRun(training, about), title="train")
+        if not parallel.is_main():
+            raise SystemExit(0)  # the rest is for one
+        rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
     shutil.rmtree(training)
     # one record a batch: those of files are long
     args.found = {"mode": args.mode, "steps": steps, "left_out": bad or []}

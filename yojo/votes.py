@@ -32,7 +32,7 @@ from numpy import ndarray
 from yojo import metrics
 from yojo.cli import Parser, refuse_existing, run, table, whole
 from yojo.core.data import Record, record_of
-from yojo.files import InputError, read_lines, write_lines
+from yojo.files import InputError, followed, is_plain, read_lines, write_lines
 from yojo.media import data_url
 
 TIE = "tie"
@@ -241,7 +241,9 @@ def rank_items(votes: Sequence[Vote]) -> dict[str, dict[str, int]]:
         by_item.setdefault(vote.item, []).append(vote)
     for item, some in by_item.items():
         answers = sorted({name for vote in some for name in (vote.a, vote.b)})
-        random.Random(item).shuffle(answers)  # where a heuristic must break a tie, names must not
+        random.Random(item.encode("utf-8", "surrogatepass")).shuffle(
+            answers
+        )  # where a heuristic must break a tie, names must not
         scores = METHODS["graph, denoised"](count(some, answers))
         ranks[item] = dict(sorted(zip(answers, ranking(scores.tolist()), strict=True), key=lambda pair: pair[1]))
     return ranks
@@ -299,7 +301,7 @@ def line_of(item: str, answered: Answered, names: Sequence[str], ranks: dict[str
     texts = dict(zip(answered.names, answered.responses, strict=True))
     clips = [answered.video] if answered.video else []
     sources = [*answered.images, *(clip.path for clip in clips)]
-    paths = [data_url(s) if isinstance(s, bytes) else os.path.relpath(s.resolve(), folder.resolve()) for s in sources]
+    paths = [data_url(s) if isinstance(s, bytes) else os.path.relpath(s.resolve(), folder) for s in sources]
     shown = {"images": paths} if paths else {}
     if clips:
         shown = {"video": paths[0], "sampling_interval": clips[0].interval}
@@ -326,7 +328,8 @@ def from_file(args: argparse.Namespace) -> dict:
     chosen, left_out = {item: list(ranked) for item, ranked in ranks.items()}, []
     if args.sample:
         chosen, left_out = sample(ranks, args.sample, args.ties, random.Random(args.seed))
-    lines = [line_of(item, answers[item], names, ranks[item], args.out.parent) for item, names in chosen.items()]
+    folder = followed(args.out).parent.resolve() if is_plain(args.out) else Path.cwd()
+    lines = [line_of(item, answers[item], names, ranks[item], folder) for item, names in chosen.items()]
     if not lines:
         raise InputError(f"no item has {args.sample} answers with at most {args.ties} ties among them")
     write_lines(args.out, lines)

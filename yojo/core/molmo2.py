@@ -376,8 +376,7 @@ class Molmo2(nn.Module):
         read on after what it holds, and add to it (then `mask` covers a first reading only); adapter: its name, None =
         the base alone, left out = what `lora.use` chose in this thread.
         """
-        B, T = input_ids.shape
-        past = 0 if cache is None else cache.length
+        (B, T), past = input_ids.shape, 0 if cache is None else cache.length
         if mask is not None and (past or mask.record.shape != (B, T)):
             raise ValueError(f"mask of shape {tuple(mask.record.shape)} for ids {(B, T)} after {past} cached tokens")
         if positions is None:

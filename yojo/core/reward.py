@@ -121,17 +121,14 @@ class RewardModel(nn.Module):
 
     def score_encoded(self, rows: Sequence[Encoded], mode: str | None = None) -> list[list[float]]:
         """Scores of several records' rows, in one batch. Scores that are not finite raise `InputError`."""
-        scores = self.raw_scores(rows, self.mode if mode is None else mode)
-        for row, some in zip(rows, scores, strict=True):
-            if not all(map(math.isfinite, some)):
-                raise InputError(f"{row.prefix}scores are not finite: {some}")
-        return scores
+        return [finite(row, some) for row, some in zip(rows, self.raw_scores(rows, mode), strict=True)]
 
     @torch.no_grad()
-    def raw_scores(self, rows: Sequence[Encoded], mode: str) -> list[list[float]]:
+    def raw_scores(self, rows: Sequence[Encoded], mode: str | None) -> list[list[float]]:
         """Scores as they come. In isolated mode equal texts of a record are read once and share their score: read
         twice they would differ by rounding. Long rows, which are computed run by run anyway, stand in one row, which
         needs no padding."""
+        mode = self.mode if mode is None else mode
         rows, places = zip(*(row.distinct() if mode == "isolated" else (row, None) for row in rows), strict=True)
         together = [rows] if ops.by_runs(max(len(row.ids) for row in rows)) else rows
         batch = collate(together, mode, self.backbone.config.pad_id, self.backbone.device)
@@ -157,12 +154,13 @@ class RewardModel(nn.Module):
         if isinstance(error, InputError):
             raise error
 
-    def _score_window(self, window: list[Encoded], mode: str | None, tokens: int) -> list[list[float]]:
-        scores: list[list[float]] = [[]] * len(window)
+    def _score_window(self, window: list[Encoded], mode: str | None, tokens: int) -> Iterator[list[float]]:
+        scores, given = {}, 0
         for batch in batches([len(e.ids) for e in window], tokens):
-            for i, scored in zip(batch, self.score_encoded([window[i] for i in batch], mode), strict=True):
-                scores[i] = scored
-        return scores
+            scores |= zip(batch, self.raw_scores([window[i] for i in batch], mode), strict=True)
+            while given in scores:  # each as soon as those before it are there
+                yield finite(window[given], scores[given])
+                given += 1
 
     def save(self, folder: str | Path, overwrite: bool = False, also: Sequence[Path] = ()) -> None:
         """Write the folder, whole or not at all, with copies of the files in `also`. The base is not copied: its
@@ -184,12 +182,17 @@ class RewardModel(nn.Module):
         return store.load_reward_model(cls, folder, base, **{"lm_head": False} | how)
 
 
-def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+def finite(row: Encoded, scores: list[float]) -> list[float]:
+    if not all(map(math.isfinite, scores)):
+        raise InputError(f"{row.prefix}scores are not finite: {scores}")
+    return scores
+
+
+def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
     """Indices of rows by length, longest first, cut into batches whose padded size is at most `tokens`; a longer row
     stands alone."""
-    order, out = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         rows = max(1, tokens // lengths[order[0]])
-        out.append(order[:rows])
+        yield order[:rows]
         order = order[rows:]
-    return out
