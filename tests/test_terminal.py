@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,34 @@ def test_a_signal_at_the_edge_of_an_update_loses_no_step(tmp_path, monkeypatch, 
     lines = (tmp_path / "metrics.jsonl").read_text().count("\n")
     saved = len(torch.load(tmp_path / "state.pt", weights_only=True)["log"])
     assert 8 < lines <= saved <= lines + 1, "the line of a step may be missing, which a resume writes again"
+
+
+def test_a_signal_that_a_library_swallows_is_raised_again(monkeypatch):
+    """In a destructor, an exception is only printed."""
+    monkeypatch.setattr(terminal, "ONE", 0.0)
+    with stopping_by_exception(), pytest.raises(SystemExit):
+        with suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        with unbroken():
+            pass
+        pytest.fail("a batch system asks but once")
+
+
+def test_a_signal_whose_exception_becomes_another_is_still_a_stop(monkeypatch, tmp_path, capsys):
+    def work(args):
+        args.found = [1]
+
+        class Odd:
+            def __set_name__(self, owner, name):
+                signal.raise_signal(signal.SIGTERM)
+
+        type("Library", (), {"odd": Odd()})  # Python 3.11 makes a RuntimeError of it
+
+    monkeypatch.setattr("sys.argv", ["made", "--json", str(tmp_path / "s.json")])
+    with pytest.raises(SystemExit) as stop:
+        run(Parser(prog="made"), work)
+    assert stop.value.code == 143 and found(tmp_path) == [1, {"error": "interrupted"}]
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_handlers_are_put_back_and_those_who_ignore_go_on_to(monkeypatch):

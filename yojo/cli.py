@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from yojo.files import InputError, check_place, check_writable, is_plain, write_json
-from yojo.terminal import print_leniently, stopping_by_exception, unbroken
+from yojo.terminal import print_leniently, stopped, stopping_by_exception, unbroken
 
 DTYPES = ("float32", "bfloat16")
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # relative to the package, not to the current folder
@@ -207,16 +207,17 @@ def finish(parser: Parser, args: argparse.Namespace, command: Callable) -> int:
         if args.json:
             check_writable(args.json)
         args.found = command(args)
-    except InputError as error:
-        why, status = str(error), 2
-    except FloatingPointError as error:
-        why, status = str(error), 1
-    except KeyboardInterrupt:
-        why, status = "", 130
     except BaseException as error:
-        with unbroken(), suppress(InputError):
-            write_found(args, "" if isinstance(error, SystemExit) else repr(error))
-        raise
+        if number := stopped():
+            why, status = "", 128 + number
+        elif isinstance(error, KeyboardInterrupt):
+            why, status = "", 130
+        elif isinstance(error, (InputError, FloatingPointError)):
+            why, status = str(error), 2 if isinstance(error, InputError) else 1
+        else:
+            with unbroken(), suppress(InputError):
+                write_found(args, "" if isinstance(error, SystemExit) else repr(error))
+            raise
     try:
         with unbroken():
             write_found(args, why)

@@ -63,8 +63,8 @@ def print_leniently() -> list[Printed]:
 STOPS = "SIGINT SIGTERM SIGHUP SIGUSR1 SIGUSR2 SIGXCPU".split()
 STOPS = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
 ONE = 5.0  # seconds in which signals are taken for one: a second must not break off what the first one began to save
-# How many `unbroken` blocks are open, what came in meanwhile, and until when no other signal is heard.
-_held = {"by": 0, "signal": 0, "until": 0.0}
+# How many `unbroken` blocks are open, what came in meanwhile; what has raised, and until when no other is heard.
+_held = {"by": 0, "signal": 0, "raised": 0, "until": 0.0}
 
 
 def _stop(number: int, frame: object = None) -> None:
@@ -73,7 +73,7 @@ def _stop(number: int, frame: object = None) -> None:
         return
     if time.monotonic() < _held["until"]:
         return
-    _held["until"] = time.monotonic() + ONE
+    _held.update(raised=number, until=time.monotonic() + ONE)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)
@@ -87,7 +87,7 @@ def stopping_by_exception() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         usual = (signal.SIG_DFL, signal.default_int_handler)
         before = {number: signal.getsignal(number) for number in STOPS if signal.getsignal(number) in usual}
-    _held.update(signal=0, until=0.0)
+    _held.update(signal=0, raised=0, until=0.0)
     for number in before:
         signal.signal(number, _stop)
     try:
@@ -97,14 +97,21 @@ def stopping_by_exception() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def stopped() -> int:
+    """The signal that has asked the command to stop, which is heard now; 0 = none. Its exception may have become
+    another: libraries turn what is raised inside of them into errors of their own."""
+    number, _held["raised"] = _held["raised"], 0
+    return number
+
+
 @contextmanager
 def unbroken() -> Iterator[None]:
-    """Such signals wait until the end of the block."""
+    """Such signals wait until the end of the block. One whose exception was swallowed by a library raises again."""
     _held["by"] += 1
     try:
         yield
     finally:
         _held["by"] -= 1
-        if not _held["by"] and _held["signal"]:
-            number, _held["signal"] = _held["signal"], 0
+        if not _held["by"] and (number := _held["signal"] or _held["raised"]):
+            _held["signal"] = 0
             _stop(number)
