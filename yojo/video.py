@@ -49,9 +49,12 @@ class Clip:
 
 def seconds_of(value: object) -> float | None:
     """Seconds in a video, as a number of any library; None of anything else."""
-    value = value.item() if isinstance(value, np.generic) or getattr(value, "ndim", None) == 0 else value
-    number = isinstance(value, (int, float, Decimal, Fraction))
-    return float(value) if number and 0 <= value < LONGEST else None
+    try:
+        value = value.item() if isinstance(value, np.generic) or getattr(value, "ndim", None) == 0 else value
+        seconds = float(value) if isinstance(value, (int, float, Decimal, Fraction)) else -1.0
+    except (OverflowError, ValueError, RuntimeError):  # RuntimeError: a tensor without numbers
+        return None
+    return seconds if 0 <= seconds < LONGEST else None
 
 
 Frames = list[tuple[float, Image.Image]]  # with their seconds

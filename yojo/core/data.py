@@ -56,7 +56,7 @@ class Record:
     def __post_init__(self):
         if (ranks := self.rankings) is None:
             return
-        n = len(self.responses) if isinstance(self.responses, list) else -1
+        n = len(self.responses) if isinstance(self.responses, (list, tuple)) else 0
         good = isinstance(ranks, list) and len(ranks) == n and all(type(r) is int and 1 <= r <= n for r in ranks)
         if not good or 1 not in ranks:
             ranks = f"{ranks!r:.99}; 1 is the best and must be there, none is above {n}"
