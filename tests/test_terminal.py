@@ -140,10 +140,12 @@ def test_what_failed_before_anything_was_found_leaves_what_was_there(command, fo
 
 @pytest.fixture(autouse=True)
 def signals_that_are_heard():
-    """A shell's background jobs ignore SIGINT, and so would what these tests start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A shell's background jobs ignore SIGINT, `nohup` SIGHUP, and so would what these tests start."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in terminal.STOPS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
