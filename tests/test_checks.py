@@ -59,15 +59,16 @@ def test_every_file_is_opened_once(pictures, monkeypatch):
     assert [path.name for path in opened] == ["a.jpg", "b.jpg"]
 
 
-def test_records_that_prefer_nothing_are_left_out_and_counted():
+def test_records_that_prefer_nothing_are_left_out_and_counted(capsys):
     """One answer, or several that are all as good: whatever the scores, they would count as right."""
     ranks = [[1, 2], [1], [1, 1, 1], [2, 1, 2]]
-    records, said = [Record("?", [*"abc"][: len(some)], some) for some in ranks], []
-    assert preferring(records, said.append) == [records[0], records[3]]
-    assert said == ["left out, since all their responses are as good or there is only one: 2 of 4 records"]
-    assert preferring(records[:1], said.append) == records[:1] and len(said) == 1
+    records = [Record("?", [*"abc"][: len(some)], some) for some in ranks]
+    assert preferring(records) == [records[0], records[3]]
+    said = "left out, since all their responses are as good or there is only one: 2 of 4 records\n"
+    assert capsys.readouterr().out == said
+    assert preferring(records[:1]) == records[:1] and capsys.readouterr().out == ""
     with pytest.raises(InputError, match="none of 2 records says which of its responses is better"):
-        preferring(records[1:3], said.append)
+        preferring(records[1:3])
 
 
 @pytest.mark.parametrize(
@@ -167,8 +168,9 @@ def test_what_was_left_out_is_part_of_the_run(command, small, module):
         patch.setattr(module.SavedRun, "add", stop)
         assert command(module, *words)[0] == 130
     shutil.copyfile(folder / "a.jpg", folder / "late.jpg")
-    status, _, err = command(module, *words, "--resume")
+    status, out, err = command(module, *words, "--resume")
     assert status == 2 and "holds another run" in err and "--overwrite" in err
+    assert "--resume goes on" not in out, "it would not"
     assert "the same ones readable" in err
     shutil.copyfile(folder / "cut.jpg", folder / "late.jpg")
     status, out, err = command(module, *words, "--resume")
@@ -189,6 +191,16 @@ def test_what_was_left_out_is_known_by_its_line(command, small, monkeypatch):
     Image.new("RGB", (90, 90)).save(folder / "a.jpg")
     status, _, err = command(train, *asked, "--resume")
     assert status == 2 and "its pictures is" in err and "resume with the same records" in err
+
+
+def test_what_stands_beside_the_frames_ends_no_run(command, small):
+    """A link that leads nowhere is no frame."""
+    words, lines, folder = small
+    del lines[0]["image"]
+    lines[0]["video"] = "clip"
+    (folder / "clip/.old").symlink_to("nowhere")
+    status, _, err = command(train, *words())
+    assert status == 0, err
 
 
 def test_more_answers_than_the_judge_reads_are_refused_at_once(command, small):

@@ -58,18 +58,18 @@ def fault(shown: object, name: str) -> str | None:
         return str(error)
 
 
-def preferring(records: Sequence[Some], say: Callable[[str], object] = parallel.say) -> list[Some]:
+def preferring(records: Sequence[Some]) -> list[Some]:
     """Those `with_preference`; how many were left out is said."""
-    kept = with_preference(records)
-    if left := len(records) - len(kept):
-        say(f"left out, since all their responses are as good or there is only one: {left} of {len(records)} records")
+    kept, n = with_preference(records), len(records)
+    if left := n - len(kept):
+        parallel.say(f"left out, since all their responses are as good or there is only one: {left} of {n} records")
     return kept
 
 
 def identity(records: Sequence[Record], bad: Sequence[str] | None, path: Path) -> dict:
     """What a run remembers of the records in a file beside the file itself: the names and sizes of their pictures, and
     which lines were left out."""
-    shown = [[size_of(source) for source in sources_of(record)] for record in records]
+    shown = [[stat[:2] for source in sources_of(record) for stat in stats_of(source)] for record in records]
     about = {"pictures": hashlib.sha256(json.dumps(shown).encode()).hexdigest(), "records": len(records)}
     places = [re.match(r":\d+|, item \d+", error.removeprefix(str(path))) for error in bad or ()]
     left_out = [place[0] for place in places if place]  # others are of another file
@@ -80,14 +80,24 @@ def sources_of(record: Record) -> list[Path | bytes | Clip]:
     return [*record.images, *([record.video] if record.video else [])]
 
 
-def size_of(source: Path | bytes | Clip) -> tuple:
-    path = source.path if isinstance(source, Clip) else source
-    if isinstance(path, bytes):
-        return ("", len(path))
-    return path.name, [f.stat().st_size for f in (sorted(path.iterdir()) if path.is_dir() else [path])]
+def stats_of(source: Path | bytes | Clip) -> list[tuple]:
+    """Name, size and time of a picture's file, or of all files of a clip; of a picture without one, a digest."""
+    if isinstance(source, bytes):
+        return [(hashlib.sha256(source).hexdigest(),)]
+    if isinstance(source, Clip) and source.path.is_dir():
+        return [stat_of(file) for file in sorted(source.path.iterdir())]
+    return [stat_of(source.path if isinstance(source, Clip) else source)]
 
 
-def report(bad: Sequence[str], say: Callable[[str], object] = parallel.say) -> None:
+def stat_of(path: Path) -> tuple:
+    """Of what can't be looked at, and will fail if it is opened, the name alone."""
+    try:
+        return path.name, path.stat().st_size, path.stat().st_mtime_ns
+    except OSError:
+        return (path.name,)
+
+
+def report(bad: Sequence[str]) -> None:
     """What was left out, listed."""
     if bad:
-        say(f"left out, {len(bad)} rows:\n  " + "\n  ".join(bad))
+        parallel.say(f"left out, {len(bad)} rows:\n  " + "\n  ".join(bad))

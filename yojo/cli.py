@@ -118,7 +118,7 @@ def either(first: str, others: str) -> str:
     return f"give {listed(first, ' or ')}, or {listed(others, ' and ')}"
 
 
-MOST = 2**32 - 1  # as seeds, torch and numpy take no more
+MOST = 2**32 - 1  # seeds are multiplied by up to a million, and torch takes 64 bits
 
 
 def whole(least: int) -> Callable[[str], int]:

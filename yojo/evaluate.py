@@ -34,9 +34,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from yojo import metrics
+from yojo import checks, metrics
 from yojo.benchmarks import FORMATS, Item, read_items
-from yojo.checks import preferring
 from yojo.cli import Parser, add_model_options, computed_on, run, table, whole, with_interval
 from yojo.core.data import in_order, open_pictures
 from yojo.core.held_out import score_orders
@@ -115,23 +114,11 @@ def identity_of(items: list[Item], model: dict, protocol: dict) -> str:
     """One line that names everything the scores depend on; of pictures, their names, sizes and times."""
     content = []
     for item in items:
-        stats = [
-            stat_of(image) if isinstance(image, Path) else hashlib.sha256(image).hexdigest() for image in item.images
-        ]
-        if item.video:
-            clip = item.video.path
-            stats += [*map(stat_of, sorted(clip.iterdir()) if clip.is_dir() else [clip]), item.video.interval]
+        stats = [stat for source in checks.sources_of(item) for stat in checks.stats_of(source)]
+        stats += [item.video.interval] if item.video else []
         content.append((item.prompt, item.responses, item.rankings, stats))
     items_digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps({**model, "items": items_digest, **protocol})
-
-
-def stat_of(path: Path) -> tuple:
-    """Name, size and time; of what can't be looked at, and will fail when it is opened, the name."""
-    try:
-        return path.name, path.stat().st_size, path.stat().st_mtime_ns
-    except OSError:
-        return (path.name,)
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -194,7 +181,7 @@ def order_sensitivity(items: list[Item], scores: list[Scores], orders: Orders) -
     return {"changed": metrics.mean(changed), "by_place": places, "mean_over_orders": metrics.mean(averaged)}
 
 
-def print_report(result: dict, left_out: list[str]) -> None:
+def print_report(result: dict) -> None:
     intervals = {"accuracy": "interval", "macro": "macro_interval", "acc_plus": "acc_plus_interval"}
     titles = {"accuracy": "accuracy (micro)" if "macro" in result else "accuracy", "macro": "macro", "acc_plus": "ACC+"}
     found = {titles[k]: with_interval(result[k], result[i]) for k, i in intervals.items() if k in result}
@@ -212,8 +199,6 @@ def print_report(result: dict, left_out: list[str]) -> None:
         places = ", ".join(f"{place}: {value:.3f}" for place, value in order["by_place"].items())
         print(f"order: the winner changes in {order['changed']:.1%}; mean over orders {order['mean_over_orders']:.3f};")
         print(f"best answer at place {places}")
-    if left_out:
-        print(f"left out, {len(left_out)} rows:\n  " + "\n  ".join(left_out))
 
 
 # ------------------------------------------------------------------------------------------------------------ command
@@ -249,9 +234,9 @@ def run_command(args: argparse.Namespace) -> dict | list[dict]:
     if args.tiny:
         return tables(args.seed)
     left_out: list[str] = []
-    items = read_items(args.data, args.format, args.map, left_out if args.keep_going else None)
-    given, items = len(items), preferring(items)
-    preferred = len(items)
+    given = read_items(args.data, args.format, args.map, left_out if args.keep_going else None)
+    items = checks.preferring(given)
+    without_preference = len(given) - len(items)
     rm = RewardModel.load(args.model, args.base, **computed_on(args))
     mode = args.mode or rm.mode
     model = {"model": digest(args.model), "base": rm.fingerprint, "pictures": str(rm.processor.images)}
@@ -278,8 +263,9 @@ def run_command(args: argparse.Namespace) -> dict | list[dict]:
         raise InputError("no item could be scored; the first: " + left_out[0])
     items, scores = map(list, zip(*scored, strict=True))
     result = report(items, scores, args.format, mode, orders)
-    print_report(result, left_out)
-    return result | {"left_out": left_out, "without_preference": given - preferred}
+    print_report(result)
+    checks.report(left_out)
+    return result | {"left_out": left_out, "without_preference": without_preference}
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def run_files(args: argparse.Namespace, c: GrpoConfig) -> dict:
     about = {"data": hashlib.sha256(args.data.read_bytes()).hexdigest(), "base": rm.fingerprint["weights"]}
     about |= {"mode": rm.mode, "reward": digest(args.reward)} | checks.identity(prompts, bad, args.data)
     state = SavedRun(training, about)
-    with kept(training):
+    with kept(state):
         log = train_policy(rm, reward_fn(rm, rm.mode), sample_prompts, c, args.seed, None, state, report)
         with whole_folder(args.out, args.overwrite) as new:
             save_adapter(rm.backbone, POLICY, new)

@@ -43,12 +43,14 @@ class SavedRun(RunState):
 
     def __init__(self, folder: Path, about: dict | None = None):
         self.folder, self.about = folder, about or {}
+        self.saved: int | None = None  # steps in the state; None = it is not this run's, or there is none
 
     def resume(self, settings: dict, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Log:
         """The log so far, [] where nothing is saved. Steps after the save are done again."""
         self.identity, self.parameters, self.optimizer = {**settings, **self.about}, parameters, optimizer
         begun = (self.folder / "state.pt").exists()
-        log, self.saved, self.after = self._read() if begun else [], -1, random_states()
+        log, self.after = self._read() if begun else [], random_states()
+        self.saved = len(log) if begun else None
         parallel.wait()  # all have read the state before the first writes again
         if parallel.is_main():
             write_lines(self.folder / "metrics.jsonl", log)
@@ -129,13 +131,13 @@ def run_folder(out: Path, overwrite: bool, resume: bool) -> Path:
 
 
 @contextmanager
-def kept(training: Path) -> Iterator[None]:
+def kept(state: SavedRun) -> Iterator[None]:
     """Where an error or a signal ends the block, it is said how to go on."""
     try:
         yield
     except BaseException:
-        if (training / "state.pt").exists():
-            parallel.say(f"what was done is kept in {training}: --resume goes on")
+        if state.saved is not None:
+            parallel.say(f"what was done is kept in {state.folder}: --resume goes on")
         raise
 
 

@@ -63,8 +63,9 @@ def run_files(args: argparse.Namespace) -> dict:
         about["compile"] = True
 
     tests = {"own": test, **controls(test)}
-    with kept(training):
-        train(rm, records, recipe, args.seed, SavedRun(training, about), title="train")
+    state = SavedRun(training, about)
+    with kept(state):
+        train(rm, records, recipe, args.seed, state, title="train")
         if not parallel.is_main():
             raise SystemExit(0)  # the rest is for one
         rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])

@@ -1,4 +1,5 @@
-"""Videos: folders of frames, animations, and frames as callers hand them over.
+"""Videos: folders of frames, animations, and frames as callers hand them over; and what a line of a file of records
+shows, pictures or a video.
 
 See it: `pytest tests/test_video.py`.
 """

@@ -115,7 +115,7 @@ def accuracy(scores: Tensor, ranks: Tensor) -> float:
 
 
 def gradients(loss, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, c: FitConfig) -> dict:
-    """Those of one update, from `accumulate` micro-batches, clipped -> what is logged."""
+    """Those of one update, from `accumulate` micro-batches, clipped; the learning rate is set -> what is logged."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, c)
     logged: dict[str, float] = {}
