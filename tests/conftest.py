@@ -5,6 +5,7 @@ import os
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracles must not look for a network
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what commands do on a CPU is tested, whatever the machine; see test_gpu.py
 
 from dataclasses import replace
 

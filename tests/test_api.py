@@ -22,7 +22,7 @@ from yojo import InputError, RewardModel, load_backbone, weights
 from yojo.cli import WEIGHTS
 from yojo.core.data import Record, encode
 from yojo.core.grpo import prompt_row
-from yojo.core.training import FitConfig, PreferenceLoss, Recipe
+from yojo.core.order import MicroBatches
 from yojo.trainers import GroupReward
 from yojo.video import Clip
 
@@ -180,11 +180,10 @@ def test_an_autocast_outside_leaves_scores_alone(rm, mode):
 
 def test_training_in_python_leaves_out_what_prefers_nothing(rm):
     good, records = Record("?", ["a", "b"], [2, 1]), [Record("?", ["a"], [1]), Record("?", ["a", "b"], [1, 1])]
-    recipe = Recipe(fit=FitConfig(steps=1))
-    assert PreferenceLoss(rm, [*records, good], recipe, 0).records == [good]
+    assert MicroBatches([*records, good], rm.processor, 1, 1, 0).records == [good]
     for nothing in (records, [], [Record("?", ["a", "b"])]):
         with pytest.raises(InputError, match="says which of its responses is better"):
-            PreferenceLoss(rm, nothing, recipe, 0)
+            MicroBatches(nothing, rm.processor, 1, 1, 0)
     with pytest.raises(InputError, match="rankings must be"):
         Record("?", "abc", [1, 2, 3])
 
@@ -227,6 +226,7 @@ def test_one_rule_says_which_device(monkeypatch):
     """CUDA if there is one, else the CPU: commands, `RewardModel.load`, `.new`, `load_backbone` and `GroupReward`."""
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(weights, "has_bfloat16", lambda device: True)
     monkeypatch.setattr(weights, "_read", lambda pieces, shape, dtype, device: asked.append(device) or _stop())
     reward = GroupReward(WEIGHTS / "tiny-rm")
     doors = [lambda: RewardModel.load(WEIGHTS / "tiny-rm"), lambda: load_backbone(WEIGHTS / "tiny")]
@@ -236,6 +236,12 @@ def test_one_rule_says_which_device(monkeypatch):
             door()
     assert asked == [torch.device("cuda")] * 4
     assert weights.pick_device("cpu") == torch.device("cpu"), "or what is asked for"
+    monkeypatch.setattr(weights, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
+    with pytest.raises(InputError, match="an old card has no bfloat16: say --dtype float32"):
+        load_backbone(WEIGHTS / "tiny")
+    with pytest.raises(StopIteration):
+        load_backbone(WEIGHTS / "tiny", torch.float32)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert weights.pick_device() == torch.device("cpu")
 

@@ -88,15 +88,29 @@ def test_the_help_says_which_options_go_together_and_names_defaults_once():
     assert "None" not in said and "False" not in said and said.count("(default: 0)") == 1
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_rules_are_about_options_that_exist(name):
-    """And every option that a rule names is one that the command takes."""
+def parsers(name):
+    """That of a command, and of its subcommands."""
     module, seen = importlib.import_module(f"yojo.{name}"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "run", lambda parser, _: seen.append(parser))
         module.main()
-    subs = seen[0].commands.choices.values() if hasattr(seen[0], "commands") else []
-    for parser in [*seen, *subs]:
+    return seen + [*seen[0].commands.choices.values()] if hasattr(seen[0], "commands") else seen
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"checkpoint", "flops", "votes"}))
+def test_every_command_that_runs_the_network_can_be_told_where(name, capsys):
+    parser = parsers(name)[-1]
+    assert "--device" in parser.format_help()
+    for wrong in ("gpu", "cuda:", "cuda:x", "mps", ""):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--device", wrong])
+        assert "is none of cpu, cuda, cuda:0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_rules_are_about_options_that_exist(name):
+    """And every option that a rule names is one that the command takes."""
+    for parser in parsers(name):
         options = {word for action in parser._actions for word in action.option_strings}
         for _, first, names in parser.rules:
             assert {f"--{option}" for option in (first + " " + names).split()} <= options

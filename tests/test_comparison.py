@@ -47,7 +47,7 @@ def test_the_tables_are_printed_one_after_the_other(monkeypatch, capsys):
     """Whole, but for the training of the two models on corroborated: shipped ones stand in."""
     import shutil
 
-    def shipped(task, recipe, n, modes, seeds, out, overwrite, paraphrase):
+    def shipped(task, recipe, n, modes, seeds, out, *more):
         for path in MODELS.values():
             shutil.copytree(path, out / path.name)
             base = out / path.name / "reward_model_config.json"

@@ -59,9 +59,9 @@ def spoil(monkeypatch, prompt: str, wrong: float):
     """Scores of the record with this prompt come out as no numbers."""
     real = loop.PreferenceLoss.__call__
 
-    def call(self, step, micro_batch):
-        value, about = real(self, step, micro_batch)
-        mine = any(record.prompt == prompt for record in self.records_of(step, micro_batch))
+    def call(self, rows, ranks):
+        value, about = real(self, rows, ranks)
+        mine = any(prompt in self.rm.processor.tokenizer.decode(row.ids.tolist()) for row in rows)
         return value * (wrong if mine else 1.0), about
 
     monkeypatch.setattr(loop.PreferenceLoss, "__call__", call)

@@ -19,7 +19,7 @@ from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
 from yojo.cli import WEIGHTS
 from yojo.core.config import ConnectorConfig, ImageConfig, TextConfig, VisionConfig
-from yojo.core.generate import Cache, generate
+from yojo.core.generate import generate
 from yojo.core.image import frames_to_patches, images_to_patches
 from yojo.core.mask import AttentionMask
 from yojo.settings import read_config
@@ -235,36 +235,6 @@ def test_what_is_saved_here_loads_there(tmp_path):
 
 
 @torch.no_grad()
-def test_reading_in_pieces_with_a_cache_equals_reading_at_once():
-    model = random_model()
-    ids = torch.randint(0, 399, (1, 12))
-    cache = Cache(model.config)
-    pieces = [model(piece, cache=cache) for piece in ids.split([5, 1, 4, 2], dim=1)]
-    assert (torch.cat(pieces, dim=1) - model(ids)).abs().max() < 1e-12
-
-
-@torch.no_grad()
-def test_samples_share_one_reading_of_the_prompt_and_are_independent():
-    model = random_model()
-    ids = torch.randint(0, 399, (1, 6))
-    a, b = (generate(model, ids, n=5, max_new_tokens=4, generator=torch.Generator().manual_seed(7)) for _ in range(2))
-    assert torch.equal(a, b) and a.shape == (5, 4) and len(a.unique(dim=0)) > 1
-    cold = generate(model, ids, n=3, max_new_tokens=4, temperature=1e-4)
-    assert torch.equal(cold, generate(model, ids, n=3, max_new_tokens=4, temperature=0))
-
-
-@torch.no_grad()
-def test_a_sample_ends_with_the_end_token_and_is_padded_after_it():
-    model = random_model()
-    ids = torch.randint(0, 399, (1, 6))
-    first, second = generate(model, ids, max_new_tokens=2, temperature=0)[0].tolist()
-    model.config = replace(model.config, eos_ids=(second,), pad_id=0)
-    assert generate(model, ids, max_new_tokens=9, temperature=0).tolist() == [[first, second]]
-    model.config = replace(model.config, eos_ids=(second, first))
-    assert generate(model, ids, max_new_tokens=9, temperature=0).tolist() == [[first]], "any of them ends it"
-
-
-@torch.no_grad()
 def test_only_the_rows_asked_for_are_read():
     model = random_model()
     ids = torch.randint(0, 399, (2, 7))
@@ -285,14 +255,6 @@ def test_features_must_fit_their_tokens():
     model = random_model()
     with pytest.raises(ValueError, match="2 <im_patch> tokens but 0 picture features"):
         model(torch.tensor([[1, PATCH, PATCH]]))
-
-
-@torch.no_grad()
-def test_a_cache_holds_keys_and_values_and_no_queries():
-    model, cache = random_model(), Cache(TINY)
-    model(torch.randint(0, 399, (1, 6)), cache=cache)
-    for x in (y for layer in cache.layers for y in (layer.k, layer.v)):
-        assert x.untyped_storage().nbytes() == x.nbytes
 
 
 def test_defaults_are_the_released_4b(tmp_path):

@@ -86,7 +86,7 @@ def test_a_network_of_such_products_is_the_same_network(adapter, monkeypatch):
     ids, read = torch.randint(0, 399, (2, 11)), torch.tensor([[0, 4], [1, 10]])
 
     def hidden():
-        cache = Cache(model.config)
+        cache = Cache(model.config, 13)
         with lora.use(model, adapter), FlopCounterMode(display=False) as counter:
             results = model(ids), model(ids, keep=read), model(ids, cache=cache), model(ids[:, :2], cache=cache)
         return [*results, torch.tensor(counter.get_total_flops())]

@@ -1,4 +1,4 @@
-"""Two processes train the reward model to the adapter that one trains it to.
+"""Two processes train the reward model to the adapter that one trains it to, dropout and all.
 
 pytest tests/test_parallel.py
 """
@@ -35,10 +35,10 @@ from yojo.core.training import FitConfig
 from yojo.core.lora import LoraConfig
 from yojo.core.training import Recipe
 fit = FitConfig(steps=0, lr=1e-2, accumulate=4, save_every=2)
-small = Recipe(LoraConfig(r=2, dropout=0.0), inner=8, records=1, fit=fit)
+small = Recipe(LoraConfig(r=2, dropout=0.2), inner=8, records=1, fit=fit)
 train.Recipe = lambda: replace(small)
 dtype, new = getattr(torch, sys.argv.pop()), reward.RewardModel.new
-train.RewardModel.new = lambda *args, **kwargs: new(*args, dtype=dtype, **kwargs)
+train.RewardModel.new = lambda *args, **kwargs: new(*args, **kwargs | {"dtype": dtype})
 torch.set_num_threads(1)
 train.main()
 """
@@ -101,3 +101,20 @@ def test_a_step_that_cannot_be_shared_evenly_is_named(monkeypatch):
 
 def test_one_process_adds_up_nothing():
     assert parallel.add_up([torch.nn.Parameter(torch.zeros(1))], {"loss": 1.0}) == {"loss": 1.0}
+
+
+@pytest.mark.parametrize("asked, rank, why", [("cuda", 2, "and there are 2"), ("cuda:0", 0, "say --device cuda")])
+def test_every_process_takes_a_gpu_of_its_own(asked, rank, why, monkeypatch):
+    """Before any of them joins a group, in which the others would wait."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match=why):
+        parallel.join_group(asked)
+
+
+def test_a_process_that_is_alone_computes_where_it_was_told_and_has_no_group_to_leave(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert parallel.join_group("cuda:7") == "cuda:7" and parallel.join_group(None) is None
+    parallel.leave_group()
+    assert parallel.is_main()

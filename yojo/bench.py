@@ -102,10 +102,10 @@ def arms_of(s: Setting, n: int, R: int, peer) -> dict[str, Callable]:
     each, padded, prompt = [s.batch([one]) for one in alone], s.batch(alone), s.batch([s.prompt])
     joint, isolated = s.batch([row]), s.batch([row], "isolated")
     P, tails = len(s.prompt.ids), torch.tensor(responses, device=s.device)
-    ends = torch.tensor([[i, R - 1] for i in range(n)], device=s.device)
+    ends = torch.tensor([[i, R - 1] for i in range(n)])
 
     def cached() -> Tensor:
-        cache = Cache(s.config)
+        cache = Cache(s.config, P + R)
         inputs = prompt.input_ids, prompt.pictures.features, prompt.mask, prompt.positions
         s.backbone(*inputs, keep=ends[:0], cache=cache)
         cache.expand(n)
@@ -116,7 +116,7 @@ def arms_of(s: Setting, n: int, R: int, peer) -> dict[str, Callable]:
     arms |= {CACHED: cached, "one pass, isolated": lambda: s.scores(isolated), JOINT: lambda: s.scores(joint)}
     if peer is not None:
         inputs = dict(inputs_embeds=s.backbone.embed(joint.input_ids, joint.pictures.features), use_cache=False)
-        inputs["mm_token_type_ids"] = joint.mask.image.long()
+        inputs["mm_token_type_ids"] = joint.mask.image.long().to(s.device)
         arms["transformers, bare trunk"] = lambda: peer.model(**inputs).last_hidden_state
         arms["transformers, released way"] = lambda: peer(**inputs, output_hidden_states=True)
     return arms
@@ -278,8 +278,8 @@ def main() -> None:
         sub = commands.add_parser(name, help=what, rules=[] if name == "batch" else [("without", "weights", drawn)])
         add = sub.add_argument
         number, many = {"type": whole(1), "metavar": "N"}, {"nargs": "+"} if name == "score" else {}
-        add("--device", choices=("cpu", "cuda"), help="where to run; CUDA if there is one, else the CPU")
         add("--rounds", **number, default=2 if name == "load" else 5, help="turns of each alternative")
+        add_model_options(sub, dtype=False, fuse=name != "batch")
         if name == "batch":
             add("--n", **number, default=256, help="records")
             continue
@@ -288,7 +288,6 @@ def main() -> None:
         add("--layers", **number, help="decoder blocks of the random checkpoint, where not all")
         add("--vision-layers", **number, help="vision layers of the random checkpoint, where not all")
         add("--peer", action="store_true", help=f"measure {PEERS[name]} beside it")
-        add_model_options(sub, dtype=False)
         if name == "load":
             add("--dtype", choices=DTYPES, default="bfloat16", help="what to compute in")
             add("--n", **number, default=4, help="answers")
@@ -302,7 +301,10 @@ def main() -> None:
 
 
 def run_command(args: argparse.Namespace) -> list[dict]:
-    args.device = pick_device(args.device).type
+    device = pick_device(args.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # whose memory is measured
+    args.device = str(device)
     package = PEERS.get(args.command)
     if package and args.peer and importlib.util.find_spec(package) is None:
         raise InputError(f"--peer needs the package {package}: pip install -r requirements-dev.txt")

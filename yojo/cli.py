@@ -6,6 +6,7 @@ See it: `pytest tests/test_cli.py`.
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -24,6 +25,7 @@ from yojo.files import InputError, check_place, check_writable, is_plain, write_
 from yojo.terminal import print_leniently, stopped, stopping_by_exception, unbroken
 
 DTYPES = ("float32", "bfloat16")
+FULL = r"out of memory|can't allocate memory|ALLOC_FAILED"  # how torch says it, of a GPU, the host and CUDA's libraries
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # relative to the package, not to the current folder
 
 
@@ -139,18 +141,28 @@ def rate(text: str) -> float:
     return float(text)
 
 
-def add_model_options(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
-    """How a network is computed."""
+def device(text: str) -> str:
+    """A kind of option: the CPU, or a GPU."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text[:99]!r} is none of cpu, cuda, cuda:0, cuda:1, ...")
+    return text
+
+
+def add_model_options(parser: argparse.ArgumentParser, dtype: bool = True, fuse: bool = True) -> None:
+    """How a network is computed, and where."""
+    what = "cpu, cuda or cuda:1; if not given, CUDA if there is one, else the CPU"
+    parser.add_argument("--device", type=device, metavar="DEVICE", help=what)
     if dtype:
         what = "what to compute in; if not given, float32 on a CPU and bfloat16 on CUDA"
         parser.add_argument("--dtype", choices=DTYPES, help=what)
     what = "fuse norms, rotation and SwiGLU by torch.compile: some 20 s more at first, then faster at the 4B's width"
-    parser.add_argument("--compile", action="store_true", help=what)
+    if fuse:
+        parser.add_argument("--compile", action="store_true", help=what)
 
 
 def computed_on(args: argparse.Namespace) -> dict:
-    """What `RewardModel.load` is told: the dtype, if one was asked for."""
-    return {"dtype": args.dtype and getattr(torch, args.dtype)}
+    """What `RewardModel.load` is told: the device and the dtype, if they were asked for."""
+    return {"device": args.device, "dtype": args.dtype and getattr(torch, args.dtype)}
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -214,6 +226,10 @@ def finish(parser: Parser, args: argparse.Namespace, command: Callable) -> int:
             why, status = "", 130
         elif isinstance(error, (InputError, FloatingPointError)):
             why, status = str(error), 2 if isinstance(error, InputError) else 1
+        elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(FULL, str(error))):
+            asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+            why = f"out of memory{f' ({asked[0]})' if asked else ''}: take fewer or shorter answers, smaller "
+            why, status = why + "pictures, or a larger device", 1
         else:
             with unbroken(), suppress(InputError):
                 write_found(args, "" if isinstance(error, SystemExit) else repr(error))

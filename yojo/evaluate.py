@@ -37,6 +37,7 @@ from tqdm import tqdm
 from yojo import checks, metrics
 from yojo.benchmarks import FORMATS, Item, read_items
 from yojo.cli import Parser, add_model_options, computed_on, run, table, whole, with_interval
+from yojo.core.ahead import ahead
 from yojo.core.data import in_order, open_pictures
 from yojo.core.held_out import score_orders
 from yojo.core.mask import MODES
@@ -69,14 +70,15 @@ def score_item(rm: RewardModel, item: Item, orders: list[list[int]], mode: str) 
 def score_items(
     done: list[Scores | str],
     items: list[Item],
+    opened: Callable[[Item], Item],
     score: Callable[[Item], Scores],
     out: Path | None,
     identity: str,
     overwrite: bool,
     going: bool,
 ) -> None:
-    """Scores of every item are put into `done`; those that `out` holds already are read from it, unless `overwrite`. An
-    item that can't be scored raises or, `going` on, has its error in their place."""
+    """Scores of every item, its pictures `opened` ahead, are put into `done`; those that `out` holds already are read
+    from it, unless `overwrite`. An item that can't be scored raises or, `going` on, has its error in their place."""
     if out is not None and not is_plain(out):
         raise InputError(f"{out} is a device or a pipe: scores are kept in a file, from which an evaluation goes on")
     done += [] if out is None or overwrite else resume(out, identity)
@@ -84,15 +86,25 @@ def score_items(
         with whole_file(out) as temporary:
             lines = [identity, *map(json.dumps, done)]
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    for item in tqdm(items[len(done) :], "scoring", initial=len(done), total=len(items), delay=2):
+
+    def attempted(item: Item) -> Item | InputError:
         try:
-            done.append(score(item))
+            return opened(item)
         except InputError as error:
-            if not going:
-                raise
-            done.append(str(error))
-        if out is not None:
-            add_line(out, done[-1])
+            return error
+
+    with ahead(attempted, items[len(done) :]) as left:
+        for item in tqdm(left, "scoring", initial=len(done), total=len(items), delay=2):
+            try:
+                if isinstance(item, InputError):
+                    raise item
+                done.append(score(item))
+            except InputError as error:
+                if not going:
+                    raise
+                done.append(str(error))
+            if out is not None:
+                add_line(out, done[-1])
 
 
 def resume(out: Path, identity: str) -> list[Scores | str]:
@@ -232,7 +244,7 @@ def main() -> None:
 
 def run_command(args: argparse.Namespace) -> dict | list[dict]:
     if args.tiny:
-        return tables(args.seed)
+        return tables(args.seed, args.device)
     left_out: list[str] = []
     given = read_items(args.data, args.format, args.map, left_out if args.keep_going else None)
     items = checks.preferring(given)
@@ -251,12 +263,16 @@ def run_command(args: argparse.Namespace) -> dict | list[dict]:
     def orders(item: Item) -> list[list[int]]:
         return orders_of(item, args.seed, args.permutations)
 
+    def opened(item: Item) -> Item:
+        return replace(item, pictures=open_pictures(item, rm.processor))
+
     def score(item: Item) -> Scores:
         return score_item(rm, item, orders(item), mode)
 
     done: list[Scores | str] = []
     args.found = {"scores": done}
-    score_items(done, items, score, args.out, identity_of(items, model, protocol), args.overwrite, args.keep_going)
+    identity = identity_of(items, model, protocol)
+    score_items(done, items, opened, score, args.out, identity, args.overwrite, args.keep_going)
     left_out += [scores for scores in done if isinstance(scores, str)]
     scored = [(item, scores) for item, scores in zip(items, done, strict=True) if not isinstance(scores, str)]
     if not scored:

@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 
 from yojo import metrics
-from yojo.cli import Parser, run, shipped, table, whole
+from yojo.cli import Parser, add_model_options, run, shipped, table, whole
 from yojo.core.data import Record, encode
 from yojo.core.grpo import (
     POLICY,
@@ -30,7 +30,7 @@ from yojo.core.grpo import (
     group_rewards,
     prompt_row,
     reward_fn,
-    sample_group,
+    sample_groups,
     texts_of,
 )
 from yojo.core.prompt import SEPARATOR, Encoded, Tokenizer
@@ -73,9 +73,9 @@ READINGS = {"searched": searched, "constructed": lambda rm: reward_fn(rm, "joint
 # ------------------------------------------------------------------------------------------------------ what it shows
 
 
-def open_model() -> RewardModel:
+def open_model(device: str | None = None) -> RewardModel:
     """The joint reward model, with the policy of `grpo --tiny`."""
-    rm = RewardModel.load(shipped(f"weights/{NAMES['joint']}"), lm_head=True)
+    rm = RewardModel.load(shipped(f"weights/{NAMES['joint']}"), dtype=torch.float32, device=device, lm_head=True)
     load_adapter(rm.backbone, POLICY, STARTS_FROM)
     return rm
 
@@ -84,10 +84,10 @@ PLACES = ("cheats", "before", "behind")
 
 
 @torch.no_grad()
-def hack(groups: int, seed: int) -> list[dict]:
+def hack(groups: int, seed: int, device: str | None = None) -> list[dict]:
     """Of groups with a cheat in them, by way of reading: the mean advantage of cheats, of the answers before the first
     and of those behind it, and Kendall's tau of reward and truth; that of the other groups beside it."""
-    rm, c = open_model(), GrpoConfig()
+    rm, c = open_model(device), GrpoConfig()
     rng, generator = random.Random(f"{seed} hacking"), torch.Generator().manual_seed(seed)
     rewards = {reading: make(rm) for reading, make in READINGS.items()}
     found = {reading: {name: [] for name in (*PLACES, "tau", "tau_others")} for reading in READINGS}
@@ -95,7 +95,7 @@ def hack(groups: int, seed: int) -> list[dict]:
         q = question(rng)
         prompt = prompt_row(rm, q)
         q = replace(q, pictures=prompt.pictures)
-        answers = sample_group(rm.backbone, prompt, c.group, c.max_new_tokens, c.temperature, generator)
+        (answers,) = sample_groups(rm.backbone, [prompt], c.group, c.max_new_tokens, c.temperature, generator)
         texts = [cheat(q, text, rng) for text in texts_of(rm, answers)]
         cheats = [SEPARATOR in text for text in texts]
         wrong = [1.0 - quality(q, text) for text in texts]
@@ -121,7 +121,8 @@ def main() -> None:
     what = "Answers that spell separators, and their rewards."
     parser = Parser(prog="python -m yojo.hacking", description=what)
     parser.add_argument("--groups", type=whole(1), default=400, metavar="K", help="groups of answers")
-    run(parser, lambda args: hack(args.groups, args.seed))
+    add_model_options(parser, dtype=False, fuse=False)
+    run(parser, lambda args: hack(args.groups, args.seed, args.device))
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def load_theirs(folder: Path, args: argparse.Namespace) -> dict:
     model, found = phase("load", lambda: load_peer(folder, args, getattr(torch, args.dtype)), device)
     _, row = question(folder, model.config.text_config.max_position_embeddings, args.n)
     batch = collate([row], "joint", device=device)
-    inputs = dict(input_ids=batch.input_ids, mm_token_type_ids=batch.mask.image.long())
+    inputs = dict(input_ids=batch.input_ids, mm_token_type_ids=batch.mask.image.long().to(device))
     inputs["pixel_values"] = batch.pictures.patches.to(device)
     inputs["image_token_pooling"] = batch.pictures.pooling.to(device)
     inputs["image_grids"] = torch.tensor(batch.pictures.grids, device=device)

@@ -11,6 +11,7 @@ import base64
 import io
 import os
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,32 +25,42 @@ from yojo.files import InputError
 
 Source = str | Path | bytes | Image.Image  # of a picture: where it lies, what its file holds, or itself
 
+# Pillow warns of metadata that nobody needs, and at its limit; at twice that, it raises. This filter is never taken
+# back: filters belong to all threads, and these would take back each other's.
+QUIET = ("ignore", None, Warning, re.compile(r"PIL\b"), 0)
+SHARED = threading.RLock()  # a picture or a file that a caller holds may be shown in several records
+
 
 @contextmanager
 def opened(source: Source, name: str | None = None) -> Iterator[Image.Image]:
     """A picture or an animation, in any form that `picture_from` knows, up to twice Pillow's limit; whatever it raises
     in the block gets the file's name, or the one given."""
     name = name or "the picture"
+    with nullcontext() if isinstance(source, (str, Path, bytes)) else SHARED:
+        yield from _opened(source, name)
+
+
+def _opened(source: Source, name: str) -> Iterator[Image.Image]:
     source = picture_from(source, name)
     name = str(source) if isinstance(source, Path) else name
     if isinstance(source, Path) and os.path.exists(source) and not (os.path.isfile(source) or os.path.isdir(source)):
         raise InputError(f"{name} is no file: a device or a pipe cannot be read as a picture")
     file = io.BytesIO(source) if isinstance(source, bytes) else source
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metadata that nobody needs, and at the limit; at twice that, Pillow raises
-        try:
-            with nullcontext(source) if isinstance(source, Image.Image) else Image.open(file) as picture:
-                yield picture
-        except InputError:
-            raise
-        except FileNotFoundError:
-            raise InputError(f"no picture at {name}") from None
-        except Image.DecompressionBombError as error:
-            raise InputError(f"{name} is too large to open safely: {error}") from None
-        except UnidentifiedImageError:
-            raise InputError(f"{name} is not a picture that Pillow can read") from None
-        except Exception as error:  # decoders raise whatever the bytes lead them to
-            raise InputError(f"{name} cannot be read as a picture: {error}") from None
+    if warnings.filters[:1] != [QUIET]:
+        warnings.filterwarnings("ignore", module=QUIET[3].pattern)
+    try:
+        with nullcontext(source) if isinstance(source, Image.Image) else Image.open(file) as picture:
+            yield picture
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"no picture at {name}") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name} is too large to open safely: {error}") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{name} is not a picture that Pillow can read") from None
+    except Exception as error:  # decoders raise whatever the bytes lead them to
+        raise InputError(f"{name} cannot be read as a picture: {error}") from None
 
 
 def picture_size(source: Source, name: str | None = None) -> tuple[int, int]:

@@ -4,6 +4,7 @@
     training:  + adapter and head, each number four times in float32: itself, its gradient, AdamW's two moments
                + what the backward pass needs: with activation checkpointing the input of every block, and the inside
                  of the one block that is being recomputed
+    GRPO:      + the logits of some of the answers' tokens, while it learns; keys and values, while it speaks
 
 The parts that grow with the number of tokens are an estimate of this network's own code; `tests/test_memory.py` holds
 it against what autograd really keeps.
@@ -14,6 +15,7 @@ import torch
 from yojo.core import flops, ops
 from yojo.core.config import Config
 from yojo.core.data import collate
+from yojo.core.grpo import PIECE
 from yojo.core.lora import LoraConfig
 from yojo.core.molmo2 import Molmo2
 from yojo.core.prompt import Encoded
@@ -57,3 +59,15 @@ def activations(config: Config, dtype: torch.dtype, lora: LoraConfig, row: Encod
     copied = 2 * keys * sum(stop - start for run in runs if len(run.keys) > 1 for start, stop in run.keys)
     pairs, _ = flops.executed(row, mode)  # the mask in numbers
     return len(row.ids) * per_token + s * (pairs + copied)
+
+
+def logits(config: Config, tokens: int) -> int:
+    """Bytes that the logits of so many answer tokens take, and going back through their softmax: four times a piece of
+    them in float32."""
+    return 4 * 4 * min(tokens, PIECE) * config.text.vocab_size
+
+
+def cache(config: Config, dtype: torch.dtype, rows: int, tokens: int) -> int:
+    """Bytes of the keys and values of `rows` rows of so many tokens."""
+    c = config.text
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * rows * tokens * dtype.itemsize

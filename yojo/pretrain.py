@@ -31,7 +31,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as BPE
 from torch import Tensor, nn
 
-from yojo.cli import WEIGHTS, Parser, refuse_existing, run, shipped, whole
+from yojo.cli import WEIGHTS, Parser, add_model_options, refuse_existing, run, shipped, whole
 from yojo.core.config import Config, ConnectorConfig, ImageConfig, Markup, TextConfig, VisionConfig
 from yojo.core.data import Batch, collate
 from yojo.core.generate import generate
@@ -43,7 +43,7 @@ from yojo.files import write_json, write_lines
 from yojo.initial import init_weights
 from yojo.settings import preprocessor_json
 from yojo.tiny import world
-from yojo.weights import save_backbone
+from yojo.weights import pick_device, save_backbone
 
 TEXT = TextConfig(128, 4, 4, 2, 32, 384, 512, 16, 4096, 10_000.0)
 VISION = VisionConfig(96, 3, 4, 24, 256, 14, 36)
@@ -169,8 +169,8 @@ def check(scene: world.Scene, rng: random.Random) -> Talk:
 class Rows:
     """Batches of rows: BOS, one picture, and `TALKS` conversations; micro-batch 0 of a step is joint, 1 isolated."""
 
-    def __init__(self, processor: Processor, seed: int):
-        self.processor, self.seed = processor, seed
+    def __init__(self, processor: Processor, seed: int, device: str | torch.device = "cpu"):
+        self.processor, self.seed, self.device = processor, seed, device
         self.encode = lru_cache(maxsize=100_000)(self._encode)
 
     def _encode(self, question: str, answer: str) -> tuple[list[int], int, Tensor]:
@@ -202,7 +202,8 @@ class Rows:
         learned = {"spoken": spoken.nonzero(), "target": target[spoken].flatten(), "judged": judged.nonzero()}
         learned |= {"wrong": wrong[judged].float(), "true": true[judged]}
         cells = [cell for scene in scenes for _ in range(2) for cell in cell_labels(scene)]
-        return collate(rows, MODES[micro_batch]), learned | {"cells": torch.tensor(cells)}
+        learned |= {"cells": torch.tensor(cells)}
+        return collate(rows, MODES[micro_batch], device=self.device), {k: v.to(self.device) for k, v in learned.items()}
 
     def _row(self, scene: world.Scene, talk: list[Talk]) -> tuple[Encoded, Tensor]:
         """One row, and of each token what `_encode` says of it and what is true of the thing that its conversation asks
@@ -264,6 +265,7 @@ class PretrainLoss:
         for readout in self.readouts:
             nn.init.normal_(readout.weight, std=0.02, generator=generator)
             nn.init.zeros_(readout.bias)
+            readout.to(model.device)
 
     def parameters(self) -> list[nn.Parameter]:
         return [*self.model.parameters(), *(p for readout in self.readouts for p in readout.parameters())]
@@ -297,7 +299,7 @@ KINDS = (describe, describe_held_out, look_up, place, presence, check)
 def answer_to(model: Molmo2, rows: Rows, scene: world.Scene, question: str, answer: str) -> bool:
     """Is the greedy answer right, word for word?"""
     talk, start, _ = rows.encode(question, answer)
-    batch = collate([rows.start_row(scene, talk[:start])], "joint")
+    batch = collate([rows.start_row(scene, talk[:start])], "joint", device=model.device)
     inputs = batch.input_ids, model.encode_images(batch.pictures), batch.mask
     return generate(model, *inputs, max_new_tokens=20, temperature=0)[0].tolist() == talk[start:]
 
@@ -332,14 +334,14 @@ def new_model(tokenizer: Tokenizer, generator: torch.Generator) -> Molmo2:
     return model
 
 
-def pretrain(out: Path, steps: int, seed: int, overwrite: bool) -> dict[str, float]:
+def pretrain(out: Path, steps: int, seed: int, overwrite: bool, device: str | None = None) -> dict[str, float]:
     refuse_existing(out, overwrite)
+    where = pick_device(device)
     generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as companions:
         processor = write_companions(Path(companions))
-        model = new_model(processor.tokenizer, generator)
-        loss = PretrainLoss(model, Rows(processor, seed), generator)
+        model = new_model(processor.tokenizer, generator).to(where)
+        loss = PretrainLoss(model, Rows(processor, seed, where), generator)
         log = fit(loss, loss.parameters(), replace(FIT, steps=steps), title="pretrain")
         curve = Path(companions) / "metrics.jsonl"
         write_lines(curve, [{k: round(v, 4) for k, v in entry.items()} for entry in log[::20] + log[-1:]])
@@ -356,7 +358,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=WEIGHTS / "tiny", metavar="DIR", help="folder for the checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     parser.add_argument("--steps", type=whole(1), default=FIT.steps, metavar="S", help="training steps")
-    run(parser, lambda args: pretrain(args.out, args.steps, args.seed, args.overwrite))
+    add_model_options(parser, dtype=False, fuse=False)
+    run(parser, lambda args: pretrain(args.out, args.steps, args.seed, args.overwrite, args.device))
 
 
 if __name__ == "__main__":

@@ -20,19 +20,6 @@ from yojo.core.state import Log, RunState
 from yojo.files import InputError, add_line, check_place, followed, whole_file, write_lines
 from yojo.terminal import unbroken
 
-
-def random_states() -> dict:
-    """Those of torch's generators, which dropout draws from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"random": torch.get_rng_state(), "random_cuda": cuda}
-
-
-def set_random_states(states: dict) -> None:
-    torch.set_rng_state(states["random"])
-    if states["random_cuda"]:
-        torch.cuda.set_rng_state_all(states["random_cuda"])
-
-
 RECORDS = {"data", "records", "pictures", "left_out"}  # of what a run is about, what the records decide
 
 
@@ -44,12 +31,13 @@ class SavedRun(RunState):
     def __init__(self, folder: Path, about: dict | None = None):
         self.folder, self.about = folder, about or {}
         self.saved: int | None = None  # steps in the state; None = it is not this run's, or there is none
+        self.whole = True  # no update is half done
 
     def resume(self, settings: dict, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Log:
         """The log so far, [] where nothing is saved. Steps after the save are done again."""
         self.identity, self.parameters, self.optimizer = {**settings, **self.about}, parameters, optimizer
         begun = (self.folder / "state.pt").exists()
-        log, self.after = self._read() if begun else [], random_states()
+        log = self._read() if begun else []
         self.saved = len(log) if begun else None
         parallel.wait()  # all have read the state before the first writes again
         if parallel.is_main():
@@ -62,7 +50,7 @@ class SavedRun(RunState):
 
     def _read(self) -> Log:
         try:
-            state = torch.load(self.folder / "state.pt", weights_only=True)
+            state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
             theirs, ours = json.loads(state["about"]), json.loads(json.dumps(self.identity))
         except Exception as error:  # torch.load raises many kinds
             raise InputError(f"{self.folder / 'state.pt'} is not the state of a run ({error}): start over") from None
@@ -75,15 +63,14 @@ class SavedRun(RunState):
             for p, saved in zip(self.parameters, state["parameters"], strict=True):
                 p.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-        set_random_states(state)
         return state["log"]
 
     @contextmanager
     def unbroken(self) -> Iterator[None]:
         with unbroken():
-            self.after = None  # while it is half done, there is nothing whole to save
+            self.whole = False  # there is nothing to save
             yield
-            self.after = random_states()
+            self.whole = True
 
     def add(self, entry: dict[str, float]) -> None:
         if parallel.is_main():
@@ -97,7 +84,7 @@ class SavedRun(RunState):
             "about": json.dumps(self.identity, sort_keys=True),
             "parameters": [p.detach() for p in self.parameters],
         }
-        state |= {"optimizer": self.optimizer.state_dict(), "log": log, **random_states()}
+        state |= {"optimizer": self.optimizer.state_dict(), "log": log}
         with unbroken(), whole_file(self.folder / "state.pt") as temporary:
             try:
                 torch.save(state, temporary)
@@ -106,10 +93,9 @@ class SavedRun(RunState):
         self.saved = len(log)
 
     def broken_off(self, log: Log) -> None:
-        if self.after is None or self.saved == len(log):
+        if not self.whole or self.saved == len(log):
             return
         with unbroken():
-            set_random_states(self.after)  # the step that was broken off may have drawn
             try:
                 self.save(log)
             except InputError as error:

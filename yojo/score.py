@@ -16,10 +16,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from yojo.cli import Parser, add_model_options, computed_on, run, shipped, table, whole
+from yojo.core.ahead import ahead
 from yojo.core.data import Record, collate, encode, read_records
 from yojo.core.mask import MODES
 from yojo.core.prompt import Encoded
-from yojo.core.reward import RewardModel
+from yojo.core.reward import LOOKED_AHEAD, RewardModel
 from yojo.drawing import DRAWN_UP_TO, draw_mask, readable
 from yojo.files import InputError, whole_file
 from yojo.tiny import world
@@ -70,15 +71,15 @@ def run_command(args: argparse.Namespace) -> dict | list[dict]:
         rm.backbone.fuse()
     mode = args.mode or rm.mode
     print(f"mode: {mode}" + ("" if mode == rm.mode else f" (trained in {rm.mode})") + f": {MEANS[mode]}")
-    encoded = (encode(r, rm.processor) for r in tqdm(records, "scoring", delay=2, leave=False))
-    if args.draw_mask:
-        row = next(encoded)
-        save_mask(row, mode, rm, args.draw_mask, records[0].prefix)
-        encoded = chain([row], encoded)
-    args.found = []
-    for record, scores in zip(records, rm.score_all(encoded, mode), strict=True):
-        args.found.append({"mode": mode, "scores": scores} | ({"true_facts": facts} if facts else {}))
-        print(f"\n{record.prompt}\n" + ranked(record.responses, scores, facts))
+    args.found, shown = [], tqdm(records, "scoring", delay=2, leave=False)
+    with ahead(lambda r: encode(r, rm.processor), shown, most=LOOKED_AHEAD) as encoded:
+        if args.draw_mask:
+            row = next(encoded)
+            save_mask(row, mode, rm, args.draw_mask, records[0].prefix)
+            encoded = chain([row], encoded)
+        for record, scores in zip(records, rm.score_all(encoded, mode), strict=True):
+            args.found.append({"mode": mode, "scores": scores} | ({"true_facts": facts} if facts else {}))
+            print(f"\n{record.prompt}\n" + ranked(record.responses, scores, facts))
     return args.found if args.data else args.found[0]
 
 

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from yojo import checks, memory, metrics
-from yojo.cli import Parser, add_model_options, rate, run, whole, with_interval
+from yojo.cli import Parser, add_model_options, computed_on, rate, run, whole, with_interval
 from yojo.core import flops, parallel
 from yojo.core.data import Record, encode, read_records
 from yojo.core.held_out import controls, score_records
@@ -37,7 +37,7 @@ from yojo.tiny.experiment import BASELINES, TASKS, run_tiny
 
 def run_files(args: argparse.Namespace) -> dict:
     """Train on a checkpoint and a JSONL file, save, evaluate on records held back."""
-    device = parallel.join_group()
+    device = parallel.join_group(args.device)
     training = run_folder(args.out, args.overwrite, args.resume)
     bad: list[str] | None = [] if args.keep_going else None
     records, test = split(readable(args.data, bad), args.test and readable(args.test, bad), args.seed)
@@ -45,7 +45,8 @@ def run_files(args: argparse.Namespace) -> dict:
     steps = args.steps or max(1, recipe.epochs * len(records) // (recipe.records * recipe.fit.accumulate))
     recipe = replace(recipe, fit=replace(recipe.fit, steps=steps, lr=args.lr or recipe.fit.lr))
     parallel.share(recipe.fit.accumulate)
-    rm = RewardModel.new(args.weights, args.mode, recipe.lora, recipe.inner, device=device, seed=args.seed)
+    how = computed_on(args) | {"device": device, "seed": args.seed}
+    rm = RewardModel.new(args.weights, args.mode, recipe.lora, recipe.inner, **how)
     rm.backbone.checkpointing = True
     if args.compile:
         rm.backbone.fuse()
@@ -58,7 +59,8 @@ def run_files(args: argparse.Namespace) -> dict:
     parallel.wait()
     digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
     about = {"mode": args.mode, "loss": args.loss, "seed": args.seed, "data": digest}
-    about |= {"base": rm.fingerprint["weights"]} | checks.identity(records, bad, args.data)
+    about |= {"base": rm.fingerprint["weights"], "dtype": str(rm.backbone.dtype)}
+    about |= checks.identity(records, bad, args.data)
     if args.compile:  # sums round otherwise
         about["compile"] = True
 
@@ -66,8 +68,11 @@ def run_files(args: argparse.Namespace) -> dict:
     state = SavedRun(training, about)
     with kept(state):
         train(rm, records, recipe, args.seed, state, title="train")
-        if not parallel.is_main():
-            raise SystemExit(0)  # the rest is for one
+    main = parallel.is_main()
+    parallel.leave_group()
+    if not main:
+        raise SystemExit(0)  # the rest is for one
+    with kept(state):
         rm.save(args.out, args.overwrite, also=[training / "metrics.jsonl"])
     shutil.rmtree(training)
     # one record a batch: those of files are long
@@ -153,7 +158,7 @@ def split(records: list[Record], test: list[Record] | None, seed: int) -> tuple[
 
 RULES = [
     ("with", "tiny", "task paraphrase seeds sizes"),
-    ("without", "tiny", "weights data test resume keep-going compile"),
+    ("without", "tiny", "weights data test resume keep-going dtype compile"),
     ("with", "out", "overwrite"),
     ("or", "tiny", "weights data out mode"),
 ]
@@ -183,7 +188,7 @@ def main() -> None:
     steps += " or ".join(f"{fit.steps} for {task}" for task, fit in tiny.items()) + ")"
     add("--steps", type=whole(1), metavar="S", help=steps)
     add("--lr", type=rate, metavar="X", help=f"learning rate (default: {d.fit.lr}; with --tiny {tiny['absolute'].lr})")
-    add_model_options(parser, dtype=False)
+    add_model_options(parser)
     run(parser, run_command)
 
 
@@ -200,7 +205,7 @@ def run_command(args: argparse.Namespace) -> dict:
     fit = replace(recipe.fit, steps=args.steps or recipe.fit.steps, lr=args.lr or recipe.fit.lr)
     recipe, modes = replace(recipe, loss=args.loss, fit=fit), [args.mode] if args.mode else MODES
     seeds, sizes = range(args.seed, args.seed + args.seeds), args.sizes or [n]
-    return run_tiny(args.task, recipe, sizes, modes, seeds, args.out, args.overwrite, args.paraphrase)
+    return run_tiny(args.task, recipe, sizes, modes, seeds, args.out, args.overwrite, args.paraphrase, args.device)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,12 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
     return torch.device(device)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Of a CUDA device: in its arithmetic, not emulated."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def load_backbone(
     path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device | None = None, lm_head: bool = True
 ) -> Molmo2:
@@ -110,6 +116,8 @@ def load_backbone(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise InputError(f"dtype must be a floating-point torch.dtype such as torch.bfloat16, got {dtype!r}")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if device.type == "cuda" and dtype == torch.bfloat16 and not has_bfloat16(device):
+        raise InputError(f"{torch.cuda.get_device_name(device)} has no bfloat16: say --dtype float32 (torch.float32)")
     config = read_config(path)
     with torch.device("meta"):
         model = Molmo2(config, lm_head)

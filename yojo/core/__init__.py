@@ -11,6 +11,8 @@ and save, `store.py` and `settings.py`.
     * molmo2.py     the network
       generate.py   cache and sampling, for a policy only
       data.py       records, and rows collated into a batch
+      ahead.py      what threads do while the network computes
+      order.py      which records a step learns from, in which order
     * reward.py     the hidden state at each response's last token becomes a score
     * loss.py       scores and a known ranking become a loss
       parallel.py   a step shared by several devices

@@ -151,9 +151,9 @@ def record_of(raw: dict, where: str, folder: Path, ranked: bool = True, answered
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows ready for the backbone, on its device. input_ids, positions int [B, T]; score_positions int [R, 2], one
-    (row, index) a response, in the order of the records; counts: responses of each record; pictures: those of all rows,
-    in order."""
+    """Rows ready for the backbone. input_ids, positions int [B, T], on its device; the rest is needed on the host:
+    score_positions int [R, 2], one (row, index) a response, in the order of the records; counts: responses of each
+    record; pictures: those of all rows, in order."""
 
     input_ids: Tensor
     mask: AttentionMask
@@ -171,8 +171,7 @@ def collate(
     records = [e for row in rows for e in row]
 
     def pad(columns: Iterable[list[Tensor]], value: int) -> Tensor:
-        padded = nn.utils.rnn.pad_sequence([torch.cat(c) for c in columns], batch_first=True, padding_value=value)
-        return padded.to(device)
+        return nn.utils.rnn.pad_sequence([torch.cat(c) for c in columns], batch_first=True, padding_value=value)
 
     pictures = join([e.pictures for e in records])
     ids = pad(([e.ids for e in row] for row in rows), pad_id)
@@ -184,8 +183,9 @@ def collate(
     for b, row in enumerate(rows):
         starts = accumulate((len(e.ids) for e in row), initial=0)
         scores += [(b, start + t) for start, e in zip(starts, row, strict=False) for t in e.score_positions]
-    scores = torch.tensor(scores, dtype=torch.long, device=device).view(-1, 2)
+    scores = torch.tensor(scores, dtype=torch.long).view(-1, 2)
     mask = AttentionMask(record, response, image, mode)
+    ids, positions = (x.to(device, non_blocking=True) for x in (ids, positions))
     return Batch(ids, mask, positions, scores, [len(e.spans) for e in records], pictures)
 
 

@@ -1,47 +1,67 @@
 """Speaking: a cache of keys and values, and tokens drawn one after the other. Only a policy needs it; a reward model
 never speaks.
 
-    logits = W h_last;  token ~ softmax(logits / temperature)
+    p = softmax(W h_last / temperature);  token = the first i with p_1 + ... + p_i > u,  u uniform in [0, 1)
 
-See it: `pytest tests/test_molmo2.py tests/test_grpo.py`.
+The numbers u are drawn beforehand and on the CPU, a list for each row. So a seed means the same ones on every device,
+and however many rows are decoded beside each other; words still differ where logits are rounded differently.
+
+See it: `pytest tests/test_generate.py`.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from yojo.core import lora
 from yojo.core.config import Config
-from yojo.core.mask import AttentionMask
+from yojo.core.mask import PADDING, AttentionMask
 from yojo.core.molmo2 import Molmo2
 
 
 class LayerCache:
-    """Keys and values of one layer, [B, K, S, d] each, growing along S."""
+    """Keys and values of one layer, [B, K, room, d] each, filled from the left, in place: no gradient goes back."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: int) -> None:
+        self.room, self.length = room, 0
         self.k = self.v = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.k is not None:
-            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
-        self.k, self.v = k.contiguous(), v.contiguous()  # a view of v would keep the queries, too
-        return self.k, self.v
+        """Those of T more tokens, [B, K, T, d] each -> all so far."""
+        if self.k is None:
+            self.k, self.v = (x.new_empty(*x.shape[:2], self.room, x.shape[-1]) for x in (k, v))
+        start, self.length = self.length, self.length + k.shape[2]
+        if self.length > self.room:
+            raise ValueError(f"a cache with room for {self.room} tokens was given {self.length}")
+        self.k[:, :, start : self.length], self.v[:, :, start : self.length] = k, v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
 
 class Cache:
-    """The keys and values of everything the model has read so far."""
+    """The keys and values of everything the model has read so far, and room for as many tokens as it will read. padding
+    bool [B, T]: which tokens of the first reading are padding; None = none."""
 
-    def __init__(self, config: Config):
-        self.layers = [LayerCache() for _ in range(config.text.num_hidden_layers)]
+    def __init__(self, config: Config, room: int, padding: Tensor | None = None):
+        self.layers = [LayerCache(room) for _ in range(config.text.num_hidden_layers)]
+        self.padding = padding
 
     @property
     def length(self) -> int:
-        return 0 if self.layers[0].k is None else self.layers[0].k.shape[2]
+        return self.layers[0].length
 
     def expand(self, n: int) -> None:
-        """One row becomes n rows that share what was read."""
+        """Every row becomes n rows side by side, which share what was read."""
         for layer in self.layers:
-            layer.k, layer.v = (x.expand(n, -1, -1, -1) for x in (layer.k, layer.v))
+            layer.k, layer.v = (x.repeat_interleave(n, dim=0) for x in (layer.k, layer.v))
+        self.padding = None if self.padding is None else self.padding.repeat_interleave(n, dim=0)
+
+    def allow(self, T: int) -> Tensor | None:
+        """bool [B, 1, T, S]: what T more tokens may attend to, which is themselves and back to the start, but no
+        padding; None = causal says it all."""
+        if self.padding is None:
+            return None
+        read = F.pad(~self.padding, (0, self.length + T - self.padding.shape[1]), value=True)[:, None, None]
+        return read & read.new_ones(T, read.shape[-1]).tril(self.length)
 
 
 @torch.no_grad()
@@ -56,39 +76,52 @@ def generate(
     generator: torch.Generator | None = None,
     adapter: str | None = lora.IN_USE,
 ) -> Tensor:
-    """n continuations of one prompt [1, T] -> int [n, L], L <= max_new_tokens.
+    """n continuations of each of B prompts [B, T] -> int [B n, L], L <= max_new_tokens; those of a prompt side by side.
 
-    The prompt is read once, whatever n. temperature 0 = greedy. A sample ends with one of `config.eos_ids`, after
-    which its row is filled with `config.pad_id`. adapter: as in `Molmo2.forward`.
+    Prompts are read once, whatever n, and may be padded on the right, as the mask says. temperature 0 = greedy.
+    generator: on the CPU. A sample ends with one of `config.eos_ids`, after which its row is filled with
+    `config.pad_id`. adapter: as in `Molmo2.forward`.
     """
-    room = model.config.text.max_position_embeddings - input_ids.shape[1]
-    if len(input_ids) != 1 or n < 1 or temperature < 0 or not 1 <= max_new_tokens <= room:
+    (B, T), device = input_ids.shape, input_ids.device
+    room = model.config.text.max_position_embeddings - T
+    if n < 1 or temperature < 0 or not 1 <= max_new_tokens <= room:
         raise ValueError(
-            f"generate takes one prompt (got {len(input_ids)}), n >= 1 ({n}), temperature >= 0 ({temperature}) and "
-            f"1 to {room} new tokens ({max_new_tokens}), which is what the model's positions leave"
+            f"generate takes n >= 1 ({n}), temperature >= 0 ({temperature}) and 1 to {room} new tokens "
+            f"({max_new_tokens}), which is what the model's positions leave"
         )
-    cache = Cache(model.config)
-    hidden = model(input_ids, features, mask, cache=cache, adapter=adapter)[:, -1:].expand(n, -1, -1)
+    padding = torch.zeros(B, T, dtype=torch.bool) if mask is None else (mask.record == PADDING).cpu()
+    lengths = T - padding.sum(1)
+    there = padding.to(device, non_blocking=True) if bool(padding.any()) else None
+    cache = Cache(model.config, T + max_new_tokens, there)
+    last = torch.stack([torch.arange(B), lengths - 1], dim=1)
+    hidden = model(input_ids, features, mask, keep=last, cache=cache, adapter=adapter)
+    hidden = hidden.repeat_interleave(n, dim=0)
+    lengths = lengths.repeat_interleave(n)[:, None].to(device, non_blocking=True)
     cache.expand(n)
-    done = torch.zeros(n, dtype=torch.bool, device=input_ids.device)
-    ends = torch.tensor(model.config.eos_ids, device=input_ids.device)
-    out = []
+    draw = torch.rand if temperature else torch.zeros
+    more = {"generator": generator} if temperature else {}
+    uniforms = draw(B * n, max_new_tokens, dtype=torch.float32, **more).to(device, non_blocking=True)
+    done = torch.zeros(B * n, dtype=torch.bool, device=device)
+    ends, out = torch.tensor(model.config.eos_ids, device=device), []
     while True:
-        token = sample(model.logits(hidden[:, -1]), temperature, generator)
+        token = sample(model.logits(hidden), temperature, uniforms[:, len(out)])
         out.append(torch.where(done, model.config.pad_id, token))
         done = done | torch.isin(token, ends)
         if len(out) == max_new_tokens or bool(done.all()):
             return torch.stack(out, dim=1)
-        hidden = model(out[-1][:, None], cache=cache, adapter=adapter)
+        hidden = model(out[-1][:, None], positions=lengths + len(out) - 1, cache=cache, adapter=adapter)[:, 0]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """logits [n, V] -> ids [n], drawn from softmax(logits / temperature); 0 takes the largest."""
+def sample(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
+    """logits [n, V], uniforms float32 [n] in [0, 1) -> ids [n], drawn from softmax(logits / temperature); 0 takes the
+    largest."""
     if temperature == 0:
         return logits.argmax(-1)
-    p = (at_least_float32(logits) / temperature).softmax(-1)
-    return torch.multinomial(p.cpu(), 1, generator=generator).squeeze(1).to(p.device)  # drawn where the generator is
+    # In float64: in float32 a sum of 150,000 terms is off by more than one of them.
+    p = (at_least_float32(logits) / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+    token = torch.searchsorted(p, uniforms[:, None] * p[:, -1:], right=True).squeeze(1)
+    return token.clamp_max(logits.shape[-1] - 1)  # of logits that are not finite, which `update_policy` refuses

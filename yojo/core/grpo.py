@@ -27,9 +27,11 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from yojo.core import lora
-from yojo.core.data import Record, collate, encode
+from yojo.core.ahead import ahead
+from yojo.core.data import Record, collate, encode, open_pictures
 from yojo.core.generate import at_least_float32, generate
 from yojo.core.molmo2 import Molmo2
 from yojo.core.prompt import Encoded, Tokenizer
@@ -38,6 +40,7 @@ from yojo.core.state import UNSAVED, RunState
 from yojo.files import InputError
 
 POLICY = "policy"  # the adapter that learns
+PIECE = 512  # answer tokens whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,21 @@ def group_row(prompt: Encoded, answers: Sequence[Tensor]) -> tuple[Encoded, list
 def log_probs(
     model: Molmo2, groups: Sequence[tuple[Encoded, list[Tensor]]], adapter: str | None, temperature: float
 ) -> Tensor:
-    """(prompt, answers) of several groups -> log p of every answer token [all tokens], one pass."""
+    """(prompt, answers) of several groups -> log p of every answer token [all tokens], one pass. Logits are made for
+    PIECE tokens at a time, and again at backward time: all at once they are gigabytes, a row of V for each token."""
     rows, predicts = zip(*(group_row(prompt, answers) for prompt, answers in groups), strict=True)
     batch = collate(rows, "isolated", device=model.device)
-    keep = torch.tensor([(b, t) for b, indices in enumerate(predicts) for t in indices], device=model.device)
+    keep = torch.tensor([(b, t) for b, indices in enumerate(predicts) for t in indices])
     inputs = batch.input_ids, model.encode_images(batch.pictures), batch.mask, batch.positions
-    logits = at_least_float32(model.logits(model(*inputs, keep, adapter=adapter))) / temperature
+    hidden = model(*inputs, keep, adapter=adapter)
     tokens = torch.cat([answer for _, answers in groups for answer in answers]).to(model.device)
-    return logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+
+    def of_piece(hidden: Tensor, tokens: Tensor) -> Tensor:
+        logits = at_least_float32(model.logits(hidden)).div_(temperature)
+        return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
+
+    pieces = zip(hidden.split(PIECE), tokens.split(PIECE), strict=True)
+    return torch.cat([checkpoint(of_piece, *piece, use_reentrant=False) for piece in pieces])
 
 
 # ---------------------------------------------------------------------------------------------------- prompts and texts
@@ -152,40 +162,41 @@ def rollout(
     clock: dict[str, float] | None = None,
 ) -> list[Rollout]:
     """Sample G answers to every prompt, reward and compare them. `clock` collects seconds by part."""
-    model, groups, clock = rm.backbone, [], {} if clock is None else clock
-    for record in prompts:
-        start, prompt = time.perf_counter(), prompt_row(rm, record)
-        answers = sample_group(model, prompt, c.group, c.max_new_tokens, c.temperature, generator)
-        texts = texts_of(rm, answers)
-        sampled = time.perf_counter()
-        groups.append((prompt, answers, texts, group_rewards(reward, replace(record, pictures=prompt.pictures), texts)))
-        clock["rollout"] = clock.get("rollout", 0) + sampled - start
-        clock["scoring"] = clock.get("scoring", 0) + time.perf_counter() - sampled
-    start, answered = time.perf_counter(), [group[:2] for group in groups]
-    lengths = [sum(map(len, answers)) for _, answers in answered]
-    old, ref = (log_probs(model, answered, who, c.temperature).split(lengths) for who in (POLICY, reference))
-    clock["rollout"] += time.perf_counter() - start
-    return [Rollout(*group, advantages(group[-1], c.eps), o, r) for group, o, r in zip(groups, old, ref, strict=True)]
+    model, clock, start = rm.backbone, {} if clock is None else clock, time.perf_counter()
+    rows = [prompt_row(rm, record) for record in prompts]
+    answers = sample_groups(model, rows, c.group, c.max_new_tokens, c.temperature, generator)
+    groups = list(zip(rows, answers, strict=True))
+    lengths = [sum(map(len, some)) for some in answers]
+    old, ref = (log_probs(model, groups, who, c.temperature).split(lengths) for who in (POLICY, reference))
+    texts, sampled = [texts_of(rm, some) for some in answers], time.perf_counter()
+    asked = [replace(record, pictures=row.pictures) for record, row in zip(prompts, rows, strict=True)]
+    rewards = [group_rewards(reward, *group) for group in zip(asked, texts, strict=True)]
+    for part, seconds in (("rollout", sampled - start), ("scoring", time.perf_counter() - sampled)):
+        clock[part] = clock.get(part, 0.0) + seconds
+    parts = zip(rows, answers, texts, rewards, (advantages(r, c.eps) for r in rewards), old, ref, strict=True)
+    return [Rollout(*part) for part in parts]
 
 
-def sample_group(
+def sample_groups(
     model: Molmo2,
-    prompt: Encoded,
+    prompts: Sequence[Encoded],
     n: int,
     max_new_tokens: int,
     temperature: float,
     generator: torch.Generator,
     adapter: str = POLICY,
-) -> list[Tensor]:
-    """n answers, each up to and with its end token, or cut at the limit."""
-    room = model.config.text.max_position_embeddings - len(prompt.ids)
+) -> list[list[Tensor]]:
+    """n answers to each prompt, each up to and with its end token, or cut at the limit. All are decoded beside each
+    other, and are what they would be if their prompts came one after the other."""
+    room = model.config.text.max_position_embeddings - max(len(prompt.ids) for prompt in prompts)
     if max_new_tokens > room:
         raise InputError(f"--max-new-tokens {max_new_tokens}: the prompt leaves room for {room}")
-    batch = collate([prompt], "joint", device=model.device)
+    batch = collate(prompts, "joint", device=model.device)
     inputs = batch.input_ids, model.encode_images(batch.pictures), batch.mask
     out = generate(model, *inputs, n, max_new_tokens, temperature, generator, adapter).cpu()
     ends = torch.isin(out, torch.tensor(model.config.eos_ids)).long()
-    return [row[: int(end.argmax()) + 1] if end.any() else row for row, end in zip(out, ends, strict=True)]
+    answers = [row[: int(end.argmax()) + 1] if end.any() else row for row, end in zip(out, ends, strict=True)]
+    return [answers[i : i + n] for i in range(0, len(answers), n)]
 
 
 def objective(now: Tensor, r: Rollout, c: GrpoConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,30 +251,35 @@ def train_policy(
     report: Callable[[dict], None] = lambda entry: None,
     quality: Callable[[Record, str], float] | None = None,
 ) -> list[dict]:
-    """`c.steps` steps on the prompts that `sample_prompts(step)` gives -> one dict a step. Step and seed alone decide
-    what is sampled, so that an interrupted run goes on from `state` as if it had never stopped. `quality` of an answer,
-    where the truth is known, is logged and plays no part in learning."""
+    """`c.steps` steps on the prompts that `sample_prompts(step)`, asked one step ahead, gives -> one dict a step. Step
+    and seed alone decide what is sampled, so that an interrupted run goes on from `state` as if it had never stopped.
+    `quality` of an answer, where the truth is known, is logged and plays no part in learning."""
     parameters = lora.parameters(rm.backbone, POLICY)
     for p in parameters:
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=c.lr, weight_decay=0.0)
     optimizer.zero_grad(set_to_none=True)  # an update that was broken off may have left a gradient
     log = state.resume({**asdict(c), "seed": seed}, parameters, optimizer)
-    for step in range(len(log), c.steps):
-        generator, clock = torch.Generator().manual_seed(1_000_003 * seed + step), {}
-        prompts = sample_prompts(step)
-        start = time.perf_counter()
-        rollouts = rollout(rm, reward, prompts, c, reference, generator, clock)
-        sampled = time.perf_counter()
-        learned = update_policy(rm.backbone, rollouts, optimizer, c)
-        clock["update"] = time.perf_counter() - sampled
-        entry = {"step": step, **statistics(rollouts, prompts, rm.processor.tokenizer, quality), **learned}
-        entry |= {f"{part}_share": seconds / (time.perf_counter() - start) for part, seconds in clock.items()}
-        report(entry)
-        with state.unbroken():
-            log.append(entry)
-            state.add(entry)
-            state.save(log)
+
+    def opened(prompts: list[Record]) -> list[Record]:
+        return [replace(prompt, pictures=open_pictures(prompt, rm.processor)) for prompt in prompts]
+
+    steps = range(len(log), c.steps)
+    with ahead(opened, map(sample_prompts, steps), most=1) as asked:
+        for step, prompts in zip(steps, asked, strict=True):
+            generator, clock = torch.Generator().manual_seed(1_000_003 * seed + step), {}
+            start = time.perf_counter()
+            rollouts = rollout(rm, reward, prompts, c, reference, generator, clock)
+            sampled = time.perf_counter()
+            learned = update_policy(rm.backbone, rollouts, optimizer, c)
+            clock["update"] = time.perf_counter() - sampled
+            entry = {"step": step, **statistics(rollouts, prompts, rm.processor.tokenizer, quality), **learned}
+            entry |= {f"{part}_share": seconds / (time.perf_counter() - start) for part, seconds in clock.items()}
+            report(entry)
+            with state.unbroken():
+                log.append(entry)
+                state.add(entry)
+                state.save(log)
     return log
 
 

@@ -13,9 +13,9 @@ from operator import length_hint
 from PIL import Image
 
 from yojo.core import parallel
+from yojo.core.ahead import ahead
 from yojo.core.data import Record, encode, in_order, random_order
-from yojo.core.prompt import Encoded
-from yojo.core.reward import BATCH_TOKENS, RewardModel
+from yojo.core.reward import BATCH_TOKENS, LOOKED_AHEAD, RewardModel
 from yojo.files import InputError
 from yojo.media import picture_size
 from yojo.video import open_video
@@ -31,14 +31,15 @@ def score_orders(
     tokens: as in `RewardModel.score_all`; with 1 token every record is a batch of its own."""
     orders = deque()
 
-    def rows() -> Iterator[Encoded]:
+    def shown() -> Iterator[Record]:
         for record, order in ordered:
             orders.append(order)
-            yield encode(in_order(record, order), rm.processor)
+            yield in_order(record, order)
 
-    for scores in rm.score_all(rows(), mode, tokens):
-        order = orders.popleft()
-        yield [scores[order.index(i)] for i in range(len(order))]
+    with ahead(lambda record: encode(record, rm.processor), shown(), most=LOOKED_AHEAD) as rows:
+        for scores in rm.score_all(rows, mode, tokens):
+            order = orders.popleft()
+            yield [scores[order.index(i)] for i in range(len(order))]
 
 
 def score_records(

@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """The mask of a batch of rows: three [B, T] tensors and a mode.
+    """The mask of a batch of rows: three [B, T] tensors and a mode. Best kept on the host, where `runs` are made.
 
     record int: which record of the row a token belongs to, -1 = padding; response int: which response of its record,
     -1 = the prompt; image bool: a picture token.

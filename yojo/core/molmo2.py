@@ -206,13 +206,13 @@ class Context:
     another adapter may be in use, and it must then repeat exactly what it did."""
 
     angles: tuple[Tensor, Tensor]  # cos and sin, [B, T, 1, d/2]
-    mask: AttentionMask | None  # None = causal
+    mask: AttentionMask | Tensor | None  # None = causal
     adapter: str | None  # None = the base alone
 
 
 def gather(x: Tensor, keep: Tensor | None) -> Tensor:
     """x [B, T, D] at the (row, index) pairs of keep [R, 2] -> [R, D]; None = all of it."""
-    return x if keep is None else x[keep[:, 0], keep[:, 1]]
+    return x if keep is None else x[keep.to(x.device, non_blocking=True).unbind(1)]
 
 
 class Attention(nn.Module):
@@ -338,7 +338,8 @@ class Molmo2(nn.Module):
         if not len(pictures.patches):
             raise ValueError("of these pictures only features were kept, which no longer hold: open them again")
         with torch.autocast(self.device.type, enabled=False):  # what is kept must not depend on who asks
-            return self.model.vision_backbone(pictures.patches.to(self.device), pictures.pooling.to(self.device))
+            seen = (x.to(self.device, non_blocking=True) for x in (pictures.patches, pictures.pooling))
+            return self.model.vision_backbone(*seen)
 
     @torch.no_grad()
     def keep_features(self, pictures: Pictures) -> Pictures:
@@ -372,9 +373,9 @@ class Molmo2(nn.Module):
         """Hidden states after the final norm, in the model's dtype. Never logits.
 
         input_ids int [B, T]; features [M, D] from `encode_images`; mask None = causal; positions int [B, T], None =
-        counting on from what the cache holds; keep int [R, 2] of (row, index) -> [R, D], None -> [B, T, D]; cache:
-        read on after what it holds, and add to it (then `mask` covers a first reading only); adapter: its name, None =
-        the base alone, left out = what `lora.use` chose in this thread.
+        counting on from what the cache holds; keep int [R, 2] of (row, index), best on the host -> [R, D], None ->
+        [B, T, D]; cache: read on after what it holds, and add to it (then `mask` covers a first reading only); adapter:
+        its name, None = the base alone, left out = what `lora.use` chose in this thread.
         """
         (B, T), past = input_ids.shape, 0 if cache is None else cache.length
         if mask is not None and (past or mask.record.shape != (B, T)):
@@ -382,9 +383,11 @@ class Molmo2(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + T, device=input_ids.device)
         c, decoder = self.config.text, self.model.transformer
-        x = self.embed(input_ids, features)
+        shown = not past or features is not None  # what is said shows no picture
+        x = self.embed(input_ids, features) if shown else decoder.wte(input_ids)
         angles = rotary_angles(positions.expand(B, T), c.head_dim, c.rope_theta, x.dtype)
-        context = Context(angles, mask, lora.active(self, adapter))
+        allow = cache.allow(T) if past else mask and ops.laid_out(mask, x.device)
+        context = Context(angles, allow, lora.active(self, adapter))
         recompute = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(decoder.blocks):
             # the last block computes only what is kept: beyond it no token attends to another

@@ -32,6 +32,9 @@ from yojo.files import InputError
 # Torch asks the system for pages of 4 kB unless it is told before its first tensor to ask for large ones. A pass makes
 # tensors of tens of megabytes, and page-faulting them is up to a tenth of its time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# On a GPU torch would take cuDNN's attention first. It makes a plan for every new length, 38 to 336 ms on an H100, and
+# was wrong there for a query that may attend to nothing. A switch for the whole process, once: threads share it.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 LARGE = 2**20  # numbers in a matrix; smaller ones are multiplied faster by `F.linear`
 LINE = 16  # float32 numbers in a cache line
@@ -98,17 +101,16 @@ def attention(
     head.
 
     mask: an `AttentionMask` of Q = S tokens, or bool [B, 1, Q, S]; a query that may attend to nothing gets 0. None =
-    all attend to all, or, if causal, to themselves and back, the last query beside the last key. keep int [R, 2]: the
-    only (row, index) that are asked for; others may be left at 0.
+    all attend to all, or, if causal, to themselves and back, the last query beside the last key. keep int [R, 2], on
+    the host: the only (row, index) that are asked for; others may be left at 0.
     """
+    mask = laid_out(mask, q.device) if isinstance(mask, AttentionMask) else mask
     if not isinstance(mask, AttentionMask):
         return softmax_attention(q, k, v, mask, causal)
-    if not by_runs(q.shape[2]):
-        return softmax_attention(q, k, v, mask.dense[:, None])
     (B, H, T, d), kept = q.shape, None if keep is None else keep.tolist()
     k, v = k.contiguous(), v.contiguous()  # head by head, as the kernel reads them, once for all calls
     parts, end = [], 0  # of all rows, one after the other; what no call computes is 0
-    for run in calls(mask):
+    for run in calls(mask, q.device.type):
         if holds(run, kept):
             start = run.row * T + run.start
             parts += [q.new_zeros(start - end, H, d)] if start > end else []
@@ -123,10 +125,19 @@ def by_runs(tokens: int) -> bool:
     return tokens > DENSE_UP_TO
 
 
-def calls(mask: AttentionMask) -> list[Run]:
+def laid_out(mask: AttentionMask, device: torch.device) -> AttentionMask | Tensor:
+    """A mask as `attention` takes it: of short rows that of all pairs, bool [B, 1, T, T], made on the device; of long
+    ones the mask itself, whose runs are made on the host."""
+    if by_runs(mask.record.shape[1]):
+        return mask
+    moved = (x.to(device, non_blocking=True) for x in (mask.record, mask.response, mask.image))
+    return AttentionMask(*moved, mask.mode).dense[:, None]
+
+
+def calls(mask: AttentionMask, device: str = "cpu") -> list[Run]:
     """The runs of a mask as they are computed, a call of a kernel each. On a CPU, whose kernel computes every key of a
     call for every query, they are cut."""
-    return mask.runs if mask.record.is_cuda else [piece for run in mask.runs for piece in cut(run)]
+    return mask.runs if device == "cuda" else [piece for run in mask.runs for piece in cut(run)]
 
 
 def cut(run: Run) -> Iterator[Run]:
@@ -180,17 +191,19 @@ def product_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> 
 
 def kernel_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v by torch's kernels."""
-    queries, keys, shared = q.shape[2], k.shape[2], k.shape[1] < q.shape[1]
-    later = causal and queries < keys  # the queries come after some of the keys, or torch's own `is_causal` would do
-    flash = q.is_cuda and allow is None and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, shared))
-    if later and flash:  # this kernel's causal mask is the right one, but only so can it be asked for
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)[0]
+    (queries, keys), shared = (q.shape[2], k.shape[2]), k.shape[1] < q.shape[1]
+    if queries == 1 and shared:  # the last token sees all: heads that share a key head are queries of one head
+        return kernel_attention(q.reshape(*k.shape[:2], -1, q.shape[-1]), k, v, allow).reshape(q.shape)
+    flash = q.is_cuda and allow is None and q.shape[-1] % 8 == 0
+    if flash and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, shared)):
+        # Only so can it be asked for where queries come after some of the keys: its causal mask is then the right one.
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[0]
+    later = causal and queries < keys  # or torch's own `is_causal` would do
     if later:
         allow = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    if q.is_cuda and not flash:  # the other kernels of a GPU want a key head for every query head
+    if q.is_cuda and shared:  # the other kernels of a GPU want a key head for every query head
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         shared = False
-    allow = None if allow is None else allow.to(q.device)
     return F.scaled_dot_product_attention(q, k, v, allow, is_causal=causal and not later, enable_gqa=shared)
 
 

@@ -4,7 +4,7 @@
 
 Every process holds the whole model and sees the same records; of the micro-batches of a step, process r of w takes
 r, r + w, r + 2 w, ... Their gradients are added up before the clip, so that a step is the same whatever w is, but for
-the order of sums and for dropout. Process 0 alone prints and writes.
+the order of sums. Process 0 alone prints and writes.
 
 See it: `pytest tests/test_parallel.py`.
 """
@@ -20,20 +20,33 @@ from tqdm import tqdm
 from yojo.files import InputError
 
 
-def join_group() -> torch.device | None:
-    """Join the processes that `torchrun` started, if it did -> the device of this one; None where it is alone."""
+def join_group(asked: str | None) -> str | torch.device | None:
+    """Join the processes that `torchrun` started, if it did -> the device of this one: of several GPUs, its own. Where
+    it is alone, what was asked for."""
     if "WORLD_SIZE" not in os.environ:
-        return None
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+        return asked
+    gpu = torch.cuda.is_available() if asked is None else asked != "cpu"
+    device, there = torch.device("cpu"), torch.cuda.device_count()
+    if gpu:
+        if asked not in (None, "cuda"):
+            raise InputError(f"--device {asked}: several processes take a GPU each, so say --device cuda")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= there:
+            raise InputError(f"each process takes a GPU of its own, and there are {there}: start no more than those")
+        torch.cuda.set_device(device)  # before anything is put on one
     # This module keeps the group of its time of import as a default argument, and the optimisers import it: a group
     # that exists by then is never freed, and its threads, alive at the exit, now and then abort the process.
     from torch.distributed.nn import functional  # noqa: F401
 
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    atexit.register(distributed.destroy_process_group)
+    distributed.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+    atexit.register(leave_group)
     return device
+
+
+def leave_group() -> None:
+    """Together with all others: a process that ends a group waits for the rest of it. From here on each is alone."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -31,6 +31,7 @@ from yojo.video import Video
 
 ADAPTER = "reward"
 WINDOW, WINDOW_TOKENS = 256, 32_768  # rows, or their tokens, that are read ahead and sorted by length
+LOOKED_AHEAD = 16  # rows that are made while a window is scored
 BATCH_TOKENS = 4096
 
 
@@ -132,7 +133,7 @@ class RewardModel(nn.Module):
         rows, places = zip(*(row.distinct() if mode == "isolated" else (row, None) for row in rows), strict=True)
         together = [rows] if ops.by_runs(max(len(row.ids) for row in rows)) else rows
         batch = collate(together, mode, self.backbone.config.pad_id, self.backbone.device)
-        scores = [s.tolist() for s in self(batch).split(batch.counts)]
+        scores = [s.tolist() for s in self(batch).cpu().split(batch.counts)]
         return [some if at is None else [some[i] for i in at] for some, at in zip(scores, places, strict=True)]
 
     def score_all(

@@ -1,12 +1,13 @@
 """Learning from preferences: records -> scores of one pass -> loss -> gradient.
 
-    rows = encode(records);  batch = collate(rows);  scores = rm(batch);  L = loss(scores, ranks)      `PreferenceLoss`
+    rows, ranks of some records                                                           `MicroBatches`, threads ahead
+    batch = collate(rows);  scores = rm(batch);  L = loss(scores, ranks)                               `PreferenceLoss`
     g = mean over micro-batches of grad L;  clip |g|                                                   `gradients`
     AdamW with lr(step)                                                                                `fit`
 
-`fit` is the loop round any `loss(step, micro_batch)`, which returns the loss of one micro-batch and what to log about
-it. `loss` must be a function of its arguments (and of torch's random state), so that a run can go on from a saved state
-as if it had never stopped. Of a reward model only the LoRA adapter and the value head learn.
+`fit` is the loop round any `loss` of a micro-batch, which returns it and what to log about it. It must be a function of
+its arguments and of torch's random state, which is set anew for each, so that a run can go on from a saved state as if
+it had never stopped, and on any number of devices. Of a reward model only the LoRA adapter and the value head learn.
 
 See it: `python -m yojo.train --tiny`; `pytest tests/test_fit.py`.
 """
@@ -14,18 +15,21 @@ See it: `python -m yojo.train --tiny`; `pytest tests/test_fit.py`.
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from itertools import islice, product
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from yojo.core import parallel
-from yojo.core.data import Record, collate, encode, in_order, random_order, with_preference
+from yojo.core.ahead import ahead
+from yojo.core.data import Record, collate, encode
 from yojo.core.lora import LoraConfig
 from yojo.core.loss import LOSSES, best
+from yojo.core.order import MicroBatches
+from yojo.core.prompt import Encoded
 from yojo.core.reward import RewardModel
 from yojo.core.state import UNSAVED, Log, NotFinite, RunState
 
@@ -62,69 +66,41 @@ class Recipe:
 
 # ------------------------------------------------------------------------------------------------------ records to loss
 
-SORTED_AMONG = 16  # micro-batches among which records are sorted by their number of responses
-
 
 class PreferenceLoss:
-    """`loss(step, micro_batch)`: records, the responses of each shuffled, scored in one pass; and their accuracy."""
+    """Called with rows and their ranks [B, N]: the loss of their scores, from one pass, and their accuracy."""
 
-    def __init__(self, rm: RewardModel, records: Sequence[Record], recipe: Recipe, seed: int):
-        self.rm, self.records, self.recipe, self.seed = rm, with_preference(records), recipe, seed
-        self.epoch = lru_cache(maxsize=2)(self._epoch)
+    def __init__(self, rm: RewardModel, loss: str):
+        self.rm, self.loss = rm, LOSSES[loss]
 
-    def _epoch(self, number: int) -> list[Record]:
-        """Every record once, in an order drawn anew for each epoch; within each window of micro-batches, records with
-        as many responses stand together, which saves padding, and the micro-batches are shuffled again."""
-        rng, size = random.Random(f"{self.seed} epoch {number}"), self.recipe.records
-        order = rng.sample(self.records, len(self.records))
-        batches = []
-        for start in range(0, len(order), SORTED_AMONG * size):
-            window = sorted(order[start : start + SORTED_AMONG * size], key=lambda record: len(record.responses))
-            batches += [window[k : k + size] for k in range(0, len(window), size)]
-        return [record for batch in rng.sample(batches, len(batches)) for record in batch]
-
-    def records_of(self, step: int, micro_batch: int) -> list[Record]:
-        n, size = len(self.records), self.recipe.records
-        start = (step * self.recipe.fit.accumulate + micro_batch) * size
-        return [self.epoch(k // n)[k % n] for k in range(start, start + size)]
-
-    def culprits(self, step: int) -> list[Record]:
-        """The records of a step; where some have scores that are not finite now, only those."""
-        records = [record for k in range(self.recipe.fit.accumulate) for record in self.records_of(step, k)]
-        scores = [self.rm.raw_scores([encode(record, self.rm.processor)], self.rm.mode)[0] for record in records]
-        bad = [record for record, row in zip(records, scores, strict=True) if not all(map(math.isfinite, row))]
-        return bad or records
-
-    def __call__(self, step: int, micro_batch: int) -> tuple[Tensor, dict[str, float]]:
-        rng, rm = random.Random(f"{self.seed} shuffle {step} {micro_batch}"), self.rm
-        records = [in_order(record, random_order(record, rng)) for record in self.records_of(step, micro_batch)]
-        rows = [encode(record, rm.processor) for record in records]
-        batch = collate(rows, rm.mode, rm.backbone.config.pad_id, rm.backbone.device)
-        scores = pad_sequence(rm(batch).split(batch.counts), batch_first=True)  # [B, N]
-        ranks = pad_sequence([torch.tensor(record.rankings) for record in records], batch_first=True).to(scores.device)
-        return LOSSES[self.recipe.loss](scores, ranks), {"accuracy": accuracy(scores, ranks)}
+    def __call__(self, rows: list[Encoded], ranks: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = collate(rows, self.rm.mode, self.rm.backbone.config.pad_id, self.rm.backbone.device)
+        scores = pad_sequence(self.rm(batch).split(batch.counts), batch_first=True)  # [B, N]
+        ranks = ranks.to(scores.device)
+        return self.loss(scores, ranks), {"accuracy": accuracy(scores, ranks)}
 
 
-def accuracy(scores: Tensor, ranks: Tensor) -> float:
+def accuracy(scores: Tensor, ranks: Tensor) -> Tensor:
     """How often the highest of the scores [B, N] is one of the best-ranked; rank 0 = no response here."""
     highest = scores.detach().masked_fill(ranks == 0, -torch.inf).argmax(-1, keepdim=True)
-    return best(ranks).gather(1, highest).float().mean().item()
+    return best(ranks).gather(1, highest).double().mean()
 
 
 # --------------------------------------------------------------------------------------------------------- loss to step
 
 
-def gradients(loss, step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, c: FitConfig) -> dict:
+def gradients(loss, batches: Iterator, step: int, parameters: list, optimizer, c: FitConfig) -> dict[str, float]:
     """Those of one update, from `accumulate` micro-batches, clipped; the learning rate is set -> what is logged."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, c)
-    logged: dict[str, float] = {}
-    for micro_batch in parallel.share(c.accumulate):
-        value, about = loss(step, micro_batch)
+    logged: dict = {}
+    for seed, batch in islice(batches, len(parallel.share(c.accumulate))):
+        torch.manual_seed(seed)
+        value, about = loss(*batch)
         (value / c.accumulate).backward()
-        for key, number in {"loss": value.item(), **about}.items():
-            logged[key] = logged.get(key, 0.0) + number / c.accumulate
-    logged = parallel.add_up(parameters, logged)  # and the gradients, in place
+        for key, number in {"loss": value.detach().double(), **about}.items():
+            logged[key] = logged.get(key, 0.0) + number / c.accumulate  # on the device, which then need not wait
+    logged = parallel.add_up(parameters, {k: float(v) for k, v in logged.items()})  # and the gradients, in place
     norm = nn.utils.clip_grad_norm_(parameters, c.clip).item()
     if not math.isfinite(logged["loss"]) or not math.isfinite(norm):
         raise NotFinite(step, f"loss {logged['loss']}, gradient norm {norm}; the parameters are untouched")
@@ -143,31 +119,37 @@ def learning_rate(step: int, c: FitConfig) -> float:
 
 
 def fit(
-    loss: Callable[[int, int], tuple[Tensor, dict[str, float]]],
+    loss: Callable[..., tuple[Tensor, dict]],
     parameters: list[nn.Parameter],
     c: FitConfig,
     state: RunState = UNSAVED,
     title: str | None = None,
+    seed: int = 0,
+    batch: Callable[[int, int], tuple] = lambda step, micro_batch: (step, micro_batch),
 ) -> Log:
     """Train `parameters` in place -> one dict a step: step, loss, lr, norm of the gradient, seconds, and what `loss`
-    logs. The run goes on from what `state` has kept. `title` names a progress bar; None = none.
+    logs. `batch(step, micro_batch)`, made ahead, is what `loss` is called with. The run goes on from what `state` has
+    kept. `title` names a progress bar; None = none. seed: of torch's random state.
     """
     optimizer = torch.optim.AdamW(parameters, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)
     optimizer.zero_grad(set_to_none=True)  # a step that was broken off in this process may have left half a gradient
     log = state.resume(asdict(c), parameters, optimizer)
     start = time.monotonic() - (log[-1]["seconds"] if log else 0)
     bar = parallel.progress(range(len(log), c.steps), title, initial=len(log), total=c.steps)
+    places = product(range(len(log), c.steps), parallel.share(c.accumulate))
+    seeded = ahead(lambda place: (random.Random(f"{seed} {place}").getrandbits(63), batch(*place)), places)
     try:
-        for step in bar:
-            learned = gradients(loss, step, parameters, optimizer, c)
-            with state.unbroken():
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                log.append({"step": step, **learned, "seconds": round(time.monotonic() - start, 3)})
-            state.add(log[-1])
-            bar.set_postfix({k: f"{v:.3f}" for k, v in learned.items() if k in ("loss", "accuracy")}, refresh=False)
-            if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
-                state.save(log)
+        with seeded as batches:
+            for step in bar:
+                learned = gradients(loss, batches, step, parameters, optimizer, c)
+                with state.unbroken():
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    log.append({"step": step, **learned, "seconds": round(time.monotonic() - start, 3)})
+                state.add(log[-1])
+                bar.set_postfix({k: f"{v:.3f}" for k, v in learned.items() if k in ("loss", "accuracy")}, refresh=False)
+                if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
+                    state.save(log)
     except BaseException:  # a signal, too
         state.broken_off(log)
         raise
@@ -183,12 +165,19 @@ def train(
     title: str | None = None,
 ) -> Log:
     """Fit the adapter and the head of `rm` in place -> one dict a step."""
-    torch.manual_seed(seed)
-    loss = PreferenceLoss(rm.train(), records, recipe, seed)
+    batches = MicroBatches(records, rm.processor, recipe.records, recipe.fit.accumulate, seed)
     try:
-        log = fit(loss, rm.trainable(), recipe.fit, state, title)
+        loss = PreferenceLoss(rm.train(), recipe.loss)
+        log = fit(loss, rm.trainable(), recipe.fit, state, title, seed, batches)
     except NotFinite as error:
-        culprits = ", ".join(record.where for record in loss.culprits(error.step))
-        raise FloatingPointError(f"{error}; its records: {culprits}") from None
+        some = [record for k in range(recipe.fit.accumulate) for record in batches.records_of(error.step, k)]
+        raise FloatingPointError(f"{error}; its records: {culprits(rm, some)}") from None
     rm.eval()
     return log
+
+
+def culprits(rm: RewardModel, records: Sequence[Record]) -> str:
+    """Where they stand; if some have scores that are not finite now, only those."""
+    scores = [rm.raw_scores([encode(record, rm.processor)], rm.mode)[0] for record in records]
+    bad = [record for record, row in zip(records, scores, strict=True) if not all(map(math.isfinite, row))]
+    return ", ".join(record.where for record in bad or records)

@@ -28,6 +28,7 @@ from yojo.runs import start_over
 from yojo.store import load_adapter, save_adapter
 from yojo.tiny import world
 from yojo.tiny.experiment import NAMES
+from yojo.weights import pick_device
 
 REFERENCE = "reference"  # the adapter that the policy started from
 START_STEPS = 120  # of --make-start
@@ -89,9 +90,9 @@ class CaptionLoss:
         return -grpo.log_probs(self.rm.backbone, groups, POLICY, 1.0).mean(), {}
 
 
-def make_start(out: Path, steps: int, seed: int, overwrite: bool) -> dict:
+def make_start(out: Path, steps: int, seed: int, overwrite: bool, device: str | None = None) -> dict:
     """Fine-tune an adapter on noisy captions: a policy with room to learn."""
-    rm = RewardModel.load(shipped(f"weights/{NAMES['joint']}"), dtype=torch.float32, lm_head=True)
+    rm = RewardModel.load(shipped(f"weights/{NAMES['joint']}"), dtype=torch.float32, device=device, lm_head=True)
     generator = torch.Generator().manual_seed(seed)
     parameters = lora.add(rm.backbone, POLICY, LoraConfig(r=8, alpha=16, dropout=0.0), generator)
     with whole_folder(out, overwrite) as new:
@@ -106,12 +107,13 @@ def evaluate_policy(
 ) -> list[float]:
     """True quality of answers to new questions: greedy ones, or four sampled ones each."""
     rng, generator, values = random.Random(f"{seed} examine"), torch.Generator().manual_seed(seed), []
-    n = 1 if temperature == 0 else 4
-    for _ in range(count):
-        q = question(rng)
-        row = prompt_row(rm, q)
-        answers = grpo.sample_group(rm.backbone, row, n, c.max_new_tokens, temperature, generator, adapter)
-        values.append(metrics.mean([quality(q, text) for text in grpo.texts_of(rm, answers)]))
+    questions, n = [question(rng) for _ in range(count)], 1 if temperature == 0 else 4
+    for start in range(0, count, c.prompts):
+        some = questions[start : start + c.prompts]
+        rows = [prompt_row(rm, q) for q in some]
+        groups = grpo.sample_groups(rm.backbone, rows, n, c.max_new_tokens, temperature, generator, adapter)
+        texts = [grpo.texts_of(rm, answers) for answers in groups]
+        values += [metrics.mean([quality(q, text) for text in said]) for q, said in zip(some, texts, strict=True)]
     return values
 
 
@@ -119,11 +121,10 @@ REWARDS = ("joint", "isolated")
 CONTROLS = ("random", "oracle")
 
 
-def run_one(name: str, seed: int, c: GrpoConfig, folder: Path | None) -> dict:
+def run_one(name: str, seed: int, c: GrpoConfig, folder: Path | None, device: str | None) -> dict:
     """One policy trained with one reward, in a process of its own."""
-    rm = RewardModel.load(
-        shipped(f"weights/{NAMES['isolated' if name == 'isolated' else 'joint']}"), dtype=torch.float32, lm_head=True
-    )
+    judge = shipped(f"weights/{NAMES['isolated' if name == 'isolated' else 'joint']}")
+    rm = RewardModel.load(judge, dtype=torch.float32, device=device, lm_head=True)
     for adapter in (REFERENCE, POLICY):
         load_adapter(rm.backbone, adapter, STARTS_FROM)
         for p in lora.parameters(rm.backbone, adapter):
@@ -160,17 +161,22 @@ def run_one(name: str, seed: int, c: GrpoConfig, folder: Path | None) -> dict:
 
 
 def run_tiny(
-    c: GrpoConfig, names: Sequence[str], seeds: Sequence[int], out: Path | None, overwrite: bool
+    c: GrpoConfig,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    out: Path | None,
+    overwrite: bool,
+    device: str | None = None,
 ) -> list[dict]:
     """A policy for every reward and seed -> a row a reward, and one for sampling the start at a lower temperature."""
     start = time.monotonic()
-    shipped(f"weights/{NAMES['joint']}")  # or no work is begun
+    shipped(f"weights/{NAMES['joint']}"), pick_device(device)  # or no work is begun
     if not (STARTS_FROM / "adapter_config.json").exists():
         raise InputError(f"{STARTS_FROM} is missing: make it with `python -m yojo.grpo --make-start`")
     refuse_existing(out, overwrite)
     if out is not None:
         start_over(out, resume=True)
-    runs = in_processes(run_one, [(name, seed, c, out) for seed in seeds for name in names])
+    runs = in_processes(run_one, [(name, seed, c, out, device) for seed in seeds for name in names])
     rows, shown = [], []
     for name in names:
         row: dict = {"reward": name}

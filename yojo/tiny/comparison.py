@@ -44,18 +44,26 @@ def under(rm: RewardModel, records: Sequence[Record], mode: str, orders: int, se
     return metrics.mean(metrics.accuracies(scores, records))
 
 
-def masks(models: Models, folder: Path, seed: int, task: str, n: int = 4, noisy: float = world.NOISE) -> list[dict]:
+def masks(
+    models: Models,
+    folder: Path,
+    seed: int,
+    task: str,
+    n: int = 4,
+    noisy: float = world.NOISE,
+    device: str | None = None,
+) -> list[dict]:
     """One row a model: the same weights under every mask."""
     records, rows = records_of(folder, seed, task, n, noisy), []
     for trained, path in models.items():
-        rm = RewardModel.load(path, dtype=torch.float32)
+        rm = RewardModel.load(path, dtype=torch.float32, device=device)
         shown = with_features(records, rm)
         figures = {name: under(rm, shown, mode, orders, seed) for name, (mode, orders) in MASKS.items()}
         rows.append({"task": task, "noise": noisy, "trained": trained, **figures})
     return rows
 
 
-def sizes(models: Models, folder: Path, seed: int) -> list[dict]:
+def sizes(models: Models, folder: Path, seed: int, device: str | None = None) -> list[dict]:
     """One row a number of answers."""
     rows: list[dict] = []
     for n in ANSWERS:
@@ -63,21 +71,22 @@ def sizes(models: Models, folder: Path, seed: int) -> list[dict]:
         guesses = [metrics.BASELINES["random"](record.responses) for record in records]
         rows.append({"n": n, "random": metrics.mean(metrics.accuracies(guesses, records))})
         for trained, path in models.items():
-            rm = RewardModel.load(path, dtype=torch.float32)
+            rm = RewardModel.load(path, dtype=torch.float32, device=device)
             rows[-1][trained] = under(rm, with_features(records, rm), trained, 1, seed)
     return rows
 
 
-def tables(seed: int) -> list[dict]:
+def tables(seed: int, device: str | None = None) -> list[dict]:
     models = {mode: shipped(f"weights/{NAMES[mode]}") for mode in MODES}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         print("training two models on corroborated, which are not shipped:")
-        run_tiny("corroborated", CORROBORATED, [6], MODES, range(seed, seed + 1), folder, True, False)
+        run_tiny("corroborated", CORROBORATED, [6], MODES, range(seed, seed + 1), folder, True, False, device)
         compared = {mode: folder / NAMES[mode] for mode in MODES}
-        rows = masks(models, folder, seed, "absolute") + masks(models, folder, seed, "absolute", noisy=NOISE)
-        rows += masks(compared, folder, seed, "corroborated", 6)
-        numbers = sizes(models, folder / "sizes", seed)
+        rows = masks(models, folder, seed, "absolute", device=device)
+        rows += masks(models, folder, seed, "absolute", noisy=NOISE, device=device)
+        rows += masks(compared, folder, seed, "corroborated", 6, device=device)
+        numbers = sizes(models, folder / "sizes", seed, device)
     print(f"\none set of weights under three masks, accuracy over {GROUPS} groups")
     shown = [row | {"task": row["task"] + (", noisy" if row["noise"] > world.NOISE else "")} for row in rows]
     print(table(shown, {"task": "<", "trained": "<", **dict.fromkeys(MASKS, ".3f")}))

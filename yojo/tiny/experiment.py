@@ -26,6 +26,7 @@ from yojo.core.reward import RewardModel
 from yojo.core.training import FitConfig, Recipe, train
 from yojo.files import write_lines
 from yojo.tiny import world
+from yojo.weights import pick_device
 
 FIT = FitConfig(steps=200, lr=2e-3, warmup=10, schedule="cosine")
 TINY = Recipe(LoraConfig(r=16, alpha=64, dropout=0.0), inner=128, records=32, fit=FIT)
@@ -66,9 +67,11 @@ def with_features(records: Sequence[Record], rm: RewardModel, size: int = 64) ->
     return [replace(r, pictures=kept[tuple(r.images), r.video, r.max_crops]) for r in records]
 
 
-def run_one(recipe: Recipe, mode: str, seed: int, folder: Path, out: Path | None, overwrite: bool) -> dict:
+def run_one(
+    recipe: Recipe, mode: str, seed: int, folder: Path, out: Path | None, overwrite: bool, device: str | None
+) -> dict:
     """Train one mode on the records in `folder` and measure it. Runs in a process of its own."""
-    rm = RewardModel.new(shipped("weights/tiny"), mode, recipe.lora, recipe.inner, torch.float32, seed=seed)
+    rm = RewardModel.new(shipped("weights/tiny"), mode, recipe.lora, recipe.inner, torch.float32, device, seed)
     files = (folder / f"{name}.jsonl" for name in ("train", "test", "heldout"))
     records, test, heldout = (with_features(with_preference(read_records(file)), rm) for file in files)
 
@@ -98,17 +101,18 @@ def run_tiny(
     out: Path | None,
     overwrite: bool,
     paraphrase: bool,
+    device: str | None = None,
 ) -> dict:
     """Train and measure every mode and seed, two at a time where there are two cores."""
     start = time.monotonic()
-    shipped("weights/tiny")  # or no work is begun
+    shipped("weights/tiny"), pick_device(device)  # or no work is begun
     for mode in modes if out is not None else ():
         refuse_existing(out / NAMES[mode], overwrite)
     with tempfile.TemporaryDirectory() as temporary:
         folders = {seed: Path(temporary) / str(seed) for seed in seeds}
         for seed, folder in folders.items():
             write_world(folder, task, recipe, sizes, seed, paraphrase)
-        jobs = [(recipe, mode, seed, folders[seed], out, overwrite) for seed in seeds for mode in modes]
+        jobs = [(recipe, mode, seed, folders[seed], out, overwrite, device) for seed in seeds for mode in modes]
         runs = in_processes(run_one, jobs)
         made = [record for folder in folders.values() for record in read_records(folder / "test.jsonl")]
     result = summary(task, runs, tests := with_preference(made))
