@@ -98,9 +98,9 @@ def generate(
     hidden = hidden.repeat_interleave(n, dim=0)
     lengths = lengths.repeat_interleave(n)[:, None].to(device, non_blocking=True)
     cache.expand(n)
-    draw = torch.rand if temperature else torch.zeros
-    more = {"generator": generator} if temperature else {}
-    uniforms = draw(B * n, max_new_tokens, dtype=torch.float32, **more).to(device, non_blocking=True)
+    shape = (B * n, max_new_tokens)
+    drawn = torch.rand(shape, generator=generator, dtype=torch.float32) if temperature else torch.zeros(shape)
+    uniforms = drawn.to(device, non_blocking=True)
     done = torch.zeros(B * n, dtype=torch.bool, device=device)
     ends, out = torch.tensor(model.config.eos_ids, device=device), []
     while True:
