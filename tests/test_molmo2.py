@@ -19,7 +19,7 @@ from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
 from yojo.cli import WEIGHTS
 from yojo.core.config import ConnectorConfig, ImageConfig, TextConfig, VisionConfig
-from yojo.core.generate import generate
+from yojo.core.generate import Cache, generate
 from yojo.core.image import frames_to_patches, images_to_patches
 from yojo.core.mask import AttentionMask
 from yojo.settings import read_config
@@ -255,6 +255,10 @@ def test_features_must_fit_their_tokens():
     model = random_model()
     with pytest.raises(ValueError, match="2 <im_patch> tokens but 0 picture features"):
         model(torch.tensor([[1, PATCH, PATCH]]))
+    cache = Cache(TINY, 9)
+    model(torch.tensor([[1]]), cache=cache)
+    with pytest.raises(ValueError, match="2 <im_patch> tokens but 0 picture features"):
+        model(torch.tensor([[PATCH, PATCH]]), cache=cache)
 
 
 def test_defaults_are_the_released_4b(tmp_path):

@@ -383,8 +383,8 @@ class Molmo2(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + T, device=input_ids.device)
         c, decoder = self.config.text, self.model.transformer
-        shown = not past or features is not None  # what is said shows no picture
-        x = self.embed(input_ids, features) if shown else decoder.wte(input_ids)
+        said = past and T == 1 and features is None  # a token that was drawn, which shows no picture
+        x = decoder.wte(input_ids) if said else self.embed(input_ids, features)
         angles = rotary_angles(positions.expand(B, T), c.head_dim, c.rope_theta, x.dtype)
         allow = cache.allow(T) if past else mask and ops.laid_out(mask, x.device)
         context = Context(angles, allow, lora.active(self, adapter))
