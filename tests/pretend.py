@@ -83,8 +83,10 @@ def run(func, args: tuple, kwargs: dict):
         return 0  # by plain operations
     on_cpu = {**kwargs, "device": torch.device("cpu")} if is_cuda(device) else kwargs
     guard = torch._C._DisableTorchDispatch()
-    out = func(*tree_map(on_host, args), **tree_map(on_host, on_cpu))
-    del guard
+    try:
+        out = func(*tree_map(on_host, args), **tree_map(on_host, on_cpu))
+    finally:
+        del guard  # or a traceback would keep it
     known = {id(x.host): x for x in here}  # what is written in place is given back as it came
     wrapped = OnGpu if gpu else on_host
     return tree_map(lambda x: known.get(id(x), wrapped(x)) if isinstance(x, torch.Tensor) else x, out)

@@ -133,7 +133,7 @@ def test_a_token_is_always_found_and_never_one_without_probability():
 
 
 def test_among_150_000_tokens_none_is_missed():
-    """All are as likely: number u finds token u V. A sum in float32 would have drifted away from it."""
+    """All are as likely: number u finds token u V."""
     V = 150_000
     wanted = torch.arange(7, V, 997)
     found = sample(torch.zeros(len(wanted), V), 1.0, ((wanted + 0.5) / V).float())

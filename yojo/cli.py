@@ -228,8 +228,8 @@ def finish(parser: Parser, args: argparse.Namespace, command: Callable) -> int:
             why, status = str(error), 2 if isinstance(error, InputError) else 1
         elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(FULL, str(error))):
             asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
-            why = f"out of memory{f' ({asked[0]})' if asked else ''}: take fewer or shorter answers, smaller "
-            why, status = why + "pictures, or a larger device", 1
+            size, status = f" ({asked[0]})" if asked else "", 1
+            why = f"out of memory{size}: take fewer or shorter answers, smaller pictures, or a larger device"
         else:
             with unbroken(), suppress(InputError):
                 write_found(args, "" if isinstance(error, SystemExit) else repr(error))

@@ -121,7 +121,7 @@ def sample(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
     largest."""
     if temperature == 0:
         return logits.argmax(-1)
-    # In float64: in float32 a sum of 150,000 terms is off by more than one of them.
+    # In float64: devices add in different orders, which must not decide between two tokens.
     p = (at_least_float32(logits) / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
     token = torch.searchsorted(p, uniforms[:, None] * p[:, -1:], right=True).squeeze(1)
     return token.clamp_max(logits.shape[-1] - 1)  # of logits that are not finite, which `update_policy` refuses

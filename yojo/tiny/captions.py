@@ -170,7 +170,8 @@ def run_tiny(
 ) -> list[dict]:
     """A policy for every reward and seed -> a row a reward, and one for sampling the start at a lower temperature."""
     start = time.monotonic()
-    shipped(f"weights/{NAMES['joint']}"), pick_device(device)  # or no work is begun
+    shipped(f"weights/{NAMES['joint']}")  # or no work is begun
+    pick_device(device)
     if not (STARTS_FROM / "adapter_config.json").exists():
         raise InputError(f"{STARTS_FROM} is missing: make it with `python -m yojo.grpo --make-start`")
     refuse_existing(out, overwrite)

@@ -105,7 +105,8 @@ def run_tiny(
 ) -> dict:
     """Train and measure every mode and seed, two at a time where there are two cores."""
     start = time.monotonic()
-    shipped("weights/tiny"), pick_device(device)  # or no work is begun
+    shipped("weights/tiny")  # or no work is begun
+    pick_device(device)
     for mode in modes if out is not None else ():
         refuse_existing(out / NAMES[mode], overwrite)
     with tempfile.TemporaryDirectory() as temporary:
