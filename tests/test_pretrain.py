@@ -14,8 +14,9 @@ from yojo.cli import WEIGHTS
 from yojo.core.mask import MODES
 from yojo.core.prompt import Processor
 from yojo.core.training import fit
-from yojo.pretrain import NOTHING, PretrainLoss, Rows, facts_asked_about, talks, wrong_so_far
+from yojo.pretrain import NOTHING, PretrainLoss, Rows, facts_asked_about, wrong_so_far
 from yojo.tiny import world
+from yojo.tiny.talks import CHECK, talks
 
 QUESTION = "Describe the star. a large red star, top left, one of three. Right?"
 
@@ -71,7 +72,7 @@ def test_a_batch_lines_up(rows, micro_batch):
     for (row, t), target in zip(learned["spoken"].tolist(), learned["target"].tolist(), strict=True):
         assert batch.input_ids[row, t + 1] == target
     assert int((learned["target"] == end).sum()) == len(said)
-    checks = [question for question, _ in said if question.endswith(pretrain.CHECK)]
+    checks = [question for question, _ in said if question.endswith(CHECK)]
     judged = batch.input_ids[tuple(learned["judged"].T)].tolist()
     assert sum("Right" in tokenizer.name(token) for token in judged) == len(checks)
     assert len(learned["wrong"]) == len(learned["true"]) == len(judged) and (learned["true"] >= 0).all()
