@@ -2,6 +2,7 @@
 
     python -m yojo.train --tiny                          both modes on the tiny world
     python -m yojo.train --tiny --task corroborated      the task that only comparison solves
+    python -m yojo.train --tiny --baseline               beside them, a single-response model trained on pairs
     python -m yojo.train --weights weights/Molmo2-4B --data prefs.jsonl --out runs/rm --mode joint
 
 Accuracy is best-of-N on records that were not trained on. Beside it stand the controls (the picture blanked, or swapped
@@ -32,7 +33,7 @@ from yojo.core.reward import RewardModel
 from yojo.core.training import Recipe, train
 from yojo.files import InputError
 from yojo.runs import SavedRun, kept, run_folder, start_over
-from yojo.tiny.experiment import BASELINES, TASKS, run_tiny
+from yojo.tiny.experiment import BASELINES, SINGLE, TASKS, run_tiny
 
 
 def run_files(args: argparse.Namespace) -> dict:
@@ -157,7 +158,7 @@ def split(records: list[Record], test: list[Record] | None, seed: int) -> tuple[
 
 
 RULES = [
-    ("with", "tiny", "task paraphrase seeds sizes"),
+    ("with", "tiny", "task baseline paraphrase seeds sizes"),
     ("without", "tiny", "weights data test resume keep-going dtype compile"),
     ("with", "out", "overwrite"),
     ("or", "tiny", "weights data out mode"),
@@ -169,6 +170,7 @@ def main() -> None:
     add = parser.add_argument
     add("--tiny", action="store_true", help="the built-in model and world; needs no files")
     add("--task", choices=TASKS, default="absolute", help="absolute: the truest is best; corroborated: the confirmed")
+    add("--baseline", action="store_true", help="a third model: single-response, Bradley-Terry on disjoint pairs")
     add("--paraphrase", action="store_true", help="--task corroborated, its copies worded differently")
     add("--seeds", type=whole(1), default=1, metavar="K", help="K seeds, from --seed on; 1 where there is an --out")
     add(
@@ -203,9 +205,10 @@ def run_command(args: argparse.Namespace) -> dict:
         raise InputError(f"--sizes {args.sizes}: 2 to 16 responses, with --task absolute only")
     recipe, n = TASKS[args.task]
     fit = replace(recipe.fit, steps=args.steps or recipe.fit.steps, lr=args.lr or recipe.fit.lr)
-    recipe, modes = replace(recipe, loss=args.loss, fit=fit), [args.mode] if args.mode else MODES
+    recipe, arms = replace(recipe, loss=args.loss, fit=fit), [args.mode] if args.mode else [*MODES]
+    arms += [SINGLE] if args.baseline else []
     seeds, sizes = range(args.seed, args.seed + args.seeds), args.sizes or [n]
-    return run_tiny(args.task, recipe, sizes, modes, seeds, args.out, args.overwrite, args.paraphrase, args.device)
+    return run_tiny(args.task, recipe, sizes, arms, seeds, args.out, args.overwrite, args.paraphrase, args.device)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Train a joint and an isolated reward model on the tiny world, and say what their accuracy means: `yojo.train --tiny`.
+"""Train reward models on the tiny world, and say what their accuracy means: `yojo.train --tiny`.
+
+Three can be trained, the *arms*: joint, isolated and, as the paper's baseline, a single-response one, which learns from
+pairs of answers by Bradley-Terry (`--baseline`). It is an isolated one whose records hold two answers: in isolated mode
+each is scored as if alone.
 
 Accuracy is best-of-N on records that were not trained on. Beside it stand the controls (the picture blanked, or swapped
 with another record's) and baselines that read no picture.
@@ -23,6 +27,7 @@ from yojo.core.image import Pictures
 from yojo.core.lora import LoraConfig
 from yojo.core.mask import MODES
 from yojo.core.reward import RewardModel
+from yojo.core.state import Log
 from yojo.core.training import FitConfig, Recipe, train
 from yojo.files import write_lines
 from yojo.tiny import world
@@ -35,7 +40,10 @@ CORROBORATED = replace(TINY, lora=LoraConfig(r=32, alpha=64, dropout=0.0), recor
 TASKS = {"absolute": (TINY, 4), "corroborated": (CORROBORATED, 6)}  # recipe, responses to choose among
 SCENES, TEST, HELD_OUT = 2400, 2000, 1000
 CONTROLLED = 1000  # of the test groups, shown with other pictures
-NAMES = {"joint": "tiny-rm", "isolated": "tiny-rm-isolated"}
+NAMES = {"joint": "tiny-rm", "isolated": "tiny-rm-isolated", "single": "tiny-rm-single"}
+SINGLE = "single"  # the arm that learns from pairs
+ARMS = {"joint": "joint", "isolated": "isolated", SINGLE: "isolated"}  # the attention of each
+TITLES = {arm: arm for arm in MODES} | {SINGLE: "single-response, Bradley-Terry"}
 
 
 def write_world(folder: Path, task: str, recipe: Recipe, sizes: Sequence[int], seed: int, paraphrase: bool) -> None:
@@ -67,53 +75,72 @@ def with_features(records: Sequence[Record], rm: RewardModel, size: int = 64) ->
     return [replace(r, pictures=kept[tuple(r.images), r.video, r.max_crops]) for r in records]
 
 
-def run_one(
-    recipe: Recipe, mode: str, seed: int, folder: Path, out: Path | None, overwrite: bool, device: str | None
-) -> dict:
-    """Train one mode on the records in `folder` and measure it. Runs in a process of its own."""
-    rm = RewardModel.new(shipped("weights/tiny"), mode, recipe.lora, recipe.inner, torch.float32, device, seed)
-    files = (folder / f"{name}.jsonl" for name in ("train", "test", "heldout"))
-    records, test, heldout = (with_features(with_preference(read_records(file)), rm) for file in files)
+def disjoint_pairs(record: Record) -> list[Record]:
+    """A record of its first two responses, one of the next two, ...: what a single-response model learns from."""
+    places = range(0, len(record.responses) - 1, 2)
+    pairs = [(record.responses[i : i + 2], [-rank for rank in record.rankings[i : i + 2]]) for i in places]
+    return [replace(record, responses=two, rankings=world.rank(quality)) for two, quality in pairs]
 
-    log = train(rm, records, recipe, seed, title=f"{mode} seed {seed}")
+
+def train_arm(
+    arm: str, recipe: Recipe, records: Sequence[Record], seed: int, device: str | None, title: str
+) -> tuple[RewardModel, Log]:
+    """A reward model, and the log of its training. One that learns from pairs reads as many responses a step."""
+    rm = RewardModel.new(shipped("weights/tiny"), ARMS[arm], recipe.lora, recipe.inner, torch.float32, device, seed)
+    records = with_features(records, rm)
+    if arm == SINGLE:
+        pairs = [pair for record in records for pair in disjoint_pairs(record)]
+        a_step = recipe.records * round(len(pairs) / len(records))
+        recipe, records = replace(recipe, loss="bradley-terry", records=a_step), pairs
+    return rm, train(rm, records, recipe, seed, title=title)
+
+
+def run_one(
+    recipe: Recipe, arm: str, seed: int, folder: Path, out: Path | None, overwrite: bool, device: str | None
+) -> dict:
+    """Train one arm on the records in `folder` and measure it. Runs in a process of its own."""
+    files = (folder / f"{name}.jsonl" for name in ("train", "test", "heldout"))
+    records, *tests = (with_preference(read_records(file)) for file in files)
+    rm, log = train_arm(arm, recipe, records, seed, device, f"{arm} seed {seed}")
     if out is not None:
-        curve = folder / mode / "metrics.jsonl"
+        curve = folder / arm / "metrics.jsonl"
         write_lines(curve, log)
-        rm.save(out / NAMES[mode], overwrite, also=[curve])
+        rm.save(out / NAMES[arm], overwrite, also=[curve])
     rm.merge()  # faster, and nothing more is learned
-    tests = {"own": test, **controls(test[:CONTROLLED]), "heldout": heldout}
-    scores = {name: score_records(rm, some, seed, title=f"{mode}, {name}") for name, some in tests.items()}
+    test, heldout = (with_features(some, rm) for some in tests)
+    shown = {"own": test, **controls(test[:CONTROLLED]), "heldout": heldout}
+    scores = {name: score_records(rm, some, seed, title=f"{arm}, {name}") for name, some in shown.items()}
     rng, own = random.Random(f"{seed} noise"), scores["own"]
     scores["vote"] = [metrics.vote(s, r.responses) for s, r in zip(own, test, strict=True)]
     scores["noise"] = [metrics.with_noise(s, rng) for s in own]
     ranked = {"blank": test[:CONTROLLED], "swapped": test[:CONTROLLED], "heldout": heldout}
-    named = {name: mode if name == "own" else f"{mode}_{name}" for name in scores}
+    named = {name: arm if name == "own" else f"{arm}_{name}" for name in scores}
     figures = {named[name]: metrics.accuracies(some, ranked.get(name, test)) for name, some in scores.items()}
-    return {"seed": seed, "mode": mode, "figures": figures}
+    return {"seed": seed, "figures": figures}
 
 
 def run_tiny(
     task: str,
     recipe: Recipe,
     sizes: Sequence[int],
-    modes: Sequence[str],
+    arms: Sequence[str],
     seeds: Sequence[int],
     out: Path | None,
     overwrite: bool,
     paraphrase: bool,
     device: str | None = None,
 ) -> dict:
-    """Train and measure every mode and seed, two at a time where there are two cores."""
+    """Train and measure every arm and seed, two at a time where there are two cores."""
     start = time.monotonic()
     shipped("weights/tiny")  # or no work is begun
     pick_device(device)
-    for mode in modes if out is not None else ():
-        refuse_existing(out / NAMES[mode], overwrite)
+    for arm in arms if out is not None else ():
+        refuse_existing(out / NAMES[arm], overwrite)
     with tempfile.TemporaryDirectory() as temporary:
         folders = {seed: Path(temporary) / str(seed) for seed in seeds}
         for seed, folder in folders.items():
             write_world(folder, task, recipe, sizes, seed, paraphrase)
-        jobs = [(recipe, mode, seed, folders[seed], out, overwrite, device) for seed in seeds for mode in modes]
+        jobs = [(recipe, arm, seed, folders[seed], out, overwrite, device) for seed in seeds for arm in arms]
         runs = in_processes(run_one, jobs)
         made = [record for folder in folders.values() for record in read_records(folder / "test.jsonl")]
     result = summary(task, runs, tests := with_preference(made))
@@ -156,21 +183,21 @@ BASELINES = ("random", "longest", "first", "medoid")
 def report(r: dict) -> str:
     """What `--tiny` prints."""
     compared, seeds = r["task"] == "corroborated", [s["seed"] for s in r["per_seed"]]
+    arms = [arm for arm in ARMS if arm in r]
 
     def cells(suffix: str) -> dict[str, str]:
-        names = {mode: mode + suffix for mode in MODES if mode + suffix in r}
-        return {mode: with_interval(r[name], r["intervals"][name]) for mode, name in names.items()}
+        return {TITLES[arm]: with_interval(r[arm + suffix], r["intervals"][arm + suffix]) for arm in arms}
 
     rows = [{"": what, **cells(suffix)} for suffix, what in (ROWS | (COMPARED if compared else {})).items()]
     if compared:
-        rows.append({"": "exact ceiling", **{mode: f"{r['ceilings'][mode]:.3f}" for mode in MODES}})
+        rows.append({"": "exact ceiling", **{TITLES[arm]: f"{r['ceilings'][ARMS[arm]]:.3f}" for arm in arms}})
     title = f"\nbest-of-{r['n']} accuracy, task {r['task']}, {r['groups']} held-out groups, seeds {seeds}, "
-    lines = [title + "95% intervals over groups", table(rows, {"": "<", **dict.fromkeys(MODES, "")})]
+    lines = [title + "95% intervals over groups", table(rows, {"": "<", **{TITLES[arm]: "" for arm in arms}})]
     if r["without_preference"]:
         lines.append(f"left out, since all answers are as good: {r['without_preference']} groups")
     lines.append("without a picture: " + ", ".join(f"{name} {r[name]:.3f}" for name in BASELINES))
-    for mode in [m for m in MODES if m in r] if len(seeds) > 1 else ():
-        lines.append(f"{mode}, own picture, seed by seed: " + ", ".join(f"{s[mode]:.3f}" for s in r["per_seed"]))
+    for arm in arms if len(seeds) > 1 else ():
+        lines.append(f"{TITLES[arm]}, own picture, seed by seed: " + ", ".join(f"{s[arm]:.3f}" for s in r["per_seed"]))
     if r["any_true"] is not None:
         lines.append(f"a random true answer: {r['any_true']:.3f}")
     return "\n".join([*lines, f"{r['seconds']} seconds"])
