@@ -290,7 +290,7 @@ def statistics(
     quality: Callable[[Record, str], float] | None,
 ) -> dict[str, float]:
     """What a step's answers are like: reward, true quality where it is known, length, and how many spell a token of
-    the markup, empty ones and groups without any difference."""
+    the markup, empty ones, groups without any difference in advantage, and groups of one text."""
     texts = [text for r in rollouts for text in r.texts]
     entry = {"reward": torch.cat([r.rewards for r in rollouts]).mean().item()}
     if quality is not None:
@@ -299,6 +299,7 @@ def statistics(
     entry["special"] = mean([float(tokenizer.spells(text)) for text in texts])
     entry["empty"] = mean([float(not text.strip()) for text in texts])
     entry["even"] = mean([float(not r.advantages.any()) for r in rollouts])
+    entry["identical"] = mean([float(len(set(r.texts)) == 1) for r in rollouts])
     return entry
 
 

@@ -8,7 +8,7 @@ See it: `python -m yojo.grpo --tiny`; `pytest tests/test_grpo.py`.
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,34 +117,13 @@ def evaluate_policy(
     return values
 
 
-REWARDS = ("joint", "isolated")
-CONTROLS = ("random", "oracle")
-
-
-def run_one(name: str, seed: int, c: GrpoConfig, folder: Path | None, device: str | None) -> dict:
-    """One policy trained with one reward, in a process of its own."""
-    judge = shipped(f"weights/{NAMES['isolated' if name == 'isolated' else 'joint']}")
-    rm = RewardModel.load(judge, dtype=torch.float32, device=device, lm_head=True)
-    for adapter in (REFERENCE, POLICY):
-        load_adapter(rm.backbone, adapter, STARTS_FROM)
-        for p in lora.parameters(rm.backbone, adapter):
-            p.requires_grad_(False)
-    rng = random.Random(f"{seed} {name}")
-    control_rewards: dict[str, RewardFn] = {
-        "random": lambda q, texts: [rng.gauss(0, 1) for _ in texts],
-        "oracle": lambda q, texts: [quality(q, text) for text in texts],
-    }
-    reward = control_rewards.get(name) or reward_fn(rm, name)
+def learn(rm: RewardModel, reward: RewardFn, c: GrpoConfig, seed: int, report: Callable[[dict], None]) -> dict:
+    """Train the policy of `with_policy` -> the log, and true quality of single answers to new questions, before and
+    after."""
 
     def sample_prompts(step: int) -> list[SceneQuestion]:
         drawn = random.Random(f"{seed} questions {step}")
         return [question(drawn) for _ in range(c.prompts)]
-
-    def report(entry: dict) -> None:
-        parts = [f"{entry[f'{part}_share']:.0%} {part}" for part in ("rollout", "scoring", "update")]
-        said = f"{name:9s}{entry['step']:4d}  reward {entry['reward']:7.3f}  quality {entry['quality']:.3f}  "
-        said += f"kl {entry['kl']:.4f}  length {entry['length']:4.1f}  {', '.join(parts)}"
-        print(said, flush=True)
 
     def measured(when: str, adapter: str) -> dict[str, list[float]]:
         temperatures = {"sampled": c.temperature, "greedy": 0.0}
@@ -152,11 +131,44 @@ def run_one(name: str, seed: int, c: GrpoConfig, folder: Path | None, device: st
 
     before = measured("before", REFERENCE)
     log = grpo.train_policy(rm, reward, sample_prompts, c, seed, REFERENCE, report=report, quality=quality)
-    result = {"name": name, "seed": seed, "log": log, **before, **measured("after", POLICY)}
+    return {"log": log, **before, **measured("after", POLICY)}
+
+
+REWARDS = ("joint", "isolated")
+CONTROLS = ("random", "oracle")
+
+
+def with_policy(judge: Path, device: str | None) -> RewardModel:
+    """A reward model whose backbone carries the policy that starts, and what it started from."""
+    rm = RewardModel.load(judge, dtype=torch.float32, device=device, lm_head=True)
+    for adapter in (REFERENCE, POLICY):
+        load_adapter(rm.backbone, adapter, STARTS_FROM)
+        for p in lora.parameters(rm.backbone, adapter):
+            p.requires_grad_(False)
+    return rm
+
+
+def run_one(name: str, seed: int, c: GrpoConfig, folder: Path | None, device: str | None) -> dict:
+    """One policy trained with one reward, in a process of its own."""
+    rm = with_policy(shipped(f"weights/{NAMES['isolated' if name == 'isolated' else 'joint']}"), device)
+    rng = random.Random(f"{seed} {name}")
+    control_rewards: dict[str, RewardFn] = {
+        "random": lambda q, texts: [rng.gauss(0, 1) for _ in texts],
+        "oracle": lambda q, texts: [quality(q, text) for text in texts],
+    }
+    reward = control_rewards.get(name) or reward_fn(rm, name)
+
+    def report(entry: dict) -> None:
+        parts = [f"{entry[f'{part}_share']:.0%} {part}" for part in ("rollout", "scoring", "update")]
+        said = f"{name:9s}{entry['step']:4d}  reward {entry['reward']:7.3f}  quality {entry['quality']:.3f}  "
+        said += f"kl {entry['kl']:.4f}  length {entry['length']:4.1f}  {', '.join(parts)}"
+        print(said, flush=True)
+
+    result = {"name": name, "seed": seed, **learn(rm, reward, c, seed, report)}
     if name == "joint":
         result["cooler"] = evaluate_policy(rm, REFERENCE, c, seed, 0.5)
     if folder is not None:
-        write_lines(folder / f"{name}-{seed}.jsonl", log)
+        write_lines(folder / f"{name}-{seed}.jsonl", result["log"])
     return result
 
 

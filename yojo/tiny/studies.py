@@ -1,0 +1,182 @@
+"""Three studies of what the paper claims, on the tiny world, several seeds each: `yojo.claims`.
+
+    answers   trained on 2, on 4, on 2 to 8 answers, tested on 2 to 16: how many must a judge have seen?
+    data      fewer groups, and ranks swapped: does comparing help where there is little to learn from?
+    grpo      a policy for every arm's reward, which learned from all groups or from few: is any better, or steadier?
+
+The arms are those of `experiment.py`: joint, isolated, and the single-response baseline. All are trained by the recipe
+of `train --tiny` and for as many steps; nothing was chosen by what test groups say.
+
+See it: `python -m yojo.claims answers`; `pytest tests/test_claims.py`.
+"""
+
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from yojo import metrics
+from yojo.cli import in_processes
+from yojo.core.data import Record, read_records, with_preference
+from yojo.core.grpo import (
+    POLICY,
+    GrpoConfig,
+    RewardFn,
+    group_rewards,
+    prompt_row,
+    reward_fn,
+    sample_groups,
+    texts_of,
+)
+from yojo.core.held_out import score_records
+from yojo.core.mask import MODES
+from yojo.core.reward import RewardModel
+from yojo.core.training import Recipe
+from yojo.tiny import world
+from yojo.tiny.captions import REFERENCE, SceneQuestion, learn, quality, question, with_policy
+from yojo.tiny.experiment import ARMS, SCENES, TINY, train_arm, with_features
+from yojo.tiny.talks import describe_held_out, look_up, place
+
+MIXED = tuple(range(2, 9))  # answers in training, as of the shipped models
+TRAINED_ON = {"2": (2,), "4": (4,), "2 to 8": MIXED}
+TESTED_ON = (2, 4, 8, 16)
+GROUPS, SWAPPED = (100, 1000, 3000), (0.0, 0.4)
+TESTS = 500  # groups
+LEARNED_FROM = {"all groups": (TINY.records * TINY.fit.steps, 0.0), "100 groups": (100, 0.0)}  # by rewards of `grpo`
+LEARNED_FROM["100 groups, 40% swapped"] = (100, 0.4)
+EVERY = 10  # steps from one look at held-out prompts to the next
+SKILLS = {"look up": look_up, "place": place, "describe held-out pairs": describe_held_out}
+BACKBONE = None  # without a policy's adapter
+
+
+@contextmanager
+def groups(name: str, seed: int, count: int, sizes: Sequence[int] = (4,), swap: float = 0.0) -> Iterator[list[Record]]:
+    """Groups of the task *absolute*, whose pictures are files for as long as the block lasts."""
+    rng = random.Random(f"{seed} study {name}")
+    made = world.records(rng, "absolute", count, min(count, SCENES), sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        records = with_preference(read_records(world.write_records(folder, "groups", made)))
+        yield [with_ranks_swapped(record, swap, rng) for record in records]
+
+
+def with_ranks_swapped(record: Record, share: float, rng: random.Random) -> Record:
+    """The ranks of two neighbouring answers exchanged with probability `share`. These are the pairs that the
+    single-response arm learns from, so that every arm is told as much that is wrong."""
+    ranks = list(record.rankings)
+    for i in range(0, len(ranks) - 1, 2):
+        if rng.random() < share:
+            ranks[i : i + 2] = reversed(ranks[i : i + 2])
+    return replace(record, rankings=ranks)
+
+
+def accuracy(rm: RewardModel, seed: int, count: int, n: int = 4) -> float:
+    """Best-of-n accuracy on new groups."""
+    with groups(f"test {n}", seed, count, (n,)) as made:
+        test = with_features(made, rm)
+    return metrics.mean(metrics.accuracies(score_records(rm, test, seed), test))
+
+
+# ----------------------------------------------------------------------------------------------------- answers, data
+
+
+def run_answers(arm: str, trained: str, seed: int, recipe: Recipe, test: int, device: str | None) -> dict:
+    """A model of an arm, trained on so many answers -> its accuracy by the number of answers."""
+    with groups(f"train {trained}", seed, recipe.records * recipe.fit.steps, TRAINED_ON[trained]) as made:
+        rm, _ = train_arm(arm, recipe, made, seed, device, f"{arm}, {trained} answers, seed {seed}")
+    rm.merge()
+    figures = {str(n): accuracy(rm, seed, test, n) for n in TESTED_ON}
+    return {"arm": arm, "trained": trained, "seed": seed, **figures}
+
+
+def run_data(arm: str, count: int, swap: float, seed: int, recipe: Recipe, test: int, device: str | None) -> dict:
+    """A model of an arm, trained on so many groups -> its accuracy on groups whose ranks are all true."""
+    with groups(f"train {count}", seed, count, swap=swap) as made:
+        rm, _ = train_arm(arm, recipe, made, seed, device, f"{arm}, {count} groups, {swap:.0%} swapped, seed {seed}")
+    rm.merge()
+    return {"arm": arm, "groups": count, "swapped": swap, "seed": seed, "accuracy": accuracy(rm, seed, test)}
+
+
+def study_answers(seeds: Sequence[int], device: str | None) -> list[dict]:
+    jobs = [(arm, trained, seed, TINY, TESTS, device) for seed, trained, arm in product(seeds, TRAINED_ON, MODES)]
+    return in_processes(run_answers, jobs)
+
+
+def study_data(seeds: Sequence[int], device: str | None) -> list[dict]:
+    kinds = product(seeds, SWAPPED, GROUPS, ARMS)
+    return in_processes(run_data, [(arm, count, swap, seed, TINY, TESTS, device) for seed, swap, count, arm in kinds])
+
+
+# --------------------------------------------------------------------------------------------------------------- grpo
+
+
+def run_grpo(arm: str, learned: str, seed: int, recipe: Recipe, c: GrpoConfig, device: str | None) -> dict:
+    """A reward model of an arm, and a policy trained by it -> what became of the policy."""
+    count, swap = LEARNED_FROM[learned]
+    with groups("rewards", seed, count, MIXED, swap) as made, tempfile.TemporaryDirectory() as folder:
+        trained, _ = train_arm(arm, recipe, made, seed, device, f"{arm}, {learned}, seed {seed}")
+        trained.save(Path(folder) / "rm")
+        rm = with_policy(Path(folder) / "rm", device)
+    reward = reward_fn(rm, ARMS[arm])
+    rng = random.Random(f"{seed} held-out prompts")
+    prompts = [question(rng) for _ in range(2 * c.prompts)]
+
+    def look(entry: dict) -> None:
+        if entry["step"] % EVERY == EVERY - 1 or entry["step"] == c.steps - 1:
+            entry |= held_out(rm, reward, prompts, c, seed)
+
+    start = held_out(rm, reward, prompts, c, seed)
+    examined = {who: skills(rm, seed, who) for who in (BACKBONE, REFERENCE)}
+    got = learn(rm, reward, c, seed, look)
+    log = [{"step": -1, **start}, *got.pop("log")]
+    shares = {key: metrics.mean([entry[key] for entry in log[1:]]) for key in ("even", "identical")}
+    return {
+        "arm": arm,
+        "learned": learned,
+        "seed": seed,
+        "reward_accuracy": accuracy(rm, seed, TESTS),
+        **{key: metrics.mean(values) for key, values in got.items()},
+        **shares,
+        "kl": log[-1]["kl"],
+        "curve": [{k: entry[k] for k in ("step", *start)} for entry in log if "held_out_reward" in entry],
+        "skills": {"backbone": examined[BACKBONE], "before": examined[REFERENCE], "after": skills(rm, seed, POLICY)},
+    }
+
+
+@torch.no_grad()
+def held_out(
+    rm: RewardModel, reward: RewardFn, prompts: Sequence[SceneQuestion], c: GrpoConfig, seed: int
+) -> dict[str, float]:
+    """Groups sampled for prompts that the policy does not learn from: their mean reward, and how good they truly are.
+    Every look draws by the same numbers."""
+    generator, rows = torch.Generator().manual_seed(seed), [prompt_row(rm, q) for q in prompts]
+    answers = sample_groups(rm.backbone, rows, c.group, c.max_new_tokens, c.temperature, generator)
+    said = [(q, texts_of(rm, some)) for q, some in zip(prompts, answers, strict=True)]
+    rewards = [group_rewards(reward, q, texts).mean().item() for q, texts in said]
+    truth = [quality(q, text) for q, texts in said for text in texts]
+    return {"held_out_reward": metrics.mean(rewards), "held_out_quality": metrics.mean(truth)}
+
+
+@torch.no_grad()
+def skills(rm: RewardModel, seed: int, adapter: str | None, count: int = 128) -> dict[str, float]:
+    """Greedy answers to questions that no policy learned from: the share that is right, word for word."""
+    figures = {}
+    for name, talk in SKILLS.items():
+        rng = random.Random(f"{seed} skill {name}")
+        scenes = [world.make_scene(rng, held_out=talk is describe_held_out) for _ in range(count)]
+        asked, right = zip(*(talk(scene, rng) for scene in scenes), strict=True)
+        records = [Record(q, images=[world.render(scene)]) for q, scene in zip(asked, scenes, strict=True)]
+        rows = [prompt_row(rm, record) for record in records]
+        answers = sample_groups(rm.backbone, rows, 1, 32, 0.0, torch.Generator(), adapter)
+        said = [texts_of(rm, some)[0] for some in answers]
+        figures[name] = metrics.mean([float(a == b) for a, b in zip(said, right, strict=True)])
+    return figures
+
+
+def study_grpo(seeds: Sequence[int], device: str | None) -> list[dict]:
+    kinds = product(seeds, LEARNED_FROM, ARMS)
+    return in_processes(run_grpo, [(arm, learned, seed, TINY, GrpoConfig(), device) for seed, learned, arm in kinds])
