@@ -49,7 +49,7 @@ def test_score_prints_a_row_for_every_alternative(command, tmp_path):
     assert status == 0, err
     rows = json.loads((tmp_path / "r.json").read_text())
     arms = ["N separate passes", "one padded batch of N", bench.CACHED, "one pass, isolated", "one pass, joint"]
-    assert [row["arm"] for row in rows] == [*arms, "N separate passes, and the picture"]
+    assert [row["arm"] for row in rows] == [*arms, "N separate passes, picture 1x", "N separate passes, picture 2x"]
     assert all(row["arm"] in out for row in rows)
     assert rows[4]["times_joint"] == rows[2]["times_cached"] == 1
     assert [row["arm"] for row in rows if "of_peak" in row] == arms[3:]
@@ -83,7 +83,7 @@ def test_several_prompts_are_measured_on_one_model(command, tmp_path):
     status, _, err = command(bench, "score", *words, "--json", tmp_path / "r.json")
     assert status == 0, err
     rows = json.loads((tmp_path / "r.json").read_text())
-    assert [row["prompt_tokens"] for row in rows] == 6 * [60] + 6 * [90]
+    assert [row["prompt_tokens"] for row in rows] == 7 * [60] + 7 * [90]
 
 
 def test_sorted_batches_give_the_scores_of_one_by_one(command, tmp_path):

@@ -11,6 +11,7 @@ import json
 import pytest
 import torch
 from conftest import TINY
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from yojo import flops as flops_command
@@ -166,12 +167,39 @@ def test_the_command_prints_what_is_counted(command, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "words, R, tokens, views, pooled",  # R: of a response with its separator; tokens of the pictures; theirs at 4B
+    [
+        (("--image", "1024x768", "--response-tokens", 100), 101, 982, 7, (955, 4)),
+        (("--frames", 16, "--response-tokens", 50), 51, 16 * 83, 16, (1296, 9)),
+    ],
+)
+def test_n_looks_at_the_pictures(command, tmp_path, words, R, tokens, views, pooled):
+    """What scoring answer by answer costs, over one pass that looks once: by the counter, at 4B."""
+    status, out, err = command(flops_command, *words, "--n", 2, 4, "--json", tmp_path / "f.json")
+    assert status == 0 and "n looks" in out, err
+    model, head = network(Config())
+    vision, patches = model.model.vision_backbone, torch.zeros(views, 729, 588, device="meta")
+    seen, whole = torch.zeros(views, 729, 2 * 1152, device="meta"), torch.zeros(pooled, dtype=torch.long)
+    look = counted(lambda: (vision.image_vit(patches), vision.image_projector(pool(vision, seen, whole))))
+
+    def passes(n):
+        row = flops.row_of_lengths(tokens + 40, (R,) * n, tokens)
+        return counted(lambda: run_pass(model, head, row, "joint"))
+
+    head[0], head[2] = nn.Linear(2560, 1024, device="meta"), nn.Linear(1024, 1, device="meta")  # the command's head
+    for found in json.loads((tmp_path / "f.json").read_text()):
+        assert found["n_looks"] == found["n"] * (passes(1) + look) / (passes(found["n"]) + look)
+
+
+@pytest.mark.parametrize(
     "words, why",
     [
         (("--n", "2", "0"), "'0' is no whole number from 1"),
         (("--prompt-tokens", "0"), "'0' is no whole number from 1"),
         (("--image", "0x5"), "--image: '0x5': give width x height"),
         (("--image", "84x84", "--size", "tiny"), "--image goes with --size molmo2-4b only"),
+        (("--frames", "2", "--size", "tiny"), "--frames goes with --size molmo2-4b only"),
+        (("--frames", "2", "--image", "84x84"), "--frames and --image exclude each other"),
         (("--n", "190"), "190 responses of 201 after 40 prompt tokens: the model has 36864 positions"),
         (("--prompt-tokens", "1000000000"), "the model has 36864 positions"),
     ],

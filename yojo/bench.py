@@ -157,16 +157,15 @@ def score_n(s: Setting, n: int, args: argparse.Namespace, peer, looking: float) 
             r["counted"] = counted[r["arm"]] / counted[JOINT]
         if r["arm"] in one:  # the others multiply other numbers of tokens
             r["of_peak"] = counted[r["arm"]] / bare_flops * ratio(seconds["bare"], mine)
-    plus = {name: [t + looking for t in seconds[name]] for name in (SEPARATE, JOINT)}
-    picture = flops.images(s.config, s.shown.pictures)
-    both = {"arm": f"{SEPARATE}, and the picture", "seconds": median(plus[SEPARATE])}
-    both |= {
-        "times_joint": ratio(*plus.values()),
-        "counted": (counted[SEPARATE] + picture) / (counted[JOINT] + picture),
-    }
+    picture, joint = flops.images(s.config, s.shown.pictures), [t + looking for t in seconds[JOINT]]
+    for looks in sorted({1, n}):  # at the picture, where one pass looks once
+        all_of_it = [t + looks * looking for t in seconds[SEPARATE]]
+        times = {"times_joint": ratio(all_of_it, joint)}
+        times |= {"counted": (counted[SEPARATE] + looks * picture) / (counted[JOINT] + picture)}
+        rows.append({"arm": f"{SEPARATE}, picture {looks}x", "seconds": median(all_of_it), **times})
     print(f"\nP = {len(s.prompt.ids)}, N = {n}")
-    print_rows([*rows, both], "seconds", "tokens_per_s", "above", "times_joint", "times_cached", "counted", "of_peak")
-    return [*rows, both]
+    print_rows(rows, "seconds", "tokens_per_s", "above", "times_joint", "times_cached", "counted", "of_peak")
+    return rows
 
 
 # -------------------------------------------------------------------------------------------------------------- train
