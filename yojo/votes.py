@@ -244,14 +244,10 @@ def study(items: int, seed: int) -> list[dict]:
         best = max(means.values())
         starred.append(rows[-1] | {name: f"{tau:.3f}{'*' if tau == best else ' '}" for name, tau in means.items()})
     print("Kendall's tau-b against the truth, mean over simulated items; the best of a row is starred; votes: a pair\n")
-    print(
-        table(starred, {"n": "d", "votes": lambda votes: f"{votes:.3g}", "wrong": ".1f", **dict.fromkeys(METHODS, "")})
-    )
+    print(table(starred, {"n": "d", "votes": ".3g", "wrong": ".1f", **dict.fromkeys(METHODS, "")}))
     graph = [r for r in rows if r["graph, denoised"] > r["Borda, raw"]]
-    print(f"\nthe graph ensemble ranks better than Borda in {len(graph)} of {len(rows)} rows", end="")
-    print(
-        ": " + "; ".join(f"n {r['n']}, {r['votes']:.3g} votes, {r['wrong']:.0%} wrong" for r in graph) if graph else ""
-    )
+    ahead = "; ".join(f"n {r['n']}, {r['votes']:.3g} votes, {r['wrong']:.0%} wrong" for r in graph)
+    print(f"\nthe graph ensemble ranks better than Borda in {len(graph)} of {len(rows)} rows: {ahead}")
     print(f"\nlast rows: {thin} votes an item on pairs drawn at random, as thin as MR2Bench-Video's; a third have none")
     return rows
 
