@@ -328,9 +328,9 @@ def test_a_bad_value_is_shown_as_it_stands_in_the_file(folder, change, why):
     assert why in str(error.value)
 
 
-def test_what_is_no_evaluation_is_not_offered_to_be_overwritten_as_one(command, folder, benchmark):
+def test_what_is_no_evaluation_is_not_offered_to_be_overwritten_as_one(command, folder, evaluated):
     (folder / "notes.txt").write_text("dear diary\nnothing\n")
-    status, _, err = command(evaluate, *words(benchmark, "--out", folder / "notes.txt"))
+    status, _, err = command(evaluate, *words(evaluated, "--out", folder / "notes.txt"))
     assert status == 2 and "holds another evaluation: choose another --out" in err
 
 
@@ -338,7 +338,7 @@ def test_what_is_no_evaluation_is_not_offered_to_be_overwritten_as_one(command, 
 
 
 @pytest.fixture
-def benchmark(folder):
+def evaluated(folder):
     import random
 
     from yojo.tiny import world
@@ -367,10 +367,10 @@ evaluate.main()
 """
 
 
-def test_a_killed_evaluation_goes_on_and_ends_with_the_identical_report(command, folder, benchmark, monkeypatch):
-    status, _, err = command(evaluate, *words(benchmark, "--json", folder / "a.json", "--out", folder / "a.jsonl"))
+def test_a_killed_evaluation_goes_on_and_ends_with_the_identical_report(command, folder, evaluated, monkeypatch):
+    status, _, err = command(evaluate, *words(evaluated, "--json", folder / "a.json", "--out", folder / "a.jsonl"))
     assert status == 0, err
-    arguments = words(benchmark, "--json", folder / "b.json", "--out", folder / "b.jsonl")
+    arguments = words(evaluated, "--json", folder / "b.json", "--out", folder / "b.jsonl")
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # other sums round otherwise
     done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL and len((folder / "b.jsonl").read_text().splitlines()) == 7
@@ -384,10 +384,10 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_identical_report(command,
     assert status == 2 and "holds another evaluation" in err
 
 
-def test_an_evaluation_whose_items_changed_is_another_one(command, folder, benchmark):
+def test_an_evaluation_whose_items_changed_is_another_one(command, folder, evaluated):
     """A picture that was missing and has come back would shift every score by one row."""
     (folder / "bench/2.png").rename(folder / "away.png")
-    arguments = words(benchmark, "--out", folder / "c.jsonl", "--keep-going")
+    arguments = words(evaluated, "--out", folder / "c.jsonl", "--keep-going")
     status, out, err = command(evaluate, *arguments)
     assert status == 0 and "left out, 1 rows" in out, err
     (folder / "away.png").rename(folder / "bench/2.png")
@@ -395,33 +395,33 @@ def test_an_evaluation_whose_items_changed_is_another_one(command, folder, bench
     assert status == 2 and "holds another evaluation" in err
 
 
-def test_keep_going_keeps_going(command, folder, benchmark):
+def test_keep_going_keeps_going(command, folder, evaluated):
     """A line that is no JSON, and a picture that can't be read."""
     (folder / "bench/3.png").write_bytes(b"no picture")
-    benchmark.write_text("{\n" + benchmark.read_text())
-    status, _, err = command(evaluate, *words(benchmark))
+    evaluated.write_text("{\n" + evaluated.read_text())
+    status, _, err = command(evaluate, *words(evaluated))
     assert status == 2 and "bench.jsonl:1 is not JSON" in err
-    status, out, err = command(evaluate, *words(benchmark, "--keep-going", "--json", folder / "k.json"))
+    status, out, err = command(evaluate, *words(evaluated, "--keep-going", "--json", folder / "k.json"))
     assert status == 0, err
     result = json.loads((folder / "k.json").read_text())
     assert result["items"] == 11 and len(result["left_out"]) == 2 and "bench.jsonl:5" in result["left_out"][1]
 
 
-def test_a_damaged_file_of_scores_is_named(command, folder, benchmark):
-    arguments = words(benchmark, "--out", folder / "e.jsonl")
+def test_a_damaged_file_of_scores_is_named(command, folder, evaluated):
+    arguments = words(evaluated, "--out", folder / "e.jsonl")
     assert command(evaluate, *arguments)[0] == 0
     lines = (folder / "e.jsonl").read_text().splitlines()
     (folder / "e.jsonl").write_text("\n".join([*lines[:3], "garbage", *lines[3:], ""]))
     status, _, err = command(evaluate, *arguments)
     assert status == 2 and "cannot be read as an evaluation" in err
-    status, _, err = command(evaluate, *words(benchmark, "--out", folder))
+    status, _, err = command(evaluate, *words(evaluated, "--out", folder))
     assert status == 2 and "cannot be read as an evaluation" in err
 
 
-def test_scores_do_not_depend_on_how_they_are_asked_for(benchmark):
+def test_scores_do_not_depend_on_how_they_are_asked_for(evaluated):
     """The first order's scores are those of `RewardModel.score` on the answers so shown."""
     rm = RewardModel.load(WEIGHTS / "tiny-rm")
-    for item in read_items(benchmark, "records")[:4]:
+    for item in read_items(evaluated, "records")[:4]:
         (order,) = orders = orders_of(item, 0, 1)
         shown = rm.score(item.prompt, [item.responses[i] for i in order], image=item.images)
         assert score_item(rm, item, orders, "joint")[0] == pytest.approx(
@@ -429,9 +429,9 @@ def test_scores_do_not_depend_on_how_they_are_asked_for(benchmark):
         )
 
 
-def test_a_score_that_is_not_finite_raises(command, benchmark, monkeypatch):
+def test_a_score_that_is_not_finite_raises(command, evaluated, monkeypatch):
     monkeypatch.setattr(RewardModel, "raw_scores", lambda rm, rows, *_: [[math.nan for _ in row.spans] for row in rows])
-    status, _, err = command(evaluate, *words(benchmark))
+    status, _, err = command(evaluate, *words(evaluated))
     assert status == 2 and "bench.jsonl:1: scores are not finite" in err
 
 
