@@ -12,7 +12,7 @@ import pytest
 from yojo.cli import Parser, run, table, whole, with_interval
 from yojo.files import InputError
 
-COMMANDS = "bench checkpoint evaluate flops grpo hacking pretrain score train votes".split()
+COMMANDS = "bench checkpoint claims evaluate flops grpo hacking pretrain score train votes".split()
 
 
 def test_a_table_written_out():

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from yojo import bench, checkpoint, cli, evaluate, flops, grpo, hacking, pretrain, score, train, votes
+from yojo import bench, checkpoint, claims, cli, evaluate, flops, grpo, hacking, pretrain, score, train, votes
 from yojo.cli import WEIGHTS
 from yojo.core import training
 from yojo.core.molmo2 import Molmo2
@@ -124,7 +124,9 @@ def test_options_that_do_not_go_together_are_refused(refused, module, words, why
     refused(why, module, *words.split())
 
 
-@pytest.mark.parametrize("module", [bench, checkpoint, evaluate, flops, grpo, hacking, pretrain, score, train, votes])
+@pytest.mark.parametrize(
+    "module", [bench, checkpoint, claims, evaluate, flops, grpo, hacking, pretrain, score, train, votes]
+)
 def test_help_explains_every_option(command, module, monkeypatch):
     status, out, _ = command(module, "--help")
     assert status == 0 and "--json" in out
@@ -151,6 +153,7 @@ def test_help_explains_every_option(command, module, monkeypatch):
         (grpo, ["--make-start"]),
         (evaluate, ["--tiny"]),
         (hacking, []),
+        (claims, ["data"]),
         (pretrain, ["--out", "{folder}/a"]),
         (flops, ["--shape", "tiny"]),
         (bench, ["score", "--shape", "tiny"]),

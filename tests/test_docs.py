@@ -27,7 +27,8 @@ NAMES = [str(p.relative_to(ROOT)) for p in PAGES]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:python -m|torchrun)\s")
 # What takes minutes: the suite itself, and what test_tiny.py runs.
-MINUTES = ("-m pytest", "yojo.train --tiny", "yojo.evaluate --tiny", "yojo.grpo --tiny")
+MINUTES = ("-m pytest", "yojo.train --tiny", "yojo.evaluate --tiny", "yojo.grpo --tiny", "yojo.claims answers")
+MINUTES += ("yojo.claims data", "yojo.claims grpo")
 
 
 def prose(path: Path) -> str:

@@ -83,7 +83,7 @@ def test_nothing_imports_a_command(name):
 
 def test_the_commands_are_known():
     """Or the rule above would hold of nothing."""
-    names = "bench checkpoint evaluate flops grpo hacking pretrain score train votes".split()
+    names = "bench checkpoint claims evaluate flops grpo hacking pretrain score train votes".split()
     assert {f"yojo.{name}" for name in names} == COMMANDS
 
 

@@ -22,9 +22,9 @@ def tiny(tmp_path, *words, command="train"):
 
 
 def test_absolute(tmp_path):
-    r = tiny(tmp_path)
+    r = tiny(tmp_path, "--baseline")
     assert r["groups"] + r["without_preference"] >= 2000 and r["without_preference"] < 50 and r["n"] == 4
-    for mode in ("joint", "isolated"):
+    for mode in ("joint", "isolated", "single"):
         assert r[mode] >= 0.90, mode
         assert r[f"{mode}_blank"] <= 0.30 and r[f"{mode}_swapped"] <= 0.30, mode
         assert abs(r[f"{mode}_heldout"] - r[mode]) <= 0.05, mode

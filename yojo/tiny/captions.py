@@ -32,6 +32,7 @@ from yojo.weights import pick_device
 
 REFERENCE = "reference"  # the adapter that the policy started from
 START_STEPS = 120  # of --make-start
+EXAMINED = 100  # questions that a policy is examined in
 STARTS_FROM = WEIGHTS / "tiny-policy"
 
 
@@ -102,13 +103,11 @@ def make_start(out: Path, steps: int, seed: int, overwrite: bool, device: str | 
 
 
 @torch.no_grad()
-def evaluate_policy(
-    rm: RewardModel, adapter: str, c: GrpoConfig, seed: int, temperature: float, count: int = 100
-) -> list[float]:
+def evaluate_policy(rm: RewardModel, adapter: str, c: GrpoConfig, seed: int, temperature: float) -> list[float]:
     """True quality of answers to new questions: greedy ones, or four sampled ones each."""
     rng, generator, values = random.Random(f"{seed} examine"), torch.Generator().manual_seed(seed), []
-    questions, n = [question(rng) for _ in range(count)], 1 if temperature == 0 else 4
-    for start in range(0, count, c.prompts):
+    questions, n = [question(rng) for _ in range(EXAMINED)], 1 if temperature == 0 else 4
+    for start in range(0, EXAMINED, c.prompts):
         some = questions[start : start + c.prompts]
         rows = [prompt_row(rm, q) for q in some]
         groups = grpo.sample_groups(rm.backbone, rows, n, c.max_new_tokens, temperature, generator, adapter)

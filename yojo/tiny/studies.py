@@ -51,6 +51,7 @@ LEARNED_FROM = {"all groups": (TINY.records * TINY.fit.steps, 0.0), "100 groups"
 LEARNED_FROM["100 groups, 40% swapped"] = (100, 0.4)
 EVERY = 10  # steps from one look at held-out prompts to the next
 SKILLS = {"look up": look_up, "place": place, "describe held-out pairs": describe_held_out}
+ASKED = 128  # questions of each kind
 BACKBONE = None  # without a policy's adapter
 
 
@@ -162,12 +163,12 @@ def held_out(
 
 
 @torch.no_grad()
-def skills(rm: RewardModel, seed: int, adapter: str | None, count: int = 128) -> dict[str, float]:
+def skills(rm: RewardModel, seed: int, adapter: str | None) -> dict[str, float]:
     """Greedy answers to questions that no policy learned from: the share that is right, word for word."""
     figures = {}
     for name, talk in SKILLS.items():
         rng = random.Random(f"{seed} skill {name}")
-        scenes = [world.make_scene(rng, held_out=talk is describe_held_out) for _ in range(count)]
+        scenes = [world.make_scene(rng, held_out=talk is describe_held_out) for _ in range(ASKED)]
         asked, right = zip(*(talk(scene, rng) for scene in scenes), strict=True)
         records = [Record(q, images=[world.render(scene)]) for q, scene in zip(asked, scenes, strict=True)]
         rows = [prompt_row(rm, record) for record in records]
