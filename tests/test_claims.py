@@ -44,16 +44,21 @@ def test_on_pairs_the_two_losses_are_one():
     assert torch.allclose(best_of_n(scores, ranks), bradley_terry(scores, ranks))
 
 
-def test_the_baseline_reads_as_many_responses_a_step_and_one_at_a_time(monkeypatch):
-    shown = []
-    monkeypatch.setattr("yojo.tiny.experiment.train", lambda rm, records, recipe, *_, **__: shown.append((rm, recipe)))
-    with studies.groups("pairs", 0, 12) as made:
+@pytest.mark.parametrize("sizes", [(4,), studies.MIXED])
+def test_the_baseline_reads_as_many_responses_a_step_and_one_at_a_time(monkeypatch, sizes):
+    shown = {}
+    monkeypatch.setattr("yojo.tiny.experiment.train", lambda rm, records, c, *_, **__: shown.update({rm: (records, c)}))
+    with studies.groups("pairs", 0, 60, sizes) as made:
         for arm in ARMS:
             train_arm(arm, SMALL, made, 0, "cpu", arm)
-    (joint, of_joint), (isolated, of_isolated), (single, of_single) = shown
-    assert (joint.mode, isolated.mode, single.mode) == ("joint", "isolated", "isolated")
-    assert of_joint == of_isolated == SMALL
-    assert (of_single.records * 2, of_single.loss) == (SMALL.records * 4, "bradley-terry")
+    assert [(rm.mode, c.loss) for rm, (_, c) in shown.items()] == [
+        ("joint", "best-of-n"),
+        ("isolated", "best-of-n"),
+        ("isolated", "bradley-terry"),
+        ("isolated", "bradley-terry"),
+    ]
+    read = [c.records * sum(len(r.responses) for r in records) / len(records) for records, c in shown.values()]
+    assert read == pytest.approx([read[0]] * 4, abs=1)
 
 
 # ---------------------------------------------------------------------------------------------------------- studies

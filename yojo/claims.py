@@ -23,7 +23,7 @@ from yojo.core.mask import MODES
 from yojo.instruments import hardware
 from yojo.metrics import interval_over_seeds, mean
 from yojo.tiny import studies
-from yojo.tiny.experiment import ARMS, SINGLE, TITLES
+from yojo.tiny.experiment import ARMS, PAIRS, SINGLE, TITLES
 from yojo.tiny.studies import LEARNED_FROM, SKILLS, TRAINED_ON
 from yojo.tiny.studies import TESTED_ON as N
 from yojo.tiny.world import NOISE
@@ -61,7 +61,7 @@ def answers_table(runs: list[dict]) -> str:
 
 
 def data_table(runs: list[dict]) -> str:
-    rows, differences = [], [("joint", SINGLE), ("isolated", SINGLE), ("joint", "isolated")]
+    rows, differences = [], [("joint", "isolated"), ("isolated", PAIRS), (PAIRS, SINGLE)]
     for swap, count in product(studies.SWAPPED, studies.GROUPS):
         these = {"groups": count, "swapped": swap}
         row = {"groups": count, "pairs swapped": f"{swap:.0%}"}
@@ -78,7 +78,7 @@ SHARES = {"even": "no difference", "identical": "one text"}
 
 def grpo_table(runs: list[dict]) -> str:
     rows, curves, examined = [], [], []
-    for learned, arm in product(studies.LEARNED_FROM, ARMS):
+    for learned, arm in product(studies.LEARNED_FROM, studies.JUDGES):
         these = {"learned": learned, "arm": arm}
         start = {"judge learned from": learned, "": arm}
         row = {name: over_seeds(picked(runs, key, **these)) for key, name in GRPO_KEYS.items()}
@@ -156,7 +156,7 @@ def cheaper(f: Files) -> str:
 
 
 def comparison(f: Files) -> str:
-    alone, beside = ({arm: [s[arm] for s in f[name]["per_seed"]] for arm in ARMS} for name in TRAINED)
+    alone, beside = ({arm: [s[arm] for s in f[name]["per_seed"]] for arm in studies.JUDGES} for name in TRAINED)
     vote = over_seeds([s["isolated_vote"] for s in f["train_corroborated"]["per_seed"]])
     return (
         f"Not where an answer can be judged alone: {by_arm(alone)}. Where it cannot: {by_arm(beside)}; but counting "
@@ -193,7 +193,7 @@ def answers(f: Files) -> str:
 def steadier(f: Files) -> str:
     runs, told = f["claims_grpo"]["runs"], []
     for learned in LEARNED_FROM:
-        each = {arm: picked(runs, "sampled_after", learned=learned, arm=arm) for arm in ARMS}
+        each = {arm: picked(runs, "sampled_after", learned=learned, arm=arm) for arm in studies.JUDGES}
         told.append(f"{learned}: {by_arm(each)}")
     return "True quality of the policy's answers, by what its judge learned from. " + "; ".join(told)
 

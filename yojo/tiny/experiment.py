@@ -40,10 +40,11 @@ CORROBORATED = replace(TINY, lora=LoraConfig(r=32, alpha=64, dropout=0.0), recor
 TASKS = {"absolute": (TINY, 4), "corroborated": (CORROBORATED, 6)}  # recipe, responses to choose among
 SCENES, TEST, HELD_OUT = 2400, 2000, 1000
 CONTROLLED = 1000  # of the test groups, shown with other pictures
-NAMES = {"joint": "tiny-rm", "isolated": "tiny-rm-isolated", "single": "tiny-rm-single"}
-SINGLE = "single"  # the arm that learns from pairs
-ARMS = {"joint": "joint", "isolated": "isolated", SINGLE: "isolated"}  # the attention of each
-TITLES = {arm: arm for arm in MODES} | {SINGLE: "single-response, Bradley-Terry"}
+SINGLE, PAIRS = "single", "pairs"
+NAMES = {"joint": "tiny-rm", "isolated": "tiny-rm-isolated", SINGLE: "tiny-rm-single"}
+ARMS = {"joint": "joint", "isolated": "isolated", PAIRS: "isolated", SINGLE: "isolated"}  # the attention of each
+TITLES = {arm: arm for arm in MODES} | {PAIRS: "isolated, Bradley-Terry on all pairs"}
+TITLES |= {SINGLE: "single-response, Bradley-Terry"}
 
 
 def write_world(folder: Path, task: str, recipe: Recipe, sizes: Sequence[int], seed: int, paraphrase: bool) -> None:
@@ -85,13 +86,17 @@ def disjoint_pairs(record: Record) -> list[Record]:
 def train_arm(
     arm: str, recipe: Recipe, records: Sequence[Record], seed: int, device: str | None, title: str
 ) -> tuple[RewardModel, Log]:
-    """A reward model, and the log of its training. One that learns from pairs reads as many responses a step."""
+    """A reward model, and the log of its training. SINGLE learns from disjoint pairs, as many responses a step as the
+    others; pairs that are tied are left out, as groups are. PAIRS, between it and isolated, learns from all pairs of
+    whole groups."""
     rm = RewardModel.new(shipped("weights/tiny"), ARMS[arm], recipe.lora, recipe.inner, torch.float32, device, seed)
     records = with_features(records, rm)
     if arm == SINGLE:
-        pairs = [pair for record in records for pair in disjoint_pairs(record)]
-        a_step = recipe.records * round(len(pairs) / len(records))
-        recipe, records = replace(recipe, loss="bradley-terry", records=a_step), pairs
+        a_step = recipe.records * metrics.mean([len(record.responses) for record in records])
+        records = [pair for record in records for pair in disjoint_pairs(record)]
+        recipe = replace(recipe, records=round(a_step / 2))
+    if arm in (SINGLE, PAIRS):
+        recipe = replace(recipe, loss="bradley-terry")
     return rm, train(rm, records, recipe, seed, title=title)
 
 

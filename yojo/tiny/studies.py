@@ -39,7 +39,7 @@ from yojo.core.reward import RewardModel
 from yojo.core.training import Recipe
 from yojo.tiny import world
 from yojo.tiny.captions import REFERENCE, SceneQuestion, learn, quality, question, with_policy
-from yojo.tiny.experiment import ARMS, SCENES, TINY, train_arm, with_features
+from yojo.tiny.experiment import ARMS, SCENES, SINGLE, TINY, train_arm, with_features
 from yojo.tiny.talks import describe_held_out, look_up, place
 
 MIXED = tuple(range(2, 9))  # answers in training, as of the shipped models
@@ -52,6 +52,7 @@ LEARNED_FROM["100 groups, 40% swapped"] = (100, 0.4)
 EVERY = 10  # steps from one look at held-out prompts to the next
 SKILLS = {"look up": look_up, "place": place, "describe held-out pairs": describe_held_out}
 ASKED = 128  # questions of each kind
+JUDGES = ("joint", "isolated", SINGLE)
 BACKBONE = None  # without a policy's adapter
 
 
@@ -66,8 +67,9 @@ def groups(name: str, seed: int, count: int, sizes: Sequence[int] = (4,), swap: 
 
 
 def with_ranks_swapped(record: Record, share: float, rng: random.Random) -> Record:
-    """The ranks of two neighbouring answers exchanged with probability `share`. These are the pairs that the
-    single-response arm learns from, so that every arm is told as much that is wrong."""
+    """The ranks of the first two answers exchanged with probability `share`, those of the next two, ... These are the
+    pairs that the single-response model learns from, and `share` of them are wrong then. A whole group says more: of
+    four answers a best one is still ranked first with probability 1 - `share`, where chance is one in four."""
     ranks = list(record.rankings)
     for i in range(0, len(ranks) - 1, 2):
         if rng.random() < share:
@@ -179,5 +181,5 @@ def skills(rm: RewardModel, seed: int, adapter: str | None) -> dict[str, float]:
 
 
 def study_grpo(seeds: Sequence[int], device: str | None) -> list[dict]:
-    kinds = product(seeds, LEARNED_FROM, ARMS)
+    kinds = product(seeds, LEARNED_FROM, JUDGES)
     return in_processes(run_grpo, [(arm, learned, seed, TINY, GrpoConfig(), device) for seed, learned, arm in kinds])
