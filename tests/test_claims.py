@@ -2,16 +2,20 @@
 
     pytest tests/test_claims.py
 
-Whole studies take an hour and more (`python -m yojo.claims grpo`). What they wrote is in tutorials/runs.
+What the whole studies wrote is in tutorials/runs.
 """
 
+import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from yojo import claims
 from yojo.cli import WEIGHTS
 from yojo.core.data import Record
 from yojo.core.grpo import GrpoConfig
@@ -83,13 +87,14 @@ def test_arms_learn_from_the_same_groups_and_are_tested_on_others():
     assert not pictures[0] & pictures[1]
 
 
-def test_a_small_study_of_answers_and_of_data():
+def test_a_small_study_of_answers_and_of_data(monkeypatch):
+    monkeypatch.setattr(studies, "TESTS", 12)
     for arm in ("joint", "isolated"):
-        found = studies.run_answers(arm, "2 to 8", 0, SMALL, 12, "cpu")
+        found = studies.run_answers(arm, "2 to 8", 0, SMALL, "cpu")
         assert {k for k in found if k.isdecimal()} == {"2", "4", "8", "16"}
         assert all(0 <= found[n] <= 1 for n in ("2", "4", "8", "16"))
     for arm in ARMS:
-        first, again = (studies.run_data(arm, 10, 0.4, 1, SMALL, 12, "cpu") for _ in range(2))
+        first, again = (studies.run_data(arm, 10, 0.4, 1, SMALL, "cpu") for _ in range(2))
         assert first == again and 0 <= first["accuracy"] <= 1
 
 
@@ -116,7 +121,107 @@ def test_skills_are_those_of_the_adapter_that_is_asked_for(monkeypatch):
     assert before[None]["place"] > before["policy"]["place"]  # fine-tuned on noisy captions, it says more than asked
 
 
-def test_intervals_over_seeds_by_hand():
-    """0, 1, 2: mean 1, standard deviation 1, half width 4.303 / sqrt(3)."""
-    low, high = interval_over_seeds([0.0, 1.0, 2.0])
-    assert (low + high) / 2 == pytest.approx(1) and high - 1 == pytest.approx(4.303 / 3**0.5, abs=0.01)
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def test_pairing_is_by_seed():
+    """Seeds may stand in any order; one that is missing is no pair."""
+    runs = [{"arm": a, "seed": s, "x": x} for a, s, x in (("j", 1, 5.0), ("j", 0, 3.0), ("i", 0, 1.0), ("i", 1, 4.0))]
+    assert claims.picked(runs, "x", arm="j") == [3.0, 5.0]
+    assert claims.minus(runs, "x", "j", "i") == [2.0, 1.0]
+    with pytest.raises(AssertionError):
+        claims.minus(runs[:-1], "x", "j", "i")
+
+
+def test_the_table_of_the_study_of_data_by_hand():
+    """One setting, two seeds: means, and Student's t of one degree of freedom (12.71) by hand."""
+    kinds = [(s, n) for s in studies.SWAPPED for n in studies.GROUPS]
+    runs = [
+        {"arm": arm, "groups": n, "swapped": s, "seed": seed, "accuracy": value + seed / 100}
+        for s, n in kinds
+        for seed in (0, 1)
+        for arm, value in zip(ARMS, (0.9, 0.8, 0.7, 0.5), strict=True)
+    ]
+    first = claims.data_table(runs).splitlines()[1]
+    assert "0.905 [0.841, 0.969]" in first, "0.9, 0.91: half a width of 12.71 * 0.00707 / sqrt(2)"
+    assert re.findall(r"(\S+ \[[^]]+\])", first)[4:] == [f"{gap} [{gap}, {gap}]" for gap in ("0.100", "0.100", "0.200")]
+
+
+@pytest.mark.parametrize("count, t", [*enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2)])
+def test_intervals_over_seeds(count, t):
+    """Half a width of t * deviation / sqrt(n), t with n - 1 degrees of freedom (printed tables of Student's t)."""
+    values = [float(i) for i in range(count)]
+    low, high = interval_over_seeds(values)
+    deviation = (sum((v - sum(values) / count) ** 2 for v in values) / (count - 1)) ** 0.5
+    assert low + high == pytest.approx(2 * sum(values) / count)
+    assert high - low == pytest.approx(2 * t * deviation / count**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 1, 11])
+def test_other_numbers_of_seeds_have_no_interval(count, command):
+    with pytest.raises(ValueError, match="2 to 10"):
+        interval_over_seeds([0.5] * count)
+    status, _, err = command(claims, "data", "--seeds", count)
+    assert status == 2 and ("at most 10" in err or "whole number from 2" in err)
+
+
+# --------------------------------------------------------------------------------------------------- what is committed
+
+
+def committed(name):
+    return json.loads((ROOT / f"tutorials/runs/{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", claims.STUDIES)
+def test_the_page_shows_the_table_of_a_study(name):
+    found = committed(f"claims_{name}")
+    _, seeds, tabled, _ = claims.STUDIES[name]
+    assert len(found["seeds"]) == seeds and found["hardware"]
+    arms = {r["arm"] for r in found["runs"]}
+    assert len(found["runs"]) % (seeds * len(arms)) == 0 and arms <= set(ARMS)
+    assert tabled(found["runs"]) in (ROOT / "BENCHMARKS.md").read_text()
+
+
+def test_the_page_shows_the_table_of_claims(command):
+    status, out, err = command(claims, "table")
+    assert status == 0, err
+    assert out.strip() in (ROOT / "BENCHMARKS.md").read_text(), "python -m yojo.claims table prints what belongs there"
+    assert len(out.splitlines()) == 2 + len(claims.CLAIMS)
+
+
+def test_what_the_table_names_is_there():
+    for c in claims.CLAIMS:
+        for words in re.findall(r"`([^`]+)`", c.commands):
+            assert (ROOT / f"yojo/{words.split()[0]}.py").exists()
+        assert not c.lesson or list((ROOT / "tutorials").glob(f"{c.lesson}_*.md"))
+
+
+def test_the_verdicts_of_the_table_hold():
+    """What stands in words in a row, read off the same files: intervals over seeds."""
+    f = claims.Files()
+    alone, beside = ({s["seed"]: s for s in f[name]["per_seed"]} for name in claims.TRAINED)
+    for other in ("isolated", "single"):  # alone nothing is gained by comparing; beside each other everything
+        low, high = interval_over_seeds([alone[s]["joint"] - alone[s][other] for s in alone])
+        assert low <= 0.01
+        low, high = interval_over_seeds([beside[s]["joint"] - beside[s][other] for s in beside])
+        assert low > 0.5
+    assert all(s["isolated_vote"] > 0.99 for s in beside.values())
+    runs, few = f["claims_data"]["runs"], {"groups": 100, "swapped": 0.0}
+    for whole in ("joint", "isolated", "pairs"):
+        low, high = interval_over_seeds(claims.minus(runs, "accuracy", whole, "single", **few))
+        assert low > 0
+    for swap in studies.SWAPPED:
+        for count in studies.GROUPS:
+            low, high = interval_over_seeds(
+                claims.minus(runs, "accuracy", "isolated", "pairs", groups=count, swapped=swap)
+            )
+            assert low < 0 < high, "no difference between the losses beyond that of seeds"
+    policies = f["claims_grpo"]["runs"]
+    judged, became = ([r[key] for r in policies] for key in ("reward_accuracy", "sampled_after"))
+    assert np.corrcoef(judged, became)[0, 1] == pytest.approx(0.87, abs=0.005)
+    for learned in studies.LEARNED_FROM:
+        low, high = interval_over_seeds(claims.minus(policies, "sampled_after", "joint", "single", learned=learned))
+        assert (low > 0) == ("swapped" in learned)
+    for r in f["masks"]:
+        if r.get("trained") == "joint" and r["task"] == "absolute":
+            assert abs(r["joint, mean of 4 orders"] - r["joint"]) < 0.02

@@ -24,9 +24,11 @@ def count(args: argparse.Namespace) -> list[dict]:
     if args.size != SIZES[0] and (args.image or args.frames):
         option = "--image" if args.image else "--frames"
         raise InputError(f"{option} goes with --size {SIZES[0]} only: its picture settings are known here")
+    room = config.text.max_position_embeddings
+    if args.frames and args.frames > room:  # before so many are laid out
+        raise InputError(f"--frames {args.frames}: the model has {room} positions")
     pictures, tokens = pictures_of(args.image, args.frames)
     views, P, R = len(pictures.patches), tokens + args.prompt_tokens, args.response_tokens + 1
-    room = config.text.max_position_embeddings
     if P + max(args.n) * R > room:
         raise InputError(f"{max(args.n)} responses of {R} after {P} prompt tokens: the model has {room} positions")
     rows, looking = [], images(config, pictures)
@@ -42,7 +44,7 @@ def count(args: argparse.Namespace) -> list[dict]:
         rows[-1]["needed"] = one["isolated"] - parts["isolated"]["attention"] + attention(config, *pairs)
     print(f"{args.size}: prompt of {P} tokens, {tokens} of them pictures ({views} views); responses of {R}, separator")
     unit, name = (1e12, "TFLOPs") if rows[-1]["joint"] > 1e11 else (1e9, "GFLOPs")
-    print(f"included. {name} of decoder and head; the pictures are looked at once by either side.\n")
+    print(f"included. {name} of decoder and head; what looking at the pictures costs is counted in n looks only.\n")
     shown = [row | {"N": row["n"], "N_passes": row["n_passes"], "N(P+R)/(P+NR)": row["limit"]} for row in rows]
     tera = dict.fromkeys(("N_passes", *MODES), lambda flops: f"{flops / unit:.3f}")
     columns = {"N": "d", **tera, "ratio": ".2f", "N(P+R)/(P+NR)": ".2f"} | ({"n_looks": ".2f"} if views else {})

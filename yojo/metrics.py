@@ -60,12 +60,14 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return macro_interval(values, [""] * len(values))
 
 
-T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, Student's t, of 1 to 9 degrees of freedom
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, of 1 to 9 degrees of freedom
 
 
 def interval_over_seeds(values: Sequence[float]) -> tuple[float, float]:
     """95% interval of the mean of what 2 to 10 seeds gave, by Student's t: how much runs differ, where `interval` says
-    how much records do. It may reach beyond 0 and 1."""
+    how much records do. It may reach beyond 0 and 1. Other numbers of seeds raise `ValueError`."""
+    if not 2 <= len(values) <= len(T_95) + 1:
+        raise ValueError(f"an interval over {len(values)} seeds: 2 to {len(T_95) + 1} can be")
     half = T_95[len(values) - 2] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return mean(values) - half, mean(values) + half
 

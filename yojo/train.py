@@ -179,12 +179,12 @@ def main() -> None:
     add("--weights", type=Path, metavar="DIR", help="checkpoint folder to train on")
     add("--data", type=Path, metavar="FILE", help="preference records, JSONL")
     add("--test", type=Path, metavar="FILE", help="records to evaluate on; else one in twenty is held back")
-    add("--mode", choices=MODES, help="attention; --tiny trains both where this is not given")
-    add("--out", type=Path, metavar="DIR", help="folder for the reward model; with --tiny, for both")
+    add("--mode", choices=MODES, help="attention; --tiny trains each where this is not given")
+    add("--out", type=Path, metavar="DIR", help="folder for the reward model; with --tiny, for each")
     add("--overwrite", action="store_true", help="replace what --out holds")
     add("--resume", action="store_true", help="go on with an interrupted run")
     add("--keep-going", action="store_true", help="leave bad records out, and list them")
-    add("--loss", choices=LOSSES, default=Recipe().loss, help="what scores are trained against")
+    add("--loss", choices=LOSSES, default=Recipe().loss, help="what scores are trained against, but for --baseline")
     d, tiny = Recipe(), {task: recipe.fit for task, (recipe, _) in TASKS.items()}
     steps = f"training steps (default: every record {d.epochs} times; with --tiny "
     steps += " or ".join(f"{fit.steps} for {task}" for task, fit in tiny.items()) + ")"

@@ -184,7 +184,7 @@ def sample_groups(
     max_new_tokens: int,
     temperature: float,
     generator: torch.Generator,
-    adapter: str = POLICY,
+    adapter: str | None = POLICY,
 ) -> list[list[Tensor]]:
     """n answers to each prompt, each up to and with its end token, or cut at the limit. All are decoded beside each
     other, and are what they would be if their prompts came one after the other."""
