@@ -34,6 +34,7 @@ from yojo.metrics import interval_over_seeds, mean, tau_b
 from yojo.settings import read_image_config
 from yojo.tiny import world
 from yojo.tiny.experiment import TITLES
+from yojo.tiny.studies import JUDGES
 from yojo.votes import METHODS, simulate
 
 FOLDER, RUNS = Path(__file__).parent / "figures", Path(__file__).parent / "runs"
@@ -384,21 +385,21 @@ def grpo_runs() -> Image.Image:
 
 
 def policies() -> Image.Image:
-    """Held-out prompts while a policy learns from each reward: its mean reward, and the true quality. Mean over seeds,
-    shaded from the lowest to the highest."""
+    """Held-out prompts while a policy learns from each reward: its mean reward, and the true quality. Thick: mean over
+    seeds, thin: each seed."""
     runs = json.loads((RUNS / "claims_grpo.json").read_text(encoding="utf-8"))["runs"]
-    figure, panels = _axes(12, 3.2, 4)
+    figure, panels = _axes(12, 3.5, 4)
     kinds = [(learned, key) for learned in ("all groups", "100 groups, 40% swapped") for key in ("reward", "quality")]
     for axes, (learned, key) in zip(panels, kinds, strict=True):
-        for (arm, label), line in zip(TITLES.items(), LINES, strict=False):
+        for arm, line in zip(JUDGES, LINES, strict=False):
             looks = [run["curve"] for run in runs if (run["learned"], run["arm"]) == (learned, arm)]
             steps = [at["step"] + 1 for at in looks[0]]
             values = np.array([[at[f"held_out_{key}"] for at in curve] for curve in looks])
-            axes.plot(steps, values.mean(0), label=label, **line)
-            axes.fill_between(steps, values.min(0), values.max(0), color=line["color"], alpha=0.15, linewidth=0)
+            axes.plot(steps, values.mean(0), label=TITLES[arm], **line)
+            axes.plot(steps, values.T, color=line["color"], alpha=0.4, linewidth=0.7)
         what = {"reward": "reward, each judge's own scale", "quality": "true quality"}[key]
         _plot(axes, "step", what, f"judge learned from\n{learned}")
-    panels[1].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return _picture(figure)
 
 
@@ -406,23 +407,27 @@ def policies() -> Image.Image:
 
 
 def less_data() -> Image.Image:
-    """Accuracy against the number of groups in training, where ranks are true and where they are noisy."""
+    """Accuracy against the number of groups in training, where ranks are true and where they are noisy: means and
+    intervals over seeds, which the frame cuts off, and each seed as a dot."""
     runs = json.loads((RUNS / "claims_data.json").read_text(encoding="utf-8"))["runs"]
     figure, panels = _axes(8.5, 3.4, 2, sharey=True)
     for axes, swapped in zip(panels, sorted({run["swapped"] for run in runs}), strict=True):
-        for shift, (arm, label), line in zip((0.97, 1, 1.03), TITLES.items(), LINES, strict=False):
+        for shift, (arm, label), line in zip((0.91, 0.97, 1.03, 1.09), TITLES.items(), LINES, strict=False):
             by_count: dict[int, list[float]] = {}
             for run in runs:
                 if (run["swapped"], run["arm"]) == (swapped, arm):
                     by_count.setdefault(run["groups"], []).append(run["accuracy"])
             means = [mean(values) for values in by_count.values()]
             half = [interval_over_seeds(values)[1] - mean(values) for values in by_count.values()]
-            axes.errorbar([shift * n for n in by_count], means, half, label=label, marker=".", capsize=3, **line)
+            places = [shift * n for n in by_count]
+            axes.errorbar(places, means, half, label=label, elinewidth=0.7, capsize=3, **line)
+            for place, values in zip(places, by_count.values(), strict=True):
+                axes.plot([place] * len(values), values, linestyle="", marker=".", color=line["color"])
         axes.set(xscale="log", ylim=(0, 1.05))
         axes.set_xticks([*by_count], [f"{n:,}" for n in by_count])
         axes.minorticks_off()
         _plot(axes, "groups in training", "accuracy" if swapped == 0 else "", f"{swapped:.0%} of pairs swapped")
-    panels[0].legend(frameon=False, loc="lower right")
+    panels[0].legend(frameon=False, loc="lower right", fontsize=8)
     return _picture(figure)
 
 
@@ -483,8 +488,10 @@ FIGURES: dict[str, Callable[[], Image.Image]] = {
         rankings,
         clip_and_kl,
         grpo_runs,
+        policies,
         masks_compared,
         more_answers,
+        less_data,
     )
 }
 
