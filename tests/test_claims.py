@@ -216,6 +216,11 @@ def test_the_verdicts_of_the_table_hold():
                 claims.minus(runs, "accuracy", "isolated", "pairs", groups=count, swapped=swap)
             )
             assert low < 0 < high, "no difference between the losses beyond that of seeds"
+            for other in ("isolated", "pairs"):
+                low, high = interval_over_seeds(
+                    claims.minus(runs, "accuracy", "joint", other, groups=count, swapped=swap)
+                )
+                assert low < 0 < high, "nor one of attention between the answers"
     policies = f["claims_grpo"]["runs"]
     judged, became = ([r[key] for r in policies] for key in ("reward_accuracy", "sampled_after"))
     assert np.corrcoef(judged, became)[0, 1] == pytest.approx(0.87, abs=0.005)

@@ -2,7 +2,7 @@
 
 Three can be trained, the *arms*: joint, isolated and, as the paper's baseline, a single-response one, which learns from
 pairs of answers by Bradley-Terry (`--baseline`). It is an isolated one whose records hold two answers: in isolated mode
-each is scored as if alone.
+each is scored as if alone. A fourth, which only `studies.py` trains, learns by Bradley-Terry from all pairs of a group.
 
 Accuracy is best-of-N on records that were not trained on. Beside it stand the controls (the picture blanked, or swapped
 with another record's) and baselines that read no picture.
