@@ -284,29 +284,29 @@ CLAIMS = [
         "up to 3.9 times in time, 4.0 in FLOPs, at N = 4 (second-hand)",
         cheaper,
         "`flops`, `bench score`",
-        "07",
+        "09",
     ),
     Claim(
         "Comparing answers improves accuracy",
         "71.2% on average over six benchmarks; the next open reward model 66.5%",
         comparison,
         "`train --tiny --baseline`",
-        "10",
+        "08",
     ),
     Claim(
-        "A loss over N scores beats a loss over pairs", "its baseline learns from pairs", losses, "`claims data`", "10"
+        "A loss over N scores beats a loss over pairs", "its baseline learns from pairs", losses, "`claims data`", "08"
     ),
-    Claim("One judge serves any number of answers", "-", answers, "`claims answers`", "10"),
-    Claim("Order", "its released code shuffles the answers in training", order, "`evaluate --tiny`", "10"),
+    Claim("One judge serves any number of answers", "-", answers, "`claims answers`", "08"),
+    Claim("Order", "its released code shuffles the answers in training", order, "`evaluate --tiny`", "08"),
     Claim(
         "GRPO with it is better and steadier",
         "WildVision 54.6 before, 55.8 with a single-response reward, 60.2 with its own",
         steadier,
         "`claims grpo`",
-        "09",
+        "11",
     ),
-    Claim("GRPO with it preserves other skills", "standard benchmarks preserved", preserved, "`claims grpo`", "09"),
-    Claim("Rankings from votes, denoised", "MR2Bench's are made so", rankings, "`votes`", "08"),
+    Claim("GRPO with it preserves other skills", "standard benchmarks preserved", preserved, "`claims grpo`", "11"),
+    Claim("Rankings from votes, denoised", "MR2Bench's are made so", rankings, "`votes`", "10"),
     Claim(
         "Benchmarks",
         "six, and two of its own among them",
