@@ -27,16 +27,16 @@ def setting(tmp_path_factory):
 @torch.no_grad()
 def test_every_alternative_gives_the_same_scores(setting, n, R):
     s, peer = setting
-    arms = bench.arms_of(s, n, R, peer)
-    isolated, joint = arms["one pass, isolated"](), arms["one pass, joint"]()
+    ways = bench.ways_of(s, n, R, peer)
+    isolated, joint = ways["one pass, isolated"](), ways["one pass, joint"]()
     close = {"rtol": 2e-5, "atol": 1e-7}
-    torch.testing.assert_close(torch.cat(arms["N separate passes"]()), isolated, **close)
-    torch.testing.assert_close(arms["one padded batch of N"](), isolated, **close)
-    torch.testing.assert_close(arms["prompt once, batch of N after it"](), isolated, **close)
+    torch.testing.assert_close(torch.cat(ways["N separate passes"]()), isolated, **close)
+    torch.testing.assert_close(ways["one padded batch of N"](), isolated, **close)
+    torch.testing.assert_close(ways["prompt once, batch of N after it"](), isolated, **close)
     ends = [len(s.prompt.ids) + i * (R + 1) + R - 1 for i in range(n)]
-    theirs = arms["transformers, bare trunk"]()[0, ends]
+    theirs = ways["transformers, bare trunk"]()[0, ends]
     torch.testing.assert_close(s.head(theirs), joint, **close)
-    released = arms["transformers, released way"]()
+    released = ways["transformers, released way"]()
     assert released.logits.shape[1] == len(s.prompt.ids) + n * (R + 1)
     torch.testing.assert_close(s.head(released.hidden_states[-1][0, ends]), joint, **close)
 
@@ -48,11 +48,11 @@ def test_score_prints_a_row_for_every_alternative(command, tmp_path):
     status, out, err = command(bench, "score", *SMALL, "--dtypes", "float32", "--json", tmp_path / "r.json")
     assert status == 0, err
     rows = json.loads((tmp_path / "r.json").read_text())
-    arms = ["N separate passes", "one padded batch of N", bench.CACHED, "one pass, isolated", "one pass, joint"]
-    assert [row["arm"] for row in rows] == [*arms, "N separate passes, picture 1x", "N separate passes, picture 2x"]
-    assert all(row["arm"] in out for row in rows)
+    ways = ["N separate passes", "one padded batch of N", bench.CACHED, "one pass, isolated", "one pass, joint"]
+    assert [row["way"] for row in rows] == [*ways, "N separate passes, picture 1x", "N separate passes, picture 2x"]
+    assert all(row["way"] in out for row in rows)
     assert rows[4]["times_joint"] == rows[2]["times_cached"] == 1
-    assert [row["arm"] for row in rows if "of_peak" in row] == arms[3:]
+    assert [row["way"] for row in rows if "of_peak" in row] == ways[3:]
     row = flops.row_of_lengths(60, (11, 11), 24, views=2, pooled=18)
     joint = sum(flops.one_pass(size_config("tiny"), row, "joint").values())
     assert rows[0]["counted"] == pytest.approx(flops.separate(size_config("tiny"), row) / joint, rel=0.01)
@@ -62,11 +62,11 @@ def test_score_prints_a_row_for_every_alternative(command, tmp_path):
 
 
 def test_alternatives_take_turns(monkeypatch):
-    """Every round has each arm once, every other one is its forerunner's reverse, and a ratio is a median of rounds."""
+    """Every round has each way once, every other one is its forerunner's reverse, and a ratio is a median of rounds."""
     calls, now = [], iter(range(1000))
-    arms = {name: lambda name=name: calls.append(name) for name in "abc"}
+    ways = {name: lambda name=name: calls.append(name) for name in "abc"}
     monkeypatch.setattr(instruments.time, "perf_counter", lambda: next(now) ** 2)
-    seconds, _ = instruments.take_turns(arms, 4, torch.device("cpu"), 0)
+    seconds, _ = instruments.take_turns(ways, 4, torch.device("cpu"), 0)
     rounds = [calls[i : i + 3] for i in range(6, 18, 3)]  # before these each once to warm up, once for its memory
     assert len(calls) == 18 and all(sorted(order) == ["a", "b", "c"] for order in rounds)
     assert rounds[1] == rounds[0][::-1] and rounds[3] == rounds[2][::-1]

@@ -23,7 +23,7 @@ from yojo.core.loss import best_of_n, bradley_terry
 from yojo.metrics import interval_over_seeds
 from yojo.tiny import captions, studies
 from yojo.tiny.captions import with_policy
-from yojo.tiny.experiment import ARMS, SINGLE, TINY, disjoint_pairs, train_arm
+from yojo.tiny.experiment import KINDS, SINGLE, TINY, disjoint_pairs, train_kind
 
 ROOT = Path(__file__).parent.parent
 SMALL = replace(TINY, records=4, fit=replace(TINY.fit, steps=2))
@@ -53,8 +53,8 @@ def test_the_baseline_reads_as_many_responses_a_step_and_one_at_a_time(monkeypat
     shown = {}
     monkeypatch.setattr("yojo.tiny.experiment.train", lambda rm, records, c, *_, **__: shown.update({rm: (records, c)}))
     with studies.groups("pairs", 0, 60, sizes) as made:
-        for arm in ARMS:
-            train_arm(arm, SMALL, made, 0, "cpu", arm)
+        for kind in KINDS:
+            train_kind(kind, SMALL, made, 0, "cpu", kind)
     assert [(rm.mode, c.loss) for rm, (_, c) in shown.items()] == [
         ("joint", "best-of-n"),
         ("isolated", "best-of-n"),
@@ -89,12 +89,12 @@ def test_arms_learn_from_the_same_groups_and_are_tested_on_others():
 
 def test_a_small_study_of_answers_and_of_data(monkeypatch):
     monkeypatch.setattr(studies, "TESTS", 12)
-    for arm in ("joint", "isolated"):
-        found = studies.run_answers(arm, "2 to 8", 0, SMALL, "cpu")
+    for kind in ("joint", "isolated"):
+        found = studies.run_answers(kind, "2 to 8", 0, SMALL, "cpu")
         assert {k for k in found if k.isdecimal()} == {"2", "4", "8", "16"}
         assert all(0 <= found[n] <= 1 for n in ("2", "4", "8", "16"))
-    for arm in ARMS:
-        first, again = (studies.run_data(arm, 10, 0.4, 1, SMALL, "cpu") for _ in range(2))
+    for kind in KINDS:
+        first, again = (studies.run_data(kind, 10, 0.4, 1, SMALL, "cpu") for _ in range(2))
         assert first == again and 0 <= first["accuracy"] <= 1
 
 
@@ -126,8 +126,8 @@ def test_skills_are_those_of_the_adapter_that_is_asked_for(monkeypatch):
 
 def test_pairing_is_by_seed():
     """Seeds may stand in any order; one that is missing is no pair."""
-    runs = [{"arm": a, "seed": s, "x": x} for a, s, x in (("j", 1, 5.0), ("j", 0, 3.0), ("i", 0, 1.0), ("i", 1, 4.0))]
-    assert claims.picked(runs, "x", arm="j") == [3.0, 5.0]
+    runs = [{"kind": a, "seed": s, "x": x} for a, s, x in (("j", 1, 5.0), ("j", 0, 3.0), ("i", 0, 1.0), ("i", 1, 4.0))]
+    assert claims.picked(runs, "x", kind="j") == [3.0, 5.0]
     assert claims.minus(runs, "x", "j", "i") == [2.0, 1.0]
     with pytest.raises(AssertionError):
         claims.minus(runs[:-1], "x", "j", "i")
@@ -135,12 +135,12 @@ def test_pairing_is_by_seed():
 
 def test_the_table_of_the_study_of_data_by_hand():
     """One setting, two seeds: means, and Student's t of one degree of freedom (12.71) by hand."""
-    kinds = [(s, n) for s in studies.SWAPPED for n in studies.GROUPS]
+    cases = [(s, n) for s in studies.SWAPPED for n in studies.GROUPS]
     runs = [
-        {"arm": arm, "groups": n, "swapped": s, "seed": seed, "accuracy": value + seed / 100}
-        for s, n in kinds
+        {"kind": kind, "groups": n, "swapped": s, "seed": seed, "accuracy": value + seed / 100}
+        for s, n in cases
         for seed in (0, 1)
-        for arm, value in zip(ARMS, (0.9, 0.8, 0.7, 0.5), strict=True)
+        for kind, value in zip(KINDS, (0.9, 0.8, 0.7, 0.5), strict=True)
     ]
     first = claims.data_table(runs).splitlines()[1]
     assert "0.905 [0.841, 0.969]" in first, "0.9, 0.91: half a width of 12.71 * 0.00707 / sqrt(2)"
@@ -177,8 +177,8 @@ def test_the_page_shows_the_table_of_a_study(name):
     found = committed(f"claims_{name}")
     _, seeds, tabled, _ = claims.STUDIES[name]
     assert len(found["seeds"]) == seeds and found["hardware"]
-    arms = {r["arm"] for r in found["runs"]}
-    assert len(found["runs"]) % (seeds * len(arms)) == 0 and arms <= set(ARMS)
+    kinds = {r["kind"] for r in found["runs"]}
+    assert len(found["runs"]) % (seeds * len(kinds)) == 0 and kinds <= set(KINDS)
     assert tabled(found["runs"]) in (ROOT / "BENCHMARKS.md").read_text()
 
 

@@ -17,9 +17,9 @@ COMMANDS = "bench checkpoint claims evaluate flops grpo hacking pretrain score t
 
 def test_a_table_written_out():
     """Columns are as wide as their widest cell; text to the left, numbers to the right; what is not there is a dash."""
-    rows = [{"arm": "one pass", "times_joint": 1.0, "n": 4}, {"arm": "N passes, each alone", "n": 16}, {"n": None}]
-    assert table(rows, {"arm": "<", "times_joint": ".2f", "n": "d"}).splitlines() == [
-        "arm                   times joint   n",
+    rows = [{"way": "one pass", "times_joint": 1.0, "n": 4}, {"way": "N passes, each alone", "n": 16}, {"n": None}]
+    assert table(rows, {"way": "<", "times_joint": ".2f", "n": "d"}).splitlines() == [
+        "way                   times joint   n",
         "one pass                     1.00   4",
         "N passes, each alone            -  16",
         "-                               -   -",

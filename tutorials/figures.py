@@ -301,8 +301,8 @@ def saving() -> Image.Image:
     return _picture(figure)
 
 
-ARMS = ["N separate passes", "one padded batch of N", "prompt once, batch of N after it"]
-ARMS += ["one pass, isolated", "one pass, joint"]
+WAYS = ["N separate passes", "one padded batch of N", "prompt once, batch of N after it"]
+WAYS += ["one pass, isolated", "one pass, joint"]
 
 
 def measured() -> Image.Image:
@@ -314,12 +314,12 @@ def measured() -> Image.Image:
     )
     for axes, (file, key, name, title) in zip(panels, files, strict=True):
         rows = json.loads((RUNS / f"{file}.json").read_text(encoding="utf-8"))
-        for arm, line in zip(ARMS, LINES, strict=True):
-            mine = [row for row in rows if row["arm"] == arm]
-            axes.plot([row[key] for row in mine], [row["seconds"] for row in mine], label=arm, marker=".", **line)
+        for way, line in zip(WAYS, LINES, strict=True):
+            mine = [row for row in rows if row["way"] == way]
+            axes.plot([row[key] for row in mine], [row["seconds"] for row in mine], label=way, marker=".", **line)
         axes.set(xscale="log", yscale="log")
         axes.set_xticks([row[key] for row in mine], [str(row[key]) for row in mine])
-        low, high = (round(math.log2(end(row["seconds"] for row in rows if row["arm"] in ARMS))) for end in (min, max))
+        low, high = (round(math.log2(end(row["seconds"] for row in rows if row["way"] in WAYS))) for end in (min, max))
         ticks = [2.0**k for k in range(low, high + 1)]
         axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.minorticks_off()
@@ -389,13 +389,15 @@ def policies() -> Image.Image:
     seeds, thin: each seed."""
     runs = json.loads((RUNS / "claims_grpo.json").read_text(encoding="utf-8"))["runs"]
     figure, panels = _axes(12, 3.5, 4)
-    kinds = [(learned, key) for learned in ("all groups", "100 groups, 40% swapped") for key in ("reward", "quality")]
-    for axes, (learned, key) in zip(panels, kinds, strict=True):
-        for arm, line in zip(JUDGES, LINES, strict=False):
-            looks = [run["curve"] for run in runs if (run["learned"], run["arm"]) == (learned, arm)]
+    panels_of = [
+        (learned, key) for learned in ("all groups", "100 groups, 40% swapped") for key in ("reward", "quality")
+    ]
+    for axes, (learned, key) in zip(panels, panels_of, strict=True):
+        for kind, line in zip(JUDGES, LINES, strict=False):
+            looks = [run["curve"] for run in runs if (run["learned"], run["kind"]) == (learned, kind)]
             steps = [at["step"] + 1 for at in looks[0]]
             values = np.array([[at[f"held_out_{key}"] for at in curve] for curve in looks])
-            axes.plot(steps, values.mean(0), label=TITLES[arm], **line)
+            axes.plot(steps, values.mean(0), label=TITLES[kind], **line)
             axes.plot(steps, values.T, color=line["color"], alpha=0.4, linewidth=0.7)
         what = {"reward": "reward, each judge's own scale", "quality": "true quality"}[key]
         _plot(axes, "step", what, f"judge learned from\n{learned}")
@@ -412,10 +414,10 @@ def less_data() -> Image.Image:
     runs = json.loads((RUNS / "claims_data.json").read_text(encoding="utf-8"))["runs"]
     figure, panels = _axes(8.5, 3.4, 2, sharey=True)
     for axes, swapped in zip(panels, sorted({run["swapped"] for run in runs}), strict=True):
-        for shift, (arm, label), line in zip((0.91, 0.97, 1.03, 1.09), TITLES.items(), LINES, strict=False):
+        for shift, (kind, label), line in zip((0.91, 0.97, 1.03, 1.09), TITLES.items(), LINES, strict=False):
             by_count: dict[int, list[float]] = {}
             for run in runs:
-                if (run["swapped"], run["arm"]) == (swapped, arm):
+                if (run["swapped"], run["kind"]) == (swapped, kind):
                     by_count.setdefault(run["groups"], []).append(run["accuracy"])
             means = [mean(values) for values in by_count.values()]
             half = [interval_over_seeds(values)[1] - mean(values) for values in by_count.values()]

@@ -95,7 +95,7 @@ class Setting:
         return lambda: [F.linear(x, w) for x, w in pairs], sum(2 * tokens * m * n for m, n in sizes)
 
 
-def arms_of(s: Setting, n: int, R: int, peer) -> dict[str, Callable]:
+def ways_of(s: Setting, n: int, R: int, peer) -> dict[str, Callable]:
     """What gives N scores, by name. Rows are laid out beforehand; the pictures have been looked at."""
     responses = [s.random_tokens(R) for _ in range(n)]
     alone, row = [s.row_of([response]) for response in responses], s.row_of(responses)
@@ -112,14 +112,14 @@ def arms_of(s: Setting, n: int, R: int, peer) -> dict[str, Callable]:
         positions = torch.arange(P, P + R, device=s.device).expand(n, R)
         return s.head(s.backbone(tails, positions=positions, keep=ends, cache=cache))
 
-    arms = {SEPARATE: lambda: [s.scores(batch) for batch in each], "one padded batch of N": lambda: s.scores(padded)}
-    arms |= {CACHED: cached, "one pass, isolated": lambda: s.scores(isolated), JOINT: lambda: s.scores(joint)}
+    ways = {SEPARATE: lambda: [s.scores(batch) for batch in each], "one padded batch of N": lambda: s.scores(padded)}
+    ways |= {CACHED: cached, "one pass, isolated": lambda: s.scores(isolated), JOINT: lambda: s.scores(joint)}
     if peer is not None:
         inputs = dict(inputs_embeds=s.backbone.embed(joint.input_ids, joint.pictures.features), use_cache=False)
         inputs["mm_token_type_ids"] = joint.mask.image.long().to(s.device)
-        arms["transformers, bare trunk"] = lambda: peer.model(**inputs).last_hidden_state
-        arms["transformers, released way"] = lambda: peer(**inputs, output_hidden_states=True)
-    return arms
+        ways["transformers, bare trunk"] = lambda: peer.model(**inputs).last_hidden_state
+        ways["transformers, released way"] = lambda: peer(**inputs, output_hidden_states=True)
+    return ways
 
 
 @torch.no_grad()
@@ -145,24 +145,24 @@ def compare_score(args: argparse.Namespace) -> list[dict]:
 
 def score_n(s: Setting, n: int, args: argparse.Namespace, peer, looking: float) -> list[dict]:
     R, row = args.response_tokens, s.row_of([[0] * args.response_tokens] * n)
-    arms, (bare, bare_flops) = arms_of(s, n, R, peer), s.products(len(row.ids))
-    seconds, rows = take_turns(arms | {"bare": bare}, args.rounds, s.device, args.seed)
+    ways, (bare, bare_flops) = ways_of(s, n, R, peer), s.products(len(row.ids))
+    seconds, rows = take_turns(ways | {"bare": bare}, args.rounds, s.device, args.seed)
     one = {f"one pass, {mode}": sum(flops.one_pass(s.config, row, mode).values()) for mode in MODES}
     counted = {SEPARATE: flops.separate(s.config, row), **one}
-    rows = [r | {"tokens_per_s": n * R / r["seconds"]} for r in rows if r["arm"] != "bare"]
+    rows = [r | {"tokens_per_s": n * R / r["seconds"]} for r in rows if r["way"] != "bare"]
     for r in rows:
-        mine = seconds[r["arm"]]
+        mine = seconds[r["way"]]
         r["times_joint"], r["times_cached"] = (ratio(mine, seconds[to]) for to in (JOINT, CACHED))
-        if r["arm"] in counted:
-            r["counted"] = counted[r["arm"]] / counted[JOINT]
-        if r["arm"] in one:  # the others multiply other numbers of tokens
-            r["of_peak"] = counted[r["arm"]] / bare_flops * ratio(seconds["bare"], mine)
+        if r["way"] in counted:
+            r["counted"] = counted[r["way"]] / counted[JOINT]
+        if r["way"] in one:  # the others multiply other numbers of tokens
+            r["of_peak"] = counted[r["way"]] / bare_flops * ratio(seconds["bare"], mine)
     picture, joint = flops.images(s.config, s.shown.pictures), [t + looking for t in seconds[JOINT]]
     for looks in sorted({1, n}):  # at the picture, where one pass looks once
         all_of_it = [t + looks * looking for t in seconds[SEPARATE]]
         times = {"times_joint": ratio(all_of_it, joint)}
         times |= {"counted": (counted[SEPARATE] + looks * picture) / (counted[JOINT] + picture)}
-        rows.append({"arm": f"{SEPARATE}, picture {looks}x", "seconds": median(all_of_it), **times})
+        rows.append({"way": f"{SEPARATE}, picture {looks}x", "seconds": median(all_of_it), **times})
     print(f"\nP = {len(s.prompt.ids)}, N = {n}")
     print_rows(rows, "seconds", "tokens_per_s", "above", "times_joint", "times_cached", "counted", "of_peak")
     return rows
@@ -198,19 +198,19 @@ def train_n(folder: Path, args: argparse.Namespace, name: str, n: int) -> list[d
 
     s.backbone.train().checkpointing = True
     bare, bare_flops = s.products(len(row.ids))
-    arms = {"ours": ours} | (peft_arm(folder, args, s, config, step) if args.peer else {}) | {"bare": bare}
-    seconds, rows = take_turns(arms, args.rounds, s.device, args.seed)
+    ways = {"ours": ours} | (peft_way(folder, args, s, config, step) if args.peer else {}) | {"bare": bare}
+    seconds, rows = take_turns(ways, args.rounds, s.device, args.seed)
     count, rows = flops.training_step(s.config, row, "joint", config.r, 1024), rows[:-1]
     for r in rows:
-        r["times_ours"] = ratio(seconds[r["arm"]], seconds["ours"])
-        r["of_peak"] = count / bare_flops * ratio(seconds["bare"], seconds[r["arm"]])
+        r["times_ours"] = ratio(seconds[r["way"]], seconds["ours"])
+        r["of_peak"] = count / bare_flops * ratio(seconds["bare"], seconds[r["way"]])
     tokens = f"one step of {n} answers, {len(row.ids)} tokens; {count / 1e12:.2f} TFLOPs"
     print(f"\n{hardware(s.device)}; {name}; {tokens}")
     print_rows(rows, "seconds", "above", "times_ours", "of_peak")
     return rows
 
 
-def peft_arm(folder: Path, args: argparse.Namespace, s: Setting, config: LoraConfig, step: Callable) -> dict:
+def peft_way(folder: Path, args: argparse.Namespace, s: Setting, config: LoraConfig, step: Callable) -> dict:
     """The same trunk, its adapter by `peft`."""
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
@@ -244,14 +244,14 @@ def compare_batch(args: argparse.Namespace) -> list[dict]:
     """Many records of unequal length, scored by the shipped model in two ways."""
     rm, device, scores = RewardModel.load(shipped("weights/tiny-rm"), device=args.device), torch.device(args.device), {}
     encoded = tiny_rows(rm, args.n, args.seed)
-    arms = {
+    ways = {
         "one by one": lambda: scores.update(one=[rm.score_encoded([row])[0] for row in encoded]),
         "sorted batches": lambda: scores.update(sorted=list(rm.score_all(encoded))),
     }
-    seconds, rows = take_turns(arms, args.rounds, device, args.seed)
+    seconds, rows = take_turns(ways, args.rounds, device, args.seed)
     apart = largest(abs(a - b) for x, y in zip(*scores.values(), strict=True) for a, b in zip(x, y, strict=True))
     for row in rows:
-        row |= {"times_sorted": ratio(seconds[row["arm"]], seconds["sorted batches"]), "difference": apart}
+        row |= {"times_sorted": ratio(seconds[row["way"]], seconds["sorted batches"]), "difference": apart}
     lengths = [len(row.ids) for row in encoded]
     print(f"{hardware(device)}; {args.n} records of {min(lengths)} to {max(lengths)} tokens")
     print_rows(rows, "seconds", "above", "times_sorted", "difference")

@@ -24,7 +24,7 @@ from yojo.files import InputError
 from yojo.instruments import hardware
 from yojo.metrics import T_95, interval_over_seeds, mean
 from yojo.tiny import studies
-from yojo.tiny.experiment import ARMS, PAIRS, SINGLE, TITLES
+from yojo.tiny.experiment import KINDS, PAIRS, SINGLE, TITLES
 from yojo.tiny.studies import LEARNED_FROM, SKILLS, TRAINED_ON
 from yojo.tiny.studies import TESTED_ON as N
 from yojo.tiny.world import NOISE
@@ -46,16 +46,17 @@ def picked(runs: Iterable[dict], key: str, **wanted) -> list[float]:
 
 def minus(runs: Sequence[dict], key: str, one: str, other: str, **wanted) -> list[float]:
     """One kind of model less another, seed by seed: both learned from the same groups and were tested on the same."""
-    assert picked(runs, "seed", arm=one, **wanted) == picked(runs, "seed", arm=other, **wanted)
-    pairs = zip(picked(runs, key, arm=one, **wanted), picked(runs, key, arm=other, **wanted), strict=True)
+    assert picked(runs, "seed", kind=one, **wanted) == picked(runs, "seed", kind=other, **wanted)
+    pairs = zip(picked(runs, key, kind=one, **wanted), picked(runs, key, kind=other, **wanted), strict=True)
     return [a - b for a, b in pairs]
 
 
 def answers_table(runs: list[dict]) -> str:
     columns = [str(n) for n in N]
     rows = [
-        {"trained on": trained, "": arm} | {n: over_seeds(picked(runs, n, arm=arm, trained=trained)) for n in columns}
-        for trained, arm in product(TRAINED_ON, MODES)
+        {"trained on": trained, "": kind}
+        | {n: over_seeds(picked(runs, n, kind=kind, trained=trained)) for n in columns}
+        for trained, kind in product(TRAINED_ON, MODES)
     ]
     shown = {"trained on": "<", "": "<", **dict.fromkeys(columns, "")}
     return "best-of-N accuracy, tested on N =\n" + table(rows, shown)
@@ -66,10 +67,10 @@ def data_table(runs: list[dict]) -> str:
     for swap, count in product(studies.SWAPPED, studies.GROUPS):
         these = {"groups": count, "swapped": swap}
         row = {"groups": count, "pairs swapped": f"{swap:.0%}"}
-        row |= {arm: over_seeds(picked(runs, "accuracy", arm=arm, **these)) for arm in ARMS}
+        row |= {kind: over_seeds(picked(runs, "accuracy", kind=kind, **these)) for kind in KINDS}
         row |= {f"{a} - {b}": over_seeds(minus(runs, "accuracy", a, b, **these)) for a, b in differences}
         rows.append(row)
-    columns = {"groups": "d", "pairs swapped": "", **dict.fromkeys(ARMS, "")}
+    columns = {"groups": "d", "pairs swapped": "", **dict.fromkeys(KINDS, "")}
     return table(rows, columns | {f"{a} - {b}": "" for a, b in differences})
 
 
@@ -80,8 +81,8 @@ WHO = dict.fromkeys(("judge learned from", ""), "<")  # the first columns
 
 def grpo_table(runs: list[dict]) -> str:
     """Three tables: what became of the policies, their way there, and what they can still do."""
-    kinds = product(LEARNED_FROM, studies.JUDGES)
-    some = {kind: [r for r in runs if (r["learned"], r["arm"]) == kind] for kind in kinds}
+    judges = product(LEARNED_FROM, studies.JUDGES)
+    some = {judge: [r for r in runs if (r["learned"], r["kind"]) == judge] for judge in judges}
     sampled, greedy = (mean([r[f"{how}_before"] for r in runs]) for how in ("sampled", "greedy"))
     parts = [
         f"judge: best-of-4 accuracy; sampled, greedy: true quality of the policy's answers, {sampled:.3f} and "
@@ -100,8 +101,8 @@ Runs = dict[tuple[str, str], list[dict]]  # by what the judge learned from, and 
 
 def policies(some: Runs) -> str:
     rows = []
-    for kind, these in some.items():
-        row = dict(zip(WHO, kind, strict=True))
+    for judge, these in some.items():
+        row = dict(zip(WHO, judge, strict=True))
         row |= {name: over_seeds(picked(these, key)) for key, name in POLICY.items()}
         row |= {name: f"{mean(picked(these, key)):.3f}" for key, name in SHARES.items()}
         rows.append(row | {"lowest": f"{min(picked(these, 'sampled_after')):.3f}"})
@@ -110,11 +111,11 @@ def policies(some: Runs) -> str:
 
 def curves(some: Runs) -> str:
     rows: list[dict] = []
-    for kind, these in some.items():
+    for judge, these in some.items():
         for key in ("held_out_reward", "held_out_quality"):
             looks = zip(*picked(these, "curve"), strict=True)
             means = {str(at[0]["step"] + 1): f"{mean([x[key] for x in at]):.2f}" for at in looks}
-            rows.append(dict(zip(WHO, kind, strict=True)) | {"mean": key.removeprefix("held_out_")} | means)
+            rows.append(dict(zip(WHO, judge, strict=True)) | {"mean": key.removeprefix("held_out_")} | means)
     return table(rows, dict.fromkeys(rows[0], "") | WHO | {"mean": "<"})
 
 
@@ -125,7 +126,7 @@ def skills(some: Runs) -> str:
     one = next(iter(some.values()))  # before, they are the same for all
     rows = [{"judge learned from": "-", "": "no policy", **shares(one, "backbone")}]
     rows.append({"judge learned from": "-", "": "before", **shares(one, "before")})
-    rows += [dict(zip(WHO, kind, strict=True)) | shares(these, "after") for kind, these in some.items()]
+    rows += [dict(zip(WHO, judge, strict=True)) | shares(these, "after") for judge, these in some.items()]
     return table(rows, WHO | dict.fromkeys(SKILLS, ""))
 
 
@@ -174,13 +175,13 @@ def listed(values: Iterable[float], digits: int = 2) -> str:
     return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
-def by_arm(each: dict[str, Sequence[float]]) -> str:
-    return ", ".join(f"{TITLES[arm]} {over_seeds(values)}" for arm, values in each.items())
+def by_kind(each: dict[str, Sequence[float]]) -> str:
+    return ", ".join(f"{TITLES[kind]} {over_seeds(values)}" for kind, values in each.items())
 
 
 def cheaper(f: Files) -> str:
     rows = next(rows for name, rows in f["gpu_h200_now"].items() if name.startswith("bench score"))
-    measured = [r for r in rows if r["arm"] == "N separate passes"]
+    measured = [r for r in rows if r["way"] == "N separate passes"]
     return (
         f"At N = 2, 4, 8, 16, each of the N passes looking at the picture, counted: "
         f"{listed(r['n_looks'] for r in f['flops_image'])} (answers of 100 tokens; 16 frames of a video and answers of "
@@ -191,10 +192,10 @@ def cheaper(f: Files) -> str:
 
 
 def comparison(f: Files) -> str:
-    alone, beside = ({arm: [s[arm] for s in f[name]["per_seed"]] for arm in studies.JUDGES} for name in TRAINED)
+    alone, beside = ({kind: [s[kind] for s in f[name]["per_seed"]] for kind in studies.JUDGES} for name in TRAINED)
     vote = over_seeds([s["isolated_vote"] for s in f["train_corroborated"]["per_seed"]])
     return (
-        f"Not where an answer can be judged alone: {by_arm(alone)}. Where it cannot: {by_arm(beside)}; but counting "
+        f"Not where an answer can be judged alone: {by_kind(alone)}. Where it cannot: {by_kind(beside)}; but counting "
         f"identical texts after isolated scores gives {vote}, too"
     )
 
@@ -206,7 +207,7 @@ def losses(f: Files) -> str:
     runs = f["claims_data"]["runs"]
 
     def at(count: int, swap: float) -> str:
-        return by_arm({arm: picked(runs, "accuracy", arm=arm, groups=count, swapped=swap) for arm in ARMS})
+        return by_kind({kind: picked(runs, "accuracy", kind=kind, groups=count, swapped=swap) for kind in KINDS})
 
     noisy = f"1,000 groups, 40% of pairs swapped: {at(1000, 0.4)}"
     return f"Not seen; whole groups beat pairs out of them. 100 groups: {at(100, 0.0)}. {noisy}"
@@ -223,20 +224,22 @@ def order(f: Files) -> str:
 
 
 def answers(f: Files) -> str:
-    runs, told = f["claims_answers"]["runs"], []
-    for arm, kind in product(MODES, TRAINED_ON):
-        told.append(f"{arm}, trained on {kind}: {listed(mean(picked(runs, str(n), arm=arm, trained=kind)) for n in N)}")
-    return f"At N = {', '.join(map(str, N))}: {'; '.join(told)}"
+    runs, parts = f["claims_answers"]["runs"], []
+    for kind, trained in product(MODES, TRAINED_ON):
+        parts.append(
+            f"{kind}, trained on {trained}: {listed(mean(picked(runs, str(n), kind=kind, trained=trained)) for n in N)}"
+        )
+    return f"At N = {', '.join(map(str, N))}: {'; '.join(parts)}"
 
 
 def steadier(f: Files) -> str:
-    runs, told = f["claims_grpo"]["runs"], []
+    runs, parts = f["claims_grpo"]["runs"], []
     for learned in LEARNED_FROM:
-        each = {arm: picked(runs, "sampled_after", learned=learned, arm=arm) for arm in studies.JUDGES}
-        told.append(f"{learned}: {by_arm(each)}")
+        each = {kind: picked(runs, "sampled_after", learned=learned, kind=kind) for kind in studies.JUDGES}
+        parts.append(f"{learned}: {by_kind(each)}")
     return (
         "Only where ranks are noisy: a good judge makes a good policy, whichever kind it is. True "
-        f"quality of its answers, the judge having learned from {'; from '.join(told)}"
+        f"quality of its answers, the judge having learned from {'; from '.join(parts)}"
     )
 
 

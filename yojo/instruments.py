@@ -62,29 +62,29 @@ def clock(do: Callable[[], object], device: torch.device) -> tuple[object, float
     return got, time.perf_counter() - start
 
 
-Seconds = dict[str, list[float]]  # by arm and round
+Seconds = dict[str, list[float]]  # by way and round
 
 
-def take_turns(arms: dict[str, Callable], rounds: int, device: torch.device, seed: int) -> tuple[Seconds, list[dict]]:
-    """Every arm once to warm up and once with its memory watched, then `rounds` rounds -> seconds, and a row an arm.
-    Every other round is in an order drawn anew, the next one in its reverse, so that no arm always finds the memory
+def take_turns(ways: dict[str, Callable], rounds: int, device: torch.device, seed: int) -> tuple[Seconds, list[dict]]:
+    """Every way once to warm up and once with its memory watched, then `rounds` rounds -> seconds, and a row for each.
+    Every other round is in an order drawn anew, the next one in its reverse, so that no way always finds the memory
     that the same other one left."""
-    above, seconds = {}, {name: [] for name in arms}
-    for name, arm in arms.items():
-        arm()
+    above, seconds = {}, {name: [] for name in ways}
+    for name, way in ways.items():
+        way()
         with watched(device) as held:
-            arm()
+            way()
         above[name] = held["above"]
-    order, rng = list(arms), random.Random(seed)
+    order, rng = list(ways), random.Random(seed)
     for i in tqdm(range(rounds), "rounds", delay=2, leave=False):
         order = order[::-1] if i % 2 else rng.sample(order, len(order))
         for name in order:
-            seconds[name].append(clock(arms[name], device)[1])
-    return seconds, [{"arm": name, "seconds": median(seconds[name]), "above": above[name]} for name in arms]
+            seconds[name].append(clock(ways[name], device)[1])
+    return seconds, [{"way": name, "seconds": median(seconds[name]), "above": above[name]} for name in ways]
 
 
 def ratio(of: Iterable[float], to: Iterable[float]) -> float:
-    """Median over rounds of one arm's seconds, or bytes, over another's."""
+    """Median over rounds of one way's seconds, or bytes, over another's."""
     return median(a / max(b, 1e-9) for a, b in zip(of, to, strict=True))
 
 
@@ -98,8 +98,8 @@ def print_rows(rows: list[dict], *names: str) -> None:
     names = [name for name in names if any(name in row for row in rows)]
     sizes = {name: f"{name}, GB" for name in names if name in ("above", "weights") or name.endswith(("_anon", "_file"))}
     shown = [{sizes.get(k, k): v / 1e9 if k in sizes else v for k, v in row.items()} for row in rows]
-    forms = {"arm": "<", "seconds": ".3f", "tokens_per_s": ".0f", "difference": ".1e"} | dict.fromkeys(sizes, ".3f")
-    print(table(shown, {sizes.get(name, name): forms.get(name, ".2f") for name in ("arm", *names)}))
+    forms = {"way": "<", "seconds": ".3f", "tokens_per_s": ".0f", "difference": ".1e"} | dict.fromkeys(sizes, ".3f")
+    print(table(shown, {sizes.get(name, name): forms.get(name, ".2f") for name in ("way", *names)}))
 
 
 def hardware(device: torch.device) -> str:

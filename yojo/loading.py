@@ -1,5 +1,5 @@
-"""What loading a checkpoint costs, and the first passes after it: `yojo.bench load`. Every way has a process of its
-own, which finds no page of the files in memory.
+"""What loading a checkpoint costs, and the first passes after it: `yojo.bench load`. Every way to
+load runs in a process of its own, which finds no page of the files in memory.
 
 See it: `pytest tests/test_bench.py`.
 """
@@ -63,24 +63,24 @@ def load_peer(folder: Path, args: argparse.Namespace, dtype: torch.dtype):
 
 
 def compare_load(args: argparse.Namespace) -> list[dict]:
-    """Each arm in a process of its own, the order turned round every round."""
-    arms = [clone_all, load_ours, *([load_theirs] if args.peer else [])]
-    found: dict[Callable, list[dict]] = {arm: [] for arm in arms}
+    """Each way in a process of its own, the order turned round every round."""
+    ways = [clone_all, load_ours, *([load_theirs] if args.peer else [])]
+    found: dict[Callable, list[dict]] = {way: [] for way in ways}
     with checkpoint(args) as folder:
         print(hardware(torch.device(args.device)) + f"; {args.dtype}; {args.n} answers; page cache emptied each turn\n")
         for i in range(args.rounds):
-            for arm in arms if i % 2 == 0 else arms[::-1]:
-                found[arm].append(alone(arm, folder, args))
+            for way in ways if i % 2 == 0 else ways[::-1]:
+                found[way].append(alone(way, folder, args))
     rows = []
-    for arm, many in found.items():
+    for way, many in found.items():
         numbers = {key: median(row[key] for row in many) for key in many[0] if key != "hidden"}
-        rows.append({"arm": arm.__doc__, **numbers})
+        rows.append({"way": way.__doc__, **numbers})
 
     def times(key: str, of: Callable, to: Callable) -> float:
-        return ratio(*([row[key] for row in found[arm]] for arm in (of, to)))
+        return ratio(*([row[key] for row in found[way]] for way in (of, to)))
 
     if args.peer:
-        ours, theirs = (found[arm][0]["hidden"] for arm in (load_ours, load_theirs))
+        ours, theirs = (found[way][0]["hidden"] for way in (load_ours, load_theirs))
         rows[1]["difference"] = float(abs(ours - theirs).max() / abs(theirs).max())
         rows[1]["memory_ratio"] = times("score_anon", load_ours, load_theirs)
         rows[2]["times_ours"] = times("joint_s", load_theirs, load_ours)
@@ -91,14 +91,14 @@ def compare_load(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def alone(arm: Callable, folder: Path, args: argparse.Namespace) -> dict:
-    """Run one arm in a fresh process, which finds no page of the files in memory."""
+def alone(way: Callable, folder: Path, args: argparse.Namespace) -> dict:
+    """Run one way in a fresh process, which finds no page of the files in memory."""
     for shard in shards(folder):
         with open(shard, "rb") as file:
             os.fsync(file.fileno())  # pages that are not yet on the disk would stay
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    with ProcessPoolExecutor(1, get_context("spawn"), start_worker) as process, ending_workers(arm.__name__):
-        return process.submit(arm, folder, args).result()
+    with ProcessPoolExecutor(1, get_context("spawn"), start_worker) as process, ending_workers(way.__name__):
+        return process.submit(way, folder, args).result()
 
 
 def phase(name: str, do: Callable[[], object], device: torch.device) -> tuple[object, dict[str, float]]:

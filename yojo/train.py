@@ -205,10 +205,10 @@ def run_command(args: argparse.Namespace) -> dict:
         raise InputError(f"--sizes {args.sizes}: 2 to 16 responses, with --task absolute only")
     recipe, n = TASKS[args.task]
     fit = replace(recipe.fit, steps=args.steps or recipe.fit.steps, lr=args.lr or recipe.fit.lr)
-    recipe, arms = replace(recipe, loss=args.loss, fit=fit), [args.mode] if args.mode else [*MODES]
-    arms += [SINGLE] if args.baseline else []
+    recipe, kinds = replace(recipe, loss=args.loss, fit=fit), [args.mode] if args.mode else [*MODES]
+    kinds += [SINGLE] if args.baseline else []
     seeds, sizes = range(args.seed, args.seed + args.seeds), args.sizes or [n]
-    return run_tiny(args.task, recipe, sizes, arms, seeds, args.out, args.overwrite, args.paraphrase, args.device)
+    return run_tiny(args.task, recipe, sizes, kinds, seeds, args.out, args.overwrite, args.paraphrase, args.device)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train reward models on the tiny world, and say what their accuracy means: `yojo.train --tiny`.
 
-Three can be trained, the *arms*: joint, isolated and, as the paper's baseline, a single-response one, which learns from
+There are three kinds: joint, isolated and, as the baseline of the paper, a single-response one, which learns from
 pairs of answers by Bradley-Terry (`--baseline`). It is an isolated one whose records hold two answers: in isolated mode
 each is scored as if alone. A fourth, which only `studies.py` trains, learns by Bradley-Terry from all pairs of a group.
 
@@ -42,8 +42,8 @@ SCENES, TEST, HELD_OUT = 2400, 2000, 1000
 CONTROLLED = 1000  # of the test groups, shown with other pictures
 SINGLE, PAIRS = "single", "pairs"
 NAMES = {"joint": "tiny-rm", "isolated": "tiny-rm-isolated", SINGLE: "tiny-rm-single"}
-ARMS = {"joint": "joint", "isolated": "isolated", PAIRS: "isolated", SINGLE: "isolated"}  # the attention of each
-TITLES = {arm: arm for arm in MODES} | {PAIRS: "isolated, Bradley-Terry on all pairs"}
+KINDS = {"joint": "joint", "isolated": "isolated", PAIRS: "isolated", SINGLE: "isolated"}  # the attention of each
+TITLES = {kind: kind for kind in MODES} | {PAIRS: "isolated, Bradley-Terry on all pairs"}
 TITLES |= {SINGLE: "single-response, Bradley-Terry"}
 
 
@@ -83,43 +83,43 @@ def disjoint_pairs(record: Record) -> list[Record]:
     return [replace(record, responses=two, rankings=world.rank(quality)) for two, quality in pairs]
 
 
-def train_arm(
-    arm: str, recipe: Recipe, records: Sequence[Record], seed: int, device: str | None, title: str
+def train_kind(
+    kind: str, recipe: Recipe, records: Sequence[Record], seed: int, device: str | None, title: str
 ) -> tuple[RewardModel, Log]:
     """A reward model, and the log of its training. SINGLE learns from disjoint pairs, as many responses a step as the
     others; pairs that are tied are left out, as groups are. PAIRS, between it and isolated, learns from all pairs of
     whole groups."""
-    rm = RewardModel.new(shipped("weights/tiny"), ARMS[arm], recipe.lora, recipe.inner, torch.float32, device, seed)
+    rm = RewardModel.new(shipped("weights/tiny"), KINDS[kind], recipe.lora, recipe.inner, torch.float32, device, seed)
     records = with_features(records, rm)
-    if arm == SINGLE:
+    if kind == SINGLE:
         a_step = recipe.records * metrics.mean([len(record.responses) for record in records])
         records = [pair for record in records for pair in disjoint_pairs(record)]
         recipe = replace(recipe, records=round(a_step / 2))
-    if arm in (SINGLE, PAIRS):
+    if kind in (SINGLE, PAIRS):
         recipe = replace(recipe, loss="bradley-terry")
     return rm, train(rm, records, recipe, seed, title=title)
 
 
 def run_one(
-    recipe: Recipe, arm: str, seed: int, folder: Path, out: Path | None, overwrite: bool, device: str | None
+    recipe: Recipe, kind: str, seed: int, folder: Path, out: Path | None, overwrite: bool, device: str | None
 ) -> dict:
-    """Train one arm on the records in `folder` and measure it. Runs in a process of its own."""
+    """Train one kind on the records in `folder` and measure it. Runs in a process of its own."""
     files = (folder / f"{name}.jsonl" for name in ("train", "test", "heldout"))
     records, *tests = (with_preference(read_records(file)) for file in files)
-    rm, log = train_arm(arm, recipe, records, seed, device, f"{arm} seed {seed}")
+    rm, log = train_kind(kind, recipe, records, seed, device, f"{kind} seed {seed}")
     if out is not None:
-        curve = folder / arm / "metrics.jsonl"
+        curve = folder / kind / "metrics.jsonl"
         write_lines(curve, log)
-        rm.save(out / NAMES[arm], overwrite, also=[curve])
+        rm.save(out / NAMES[kind], overwrite, also=[curve])
     rm.merge()  # faster, and nothing more is learned
     test, heldout = (with_features(some, rm) for some in tests)
     shown = {"own": test, **controls(test[:CONTROLLED]), "heldout": heldout}
-    scores = {name: score_records(rm, some, seed, title=f"{arm}, {name}") for name, some in shown.items()}
+    scores = {name: score_records(rm, some, seed, title=f"{kind}, {name}") for name, some in shown.items()}
     rng, own = random.Random(f"{seed} noise"), scores["own"]
     scores["vote"] = [metrics.vote(s, r.responses) for s, r in zip(own, test, strict=True)]
     scores["noise"] = [metrics.with_noise(s, rng) for s in own]
     ranked = {"blank": test[:CONTROLLED], "swapped": test[:CONTROLLED], "heldout": heldout}
-    named = {name: arm if name == "own" else f"{arm}_{name}" for name in scores}
+    named = {name: kind if name == "own" else f"{kind}_{name}" for name in scores}
     figures = {named[name]: metrics.accuracies(some, ranked.get(name, test)) for name, some in scores.items()}
     return {"seed": seed, "figures": figures}
 
@@ -128,24 +128,24 @@ def run_tiny(
     task: str,
     recipe: Recipe,
     sizes: Sequence[int],
-    arms: Sequence[str],
+    kinds: Sequence[str],
     seeds: Sequence[int],
     out: Path | None,
     overwrite: bool,
     paraphrase: bool,
     device: str | None = None,
 ) -> dict:
-    """Train and measure every arm and seed, two at a time where there are two cores."""
+    """Train and measure every kind and seed, two at a time where there are two cores."""
     start = time.monotonic()
     shipped("weights/tiny")  # or no work is begun
     pick_device(device)
-    for arm in arms if out is not None else ():
-        refuse_existing(out / NAMES[arm], overwrite)
+    for kind in kinds if out is not None else ():
+        refuse_existing(out / NAMES[kind], overwrite)
     with tempfile.TemporaryDirectory() as temporary:
         folders = {seed: Path(temporary) / str(seed) for seed in seeds}
         for seed, folder in folders.items():
             write_world(folder, task, recipe, sizes, seed, paraphrase)
-        jobs = [(recipe, arm, seed, folders[seed], out, overwrite, device) for seed in seeds for arm in arms]
+        jobs = [(recipe, kind, seed, folders[seed], out, overwrite, device) for seed in seeds for kind in kinds]
         runs = in_processes(run_one, jobs)
         made = [record for folder in folders.values() for record in read_records(folder / "test.jsonl")]
     result = summary(task, runs, tests := with_preference(made))
@@ -188,21 +188,23 @@ BASELINES = ("random", "longest", "first", "medoid")
 def report(r: dict) -> str:
     """What `--tiny` prints."""
     compared, seeds = r["task"] == "corroborated", [s["seed"] for s in r["per_seed"]]
-    arms = [arm for arm in ARMS if arm in r]
+    kinds = [kind for kind in KINDS if kind in r]
 
     def cells(suffix: str) -> dict[str, str]:
-        return {TITLES[arm]: with_interval(r[arm + suffix], r["intervals"][arm + suffix]) for arm in arms}
+        return {TITLES[kind]: with_interval(r[kind + suffix], r["intervals"][kind + suffix]) for kind in kinds}
 
     rows = [{"": what, **cells(suffix)} for suffix, what in (ROWS | (COMPARED if compared else {})).items()]
     if compared:
-        rows.append({"": "exact ceiling", **{TITLES[arm]: f"{r['ceilings'][ARMS[arm]]:.3f}" for arm in arms}})
+        rows.append({"": "exact ceiling", **{TITLES[kind]: f"{r['ceilings'][KINDS[kind]]:.3f}" for kind in kinds}})
     title = f"\nbest-of-{r['n']} accuracy, task {r['task']}, {r['groups']} held-out groups, seeds {seeds}, "
-    lines = [title + "95% intervals over groups", table(rows, {"": "<", **{TITLES[arm]: "" for arm in arms}})]
+    lines = [title + "95% intervals over groups", table(rows, {"": "<", **{TITLES[kind]: "" for kind in kinds}})]
     if r["without_preference"]:
         lines.append(f"left out, since all answers are as good: {r['without_preference']} groups")
     lines.append("without a picture: " + ", ".join(f"{name} {r[name]:.3f}" for name in BASELINES))
-    for arm in arms if len(seeds) > 1 else ():
-        lines.append(f"{TITLES[arm]}, own picture, seed by seed: " + ", ".join(f"{s[arm]:.3f}" for s in r["per_seed"]))
+    for kind in kinds if len(seeds) > 1 else ():
+        lines.append(
+            f"{TITLES[kind]}, own picture, seed by seed: " + ", ".join(f"{s[kind]:.3f}" for s in r["per_seed"])
+        )
     if r["any_true"] is not None:
         lines.append(f"a random true answer: {r['any_true']:.3f}")
     return "\n".join([*lines, f"{r['seconds']} seconds"])

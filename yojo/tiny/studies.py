@@ -2,9 +2,9 @@
 
     answers   trained on 2, on 4, on 2 to 8 answers, tested on 2 to 16: does a judge of few judge many?
     data      fewer groups, and ranks swapped: does comparing help where there is little to learn from?
-    grpo      a policy for every arm's reward, which learned from all groups or from few: is any better, or steadier?
+    grpo      a policy for every kind of judge, which learned from all groups or from few: is any better, or steadier?
 
-The arms are those of `experiment.py`: joint, isolated, the single-response baseline and one between the last two. All
+The kinds are those of `experiment.py`: joint, isolated, the single-response baseline and one between the last two. All
 are trained by the recipe of `train --tiny`, which was tuned for joint and isolated, and for as many steps; nothing was
 chosen by what test groups say. A step has 32 groups, so that more answers a group are more answers a step.
 
@@ -40,7 +40,7 @@ from yojo.core.reward import RewardModel
 from yojo.core.training import Recipe
 from yojo.tiny import world
 from yojo.tiny.captions import REFERENCE, SceneQuestion, learn, quality, question, with_policy
-from yojo.tiny.experiment import ARMS, SCENES, SINGLE, TINY, train_arm, with_features
+from yojo.tiny.experiment import KINDS, SCENES, SINGLE, TINY, train_kind, with_features
 from yojo.tiny.talks import describe_held_out, look_up, place
 
 MIXED = tuple(range(2, 9))  # answers in training, as of the shipped models
@@ -91,44 +91,44 @@ def accuracy(rm: RewardModel, seed: int, n: int = 4) -> float:
 # ----------------------------------------------------------------------------------------------------- answers, data
 
 
-def run_answers(arm: str, trained: str, seed: int, recipe: Recipe, device: str | None) -> dict:
-    """A model of an arm, trained on so many answers -> its accuracy by the number of answers."""
+def run_answers(kind: str, trained: str, seed: int, recipe: Recipe, device: str | None) -> dict:
+    """A model of one kind, trained on so many answers -> its accuracy by the number of answers."""
     with groups(f"train {trained}", seed, recipe.records * recipe.fit.steps, TRAINED_ON[trained]) as made:
-        rm, _ = train_arm(arm, recipe, made, seed, device, f"{arm}, {trained} answers, seed {seed}")
+        rm, _ = train_kind(kind, recipe, made, seed, device, f"{kind}, {trained} answers, seed {seed}")
     rm.merge()
     figures = {str(n): accuracy(rm, seed, n) for n in TESTED_ON}
-    return {"arm": arm, "trained": trained, "seed": seed, **figures}
+    return {"kind": kind, "trained": trained, "seed": seed, **figures}
 
 
-def run_data(arm: str, count: int, swap: float, seed: int, recipe: Recipe, device: str | None) -> dict:
-    """A model of an arm, trained on so many groups -> its accuracy on groups whose ranks are all true."""
+def run_data(kind: str, count: int, swap: float, seed: int, recipe: Recipe, device: str | None) -> dict:
+    """A model of one kind, trained on so many groups -> its accuracy on groups whose ranks are all true."""
     with groups(f"train {count}", seed, count, swap=swap) as made:
-        rm, _ = train_arm(arm, recipe, made, seed, device, f"{arm}, {count} groups, {swap:.0%} swapped, seed {seed}")
+        rm, _ = train_kind(kind, recipe, made, seed, device, f"{kind}, {count} groups, {swap:.0%} swapped, seed {seed}")
     rm.merge()
-    return {"arm": arm, "groups": count, "swapped": swap, "seed": seed, "accuracy": accuracy(rm, seed)}
+    return {"kind": kind, "groups": count, "swapped": swap, "seed": seed, "accuracy": accuracy(rm, seed)}
 
 
 def study_answers(seed: int, device: str | None) -> list[dict]:
-    jobs = [(arm, trained, seed, TINY, device) for trained, arm in product(TRAINED_ON, MODES)]
+    jobs = [(kind, trained, seed, TINY, device) for trained, kind in product(TRAINED_ON, MODES)]
     return in_processes(run_answers, jobs)
 
 
 def study_data(seed: int, device: str | None) -> list[dict]:
-    kinds = product(SWAPPED, GROUPS, ARMS)
-    return in_processes(run_data, [(arm, count, swap, seed, TINY, device) for swap, count, arm in kinds])
+    cases = product(SWAPPED, GROUPS, KINDS)
+    return in_processes(run_data, [(kind, count, swap, seed, TINY, device) for swap, count, kind in cases])
 
 
 # --------------------------------------------------------------------------------------------------------------- grpo
 
 
-def run_grpo(arm: str, learned: str, seed: int, recipe: Recipe, c: GrpoConfig, device: str | None) -> dict:
-    """A reward model of an arm, and a policy trained by it -> what became of the policy."""
+def run_grpo(kind: str, learned: str, seed: int, recipe: Recipe, c: GrpoConfig, device: str | None) -> dict:
+    """A reward model of one kind, and a policy trained by it -> what became of the policy."""
     count, swap = LEARNED_FROM[learned]
     with groups("rewards", seed, count, MIXED, swap) as made, tempfile.TemporaryDirectory() as folder:
-        trained, _ = train_arm(arm, recipe, made, seed, device, f"{arm}, {learned}, seed {seed}")
+        trained, _ = train_kind(kind, recipe, made, seed, device, f"{kind}, {learned}, seed {seed}")
         trained.save(Path(folder) / "rm")
         rm = with_policy(Path(folder) / "rm", device)
-    reward = reward_fn(rm, ARMS[arm])
+    reward = reward_fn(rm, KINDS[kind])
     rng = random.Random(f"{seed} held-out prompts")
     prompts = [question(rng) for _ in range(2 * c.prompts)]
 
@@ -142,7 +142,7 @@ def run_grpo(arm: str, learned: str, seed: int, recipe: Recipe, c: GrpoConfig, d
     log = [{"step": -1, **start}, *got.pop("log")]
     shares = {key: metrics.mean([entry[key] for entry in log[1:]]) for key in ("even", "identical")}
     return {
-        "arm": arm,
+        "kind": kind,
         "learned": learned,
         "seed": seed,
         "reward_accuracy": accuracy(rm, seed),
@@ -186,5 +186,5 @@ def skills(rm: RewardModel, seed: int, adapter: str | None) -> dict[str, float]:
 
 
 def study_grpo(seed: int, device: str | None) -> list[dict]:
-    kinds = product(LEARNED_FROM, JUDGES)
-    return in_processes(run_grpo, [(arm, learned, seed, TINY, GrpoConfig(), device) for learned, arm in kinds])
+    cases = product(LEARNED_FROM, JUDGES)
+    return in_processes(run_grpo, [(kind, learned, seed, TINY, GrpoConfig(), device) for learned, kind in cases])
