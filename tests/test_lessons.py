@@ -1,16 +1,24 @@
-"""The lessons' pictures: each is drawn by a function of `tutorials/figures.py`, and each is shown somewhere.
+"""The lessons' pictures: each is drawn by a function of `tutorials/figures.py`, and each is shown somewhere. And the
+lines that lesson 07 breaks on purpose: the tests that it names turn red.
 
-pytest tests/test_lessons.py tutorials        # `tutorials` runs every example of every lesson
+    pytest tests/test_lessons.py tutorials        # `tutorials` runs every example of every lesson
+    pytest tests/test_lessons.py -m slow          # breaks the lines
 """
 
 import importlib.util
+import inspect
 import json
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
+
+from yojo.core import molmo2
 
 TUTORIALS = Path(__file__).parent.parent / "tutorials"
 spec = importlib.util.spec_from_file_location("figures", TUTORIALS / "figures.py")
@@ -42,7 +50,6 @@ def test_a_figure_on_disk_is_what_its_function_draws(name):
     "name, file, row, key",
     [
         ("masks_compared", "masks.json", 0, "joint"),
-        ("more_answers", "masks.json", -1, "isolated"),
         ("measured", "bench_n.json", 0, "seconds"),
         ("measured", "bench_p.json", 0, "seconds"),
         ("grpo_runs", "grpo/joint-0.jsonl", 0, "quality"),
@@ -67,3 +74,40 @@ def test_every_figure_has_a_lesson_and_every_shown_figure_is_drawn_here():
         name for path in LESSONS for name in re.findall(r"\(figures/(\w+)\.png\)", path.read_text(encoding="utf-8"))
     }
     assert shown == set(figures.FIGURES) == {path.stem for path in figures.FOLDER.glob("*.png")}
+
+
+def test_lesson_02_defines_heads_and_joined_as_the_network_does():
+    text = (TUTORIALS / "02_the_network.md").read_text(encoding="utf-8")
+    for function in (molmo2.heads, molmo2.joined):
+        assert inspect.getsource(function).splitlines()[-1].strip() in text
+
+
+# ------------------------------------------------------------------------------------- lines that lesson 07 breaks
+
+BREAKS = TUTORIALS / "07_train_a_judge.md"
+
+
+def breaks() -> list[tuple[str, str, list[bool]]]:
+    """What the lesson says: a line, what takes its place, and which of the two tests turn red."""
+    text = BREAKS.read_text(encoding="utf-8")
+    lines = re.findall(r"```diff\n-(.*)\n\+(.*)\n```", text)
+    rows = re.findall(r"^\|[^|]*\| (\S+) \| (\S+) \|$", text[text.index("```diff") :], re.MULTILINE)
+    return [(*line, ["red" in cell for cell in row]) for line, row in zip(lines, rows[1:], strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("old, new, red", breaks())
+def test_a_broken_line_turns_the_tests_red_that_the_lesson_names(old, new, red, tmp_path):
+    root = TUTORIALS.parent
+    for name in ("yojo", "tests"):
+        shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "weights").symlink_to(root / "weights")
+    shutil.copy(root / "pyproject.toml", tmp_path)
+    (file,) = (path for path in (tmp_path / "yojo/core").glob("*.py") if old in path.read_text().splitlines())
+    text = file.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    file.write_text(text.replace(old, new), encoding="utf-8")
+    (command,) = re.findall(r"^python -m (pytest .*)$", BREAKS.read_text(encoding="utf-8"), re.MULTILINE)
+    words = [sys.executable, "-m", *shlex.split(command), "-p", "no:cacheprovider"]
+    printed = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert [f"FAILED tests/{name}.py" in printed for name in ("test_single_pass", "test_frozen")] == red, printed

@@ -34,7 +34,7 @@ from yojo.metrics import interval_over_seeds, mean, tau_b
 from yojo.settings import read_image_config
 from yojo.tiny import world
 from yojo.tiny.experiment import TITLES
-from yojo.tiny.studies import JUDGES
+from yojo.tiny.studies import JUDGES, MIXED
 from yojo.votes import METHODS, simulate
 
 FOLDER, RUNS = Path(__file__).parent / "figures", Path(__file__).parent / "runs"
@@ -119,37 +119,33 @@ def scene() -> Image.Image:
 
 
 def tiling() -> Image.Image:
-    """Who owns which patch of a picture of 600 x 400, read off the pooling indices, and where each crop reaches."""
+    """Which crop owns which patch of a picture of 600 x 400, by the pooling indices, and how far two crops reach."""
     c = ImageConfig()
     seen = images_to_patches([Image.new("RGB", (600, 400))], c)
     global_rows, global_columns, rows, columns = seen.grids[0]
     (h, w), crops = c.pooling, seen.pooling[global_rows * global_columns :] // c.side**2 - 1
     owner = crops.view(rows, columns, h, w).permute(0, 2, 1, 3).reshape(rows * h, columns * w)
     figure, (axes,) = _axes(5.6, 5.6)
-    axes.imshow(owner, cmap="Greys", vmin=-0.5, vmax=6)
+    axes.imshow(owner, cmap="Greys", vmin=-1, vmax=8)
     axes.set_xticks([i - 0.5 for i in range(columns * w)], minor=True)
     axes.set_yticks([i - 0.5 for i in range(rows * h)], minor=True)
-    axes.grid(which="minor", color="#999999", linewidth=0.4)
+    axes.grid(which="minor", color="#bbbbbb", linewidth=0.4)
     axes.tick_params(which="both", length=0)
     step, own = c.side - sum(c.margins), c.side - c.margins[1]
     marks = [0, step, own, c.side, columns * w]
     axes.set_xticks([m - 0.5 for m in marks], marks)
     axes.set_yticks([m - 0.5 for m in marks], marks)
-    for line in (axes.axvline, axes.axhline):
-        line(own - 0.5, color="black", linewidth=1.2, zorder=4)
     for crop in range(int(owner.max()) + 1):
-        y, x = (step * i - 0.5 for i in divmod(crop, 2))
-        inset = 0.35 * crop  # so that borders on the same line can be told apart
-        side = c.side - 2 * inset
-        line = {"edgecolor": LINES[crop]["color"], "linestyle": LINES[crop]["linestyle"], "linewidth": 3, "zorder": 5}
-        axes.add_patch(Rectangle((x + inset, y + inset), side, side, fill=False, **line))
         middle = [(owner == crop).nonzero()[:, i].float().mean().item() for i in (1, 0)]
-        axes.text(
-            *middle, f"crop {crop}", ha="center", va="center", fontsize=13, color="black", backgroundcolor="white"
-        )
+        axes.text(*middle, f"crop {crop}\nowns these", ha="center", va="center", fontsize=11)
+    for crop, line in ((0, LINES[0]), (3, LINES[1])):
+        y, x = (step * i - 0.5 for i in divmod(crop, 2))
+        axes.add_patch(Rectangle((x, y), c.side, c.side, fill=False, edgecolor=line["color"], linewidth=3, zorder=5))
+        label = {"color": line["color"], "fontsize": 10, "ha": "center", "backgroundcolor": "white", "zorder": 6}
+        axes.text(x + c.side / 2, y + (2 if crop == 0 else c.side - 2), f"what the tower reads as crop {crop}", **label)
     axes.set_xlabel(
-        f"{columns * w} x {rows * h} patches; shades and thin lines: which crop owns a patch;\n"
-        f"frames: the {c.side} x {c.side} that a crop sees, drawn a little inside each other"
+        f"{columns * w} x {rows * h} patches; shades: which crop owns a patch;\n"
+        f"frames: the {c.side} x {c.side} of crops 0 and 3, which share the middle {c.side - step} x {c.side - step}"
     )
     return _picture(figure)
 
@@ -278,15 +274,20 @@ def masks_with_a_picture() -> Image.Image:
 
 
 def training() -> Image.Image:
-    """The curves that lie beside the shipped reward models."""
-    figure, (left, right) = _axes(8, 3, 2)
-    for mode, name, line in (("joint", "tiny-rm", LINES[0]), ("isolated", "tiny-rm-isolated", LINES[1])):
+    """The loss of the two shipped reward models while they were trained, each beside the loss of guessing."""
+    figure, panels = _axes(8, 3, 2, sharey=True)
+    guess = mean([math.log(n) for n in MIXED])
+    for axes, (mode, name), line in zip(
+        panels, (("joint", "tiny-rm"), ("isolated", "tiny-rm-isolated")), LINES, strict=False
+    ):
         log = _read_lines(WEIGHTS / name / "metrics.jsonl")
-        for axes, key in ((left, "loss"), (right, "accuracy")):
-            _curve(axes, log, key, 10, mode, line)
-    left.legend(frameon=False)
-    _plot(left, "step (thick: mean of 21, thin: each)", "loss")
-    _plot(right, "step", "best of N on the training groups")
+        _curve(axes, log, "loss", 10, mode, line)
+        axes.axhline(guess, color="black", linewidth=0.8, linestyle=":")
+        axes.text(log[-1]["step"], guess * 1.1, "guessing", ha="right", fontsize=8)
+        axes.set(yscale="log")
+        axes.set_yticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
+        axes.minorticks_off()
+        _plot(axes, "step (thick: mean of 21, thin: each)", "loss" if mode == "joint" else "", mode)
     return _picture(figure)
 
 
@@ -456,23 +457,6 @@ def masks_compared() -> Image.Image:
     return _picture(figure)
 
 
-def more_answers() -> Image.Image:
-    """Best-of-N accuracy against N, for models trained on up to eight answers."""
-    rows = [row for row in json.loads((RUNS / "masks.json").read_text(encoding="utf-8")) if "n" in row]
-    figure, (axes,) = _axes(5.5, 3.2)
-    for name, marker, line in zip(("joint", "isolated", "random"), "os.", LINES, strict=False):
-        label = "an answer by lot" if name == "random" else name
-        style = {"marker": marker, "fillstyle": "none", **line}
-        axes.plot([row["n"] for row in rows], [row[name] for row in rows], label=label, **style)
-    axes.set(xscale="log", ylim=(0, 1.03))
-    axes.set_xticks([row["n"] for row in rows], [str(row["n"]) for row in rows])
-    axes.minorticks_off()
-    axes.axvspan(2, 8, color="#eeeeee", zorder=0)
-    axes.legend(frameon=False)
-    _plot(axes, "number of answers (grey: as in training)", "accuracy")
-    return _picture(figure)
-
-
 FIGURES: dict[str, Callable[[], Image.Image]] = {
     figure.__name__: figure
     for figure in (
@@ -492,7 +476,6 @@ FIGURES: dict[str, Callable[[], Image.Image]] = {
         grpo_runs,
         policies,
         masks_compared,
-        more_answers,
         less_data,
     )
 }
