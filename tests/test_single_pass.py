@@ -2,9 +2,9 @@
 
     pytest tests/test_single_pass.py
 
-Isolated mode: every response sees the prompt and itself, at the positions it would have alone. So scoring N responses
-together must equal scoring each alone, to 1e-10 in float64 and 2e-5 in float32: nothing but rounding is left.
-Joint mode: response i sees the responses before it, so its score may depend on those, and on nothing after it.
+Isolated mode: every response attends to the prompt and itself, at the positions it would have alone. So scoring N
+responses together must equal scoring each alone, to 1e-10 in float64 and 2e-5 in float32: only rounding differs.
+Joint mode: response i attends to the responses before it, so its score may depend on those, and on nothing after it.
 """
 
 import math
@@ -26,6 +26,35 @@ from yojo.files import InputError
 from yojo.tiny import world
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+
+
+@pytest.mark.parametrize("name", ["tiny-rm", "tiny-rm-isolated"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_one_pass_equals_n_passes_with_the_shipped_weights(name, dtype):
+    rm = RewardModel.load(WEIGHTS / name, dtype=dtype)
+    rng = random.Random(0)
+    for n in (1, 2, 3, 4, 8, 16):
+        scene = world.make_scene(rng)
+        record, picture = world.absolute(scene, rng, n), world.render(scene)
+        together = rm.score(record["prompt"], record["responses"], image=picture, mode="isolated")
+        alone = [rm.score(record["prompt"], [r], image=picture, mode="isolated")[0] for r in record["responses"]]
+        assert_equal(together, alone, TOLERANCE[dtype])
+
+
+def assert_equal(ours, theirs, tolerance):
+    """Written so that NaN fails: NaN is within no tolerance, but `max` over Python numbers can skip it."""
+    apart = [(a, b) for a, b in zip(ours, theirs, strict=True) if not abs(a - b) <= tolerance]
+    assert not apart, f"scores differ by more than {tolerance}: {apart}"
+
+
+def test_scores_that_are_no_numbers_are_never_equal():
+    for ours, theirs in (([0.0, math.nan], [0.0, 0.0]), ([math.nan], [math.nan]), ([math.inf], [math.inf])):
+        with pytest.raises(AssertionError, match="differ by more"):
+            assert_equal(ours, theirs, 1.0)
+
+
+# --------------------------------------------------------------------- random networks, and every kind of record
+
 WORDS = "a small large red blue star circle, left right. ümlaut 猫 <|resp_sep|> <im_patch> 42 \n\n".split(" ")
 
 
@@ -82,18 +111,6 @@ def exact(tiny_folder):
     return Judge(make_model(tiny_folder))
 
 
-def assert_equal(ours, theirs, tolerance):
-    """Written so that NaN fails: it is not within any tolerance, and `max` over Python numbers would pass it over."""
-    apart = [(a, b) for a, b in zip(ours, theirs, strict=True) if not abs(a - b) <= tolerance]
-    assert not apart, f"scores differ by more than {tolerance}: {apart}"
-
-
-def test_scores_that_are_no_numbers_are_never_equal():
-    for ours, theirs in (([0.0, math.nan], [0.0, 0.0]), ([math.nan], [math.nan]), ([math.inf], [math.inf])):
-        with pytest.raises(AssertionError, match="differ by more"):
-            assert_equal(ours, theirs, 1.0)
-
-
 # ----------------------------------------------------------------------------------------------------- isolated mode
 
 
@@ -106,19 +123,6 @@ def test_one_pass_equals_n_passes(judge, kind, n):
     assert_equal(together, judge.one_by_one(prompt, responses, kind), judge.tolerance)
     if n > 1:
         assert max(together) - min(together) > 1e-3, "the scores do not differ: this test would prove nothing"
-
-
-@pytest.mark.parametrize("name", ["tiny-rm", "tiny-rm-isolated"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_one_pass_equals_n_passes_with_the_shipped_weights(name, dtype):
-    rm = RewardModel.load(WEIGHTS / name, dtype=dtype)
-    rng = random.Random(0)
-    for n in (1, 2, 3, 4, 8, 16):
-        scene = world.make_scene(rng)
-        record, picture = world.absolute(scene, rng, n), world.render(scene)
-        together = rm.score(record["prompt"], record["responses"], image=picture, mode="isolated")
-        alone = [rm.score(record["prompt"], [r], image=picture, mode="isolated")[0] for r in record["responses"]]
-        assert_equal(together, alone, TOLERANCE[dtype])
 
 
 def test_one_pass_equals_n_passes_without_lora(tiny_folder):
