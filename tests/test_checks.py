@@ -60,11 +60,11 @@ def test_every_file_is_opened_once(pictures, monkeypatch):
 
 
 def test_records_that_prefer_nothing_are_left_out_and_counted(capsys):
-    """One answer, or several that are all as good: whatever the scores, they would count as right."""
+    """One answer, or several equally good ones: whatever the scores, they would count as right."""
     ranks = [[1, 2], [1], [1, 1, 1], [2, 1, 2]]
     records = [Record("?", [*"abc"][: len(some)], some) for some in ranks]
     assert preferring(records) == [records[0], records[3]]
-    said = "left out, since all their responses are as good or there is only one: 2 of 4 records\n"
+    said = "left out, since all their responses are equally good or there is only one: 2 of 4 records\n"
     assert capsys.readouterr().out == said
     assert preferring(records[:1]) == records[:1] and capsys.readouterr().out == ""
     with pytest.raises(InputError, match="none of 2 records says which of its responses is better"):

@@ -187,6 +187,8 @@ def test_the_page_shows_the_table_of_claims(command):
     assert status == 0, err
     assert out.strip() in (ROOT / "BENCHMARKS.md").read_text(), "python -m yojo.claims table prints what belongs there"
     assert len(out.splitlines()) == 2 + len(claims.CLAIMS)
+    _, out, _ = command(claims, "table", "--short")
+    assert out.strip() in (ROOT / "README.md").read_text(), "python -m yojo.claims table --short prints it"
 
 
 def test_what_the_table_names_is_there():

@@ -1,12 +1,12 @@
 """What the paper claims, and what this project finds about each claim.
 
-    python -m yojo.claims table        every claim beside what was found, from the files in tutorials/runs
-    python -m yojo.claims answers      does a judge that was trained on few answers judge many?
+    python -m yojo.claims table        every claim beside what was found, as in BENCHMARKS; --short: as in README
+    python -m yojo.claims answers      does training on few answers carry over to many?
     python -m yojo.claims data         does comparing help where groups are few or ranks are noisy?
     python -m yojo.claims grpo         is a policy trained by a multi-response reward better, or steadier?
 
-The first reads what the others and other commands wrote. The studies (`tiny/studies.py`) train several models for every
-seed and take ten to fifty minutes each, on two cores.
+`table` reads the files in tutorials/runs, which the studies below it and other commands wrote. The studies
+(`tiny/studies.py`) train several models for every seed and take ten to fifty minutes each, on two cores.
 
 See it: `pytest tests/test_claims.py`.
 """
@@ -138,7 +138,7 @@ class Study(NamedTuple):
 
 
 STUDIES = {
-    "answers": Study(studies.study_answers, 3, answers_table, "whether a judge of few answers judges many"),
+    "answers": Study(studies.study_answers, 3, answers_table, "whether training on few answers carries over to many"),
     "data": Study(studies.study_data, 3, data_table, "few groups and noisy ranks"),
     "grpo": Study(studies.study_grpo, 3, grpo_table, "policies by every reward"),
 }
@@ -183,11 +183,11 @@ def cheaper(f: Files) -> str:
     rows = next(rows for name, rows in f["gpu_h200_now"].items() if name.startswith("bench score"))
     measured = [r for r in rows if r["way"] == "N separate passes"]
     return (
-        f"At N = 2, 4, 8, 16, each of the N passes looking at the picture, counted: "
+        f"At N = 2, 4, 8, 16, counted, each of the N passes encoding the picture: "
         f"{listed(r['n_looks'] for r in f['flops_image'])} (answers of 100 tokens; 16 frames of a video and answers of "
-        f"50: {listed((r['n_looks'] for r in f['flops_frames'] if r['n'] > 1), 1)}). On an H200, without looking, "
-        f"answers of 200: {listed((r['times_joint'] for r in measured), 1)}, where "
-        f"{listed((r['counted'] for r in measured), 1)} is counted: short passes wait for the host"
+        f"50: {listed((r['n_looks'] for r in f['flops_frames'] if r['n'] > 1), 1)}). On an H200, the picture encoded "
+        f"beforehand, answers of 200: measured {listed((r['times_joint'] for r in measured), 1)}, counted "
+        f"{listed((r['counted'] for r in measured), 1)}; short passes wait for the CPU to launch them"
     )
 
 
@@ -203,6 +203,11 @@ def comparison(f: Files) -> str:
 TRAINED = ("train_absolute", "train_corroborated")
 
 
+def beside_each_other(f: Files) -> str:
+    joint, isolated = (mean([s[mode] for s in f["train_corroborated"]["per_seed"]]) for mode in MODES)
+    return f"only if answers cannot be judged alone: {joint:.2f} joint, {isolated:.2f} isolated"
+
+
 def losses(f: Files) -> str:
     runs = f["claims_data"]["runs"]
 
@@ -210,7 +215,7 @@ def losses(f: Files) -> str:
         return by_kind({kind: picked(runs, "accuracy", kind=kind, groups=count, swapped=swap) for kind in KINDS})
 
     noisy = f"1,000 groups, 40% of pairs swapped: {at(1000, 0.4)}"
-    return f"Not seen; whole groups beat pairs out of them. 100 groups: {at(100, 0.0)}. {noisy}"
+    return f"Not seen; all pairs of a group beat two of its pairs. 100 groups: {at(100, 0.0)}. {noisy}"
 
 
 def order(f: Files) -> str:
@@ -230,6 +235,11 @@ def answers(f: Files) -> str:
             f"{kind}, trained on {trained}: {listed(mean(picked(runs, str(n), kind=kind, trained=trained)) for n in N)}"
         )
     return f"At N = {', '.join(map(str, N))}: {'; '.join(parts)}"
+
+
+def many(f: Files) -> str:
+    of_16 = (mean(picked(f["claims_answers"]["runs"], "16", kind=mode, trained="4")) for mode in MODES)
+    return "yes, after training on four: at sixteen {:.2f} joint, {:.2f} isolated".format(*of_16)
 
 
 def steadier(f: Files) -> str:
@@ -279,6 +289,7 @@ class Claim(NamedTuple):
     seen: str | Callable[[Files], str]
     commands: str
     lesson: str
+    short: str | Callable[[Files], str] = ""  # what is seen, in a few words; none: not in the short table
 
 
 CLAIMS = [
@@ -288,6 +299,7 @@ CLAIMS = [
         cheaper,
         "`flops`, `bench score`",
         "09",
+        "yes, while the prompt is longer than all answers",
     ),
     Claim(
         "Comparing answers improves accuracy",
@@ -295,21 +307,53 @@ CLAIMS = [
         comparison,
         "`train --tiny --baseline`",
         "08",
+        beside_each_other,
     ),
     Claim(
-        "A loss over N scores beats a loss over pairs", "its baseline learns from pairs", losses, "`claims data`", "08"
+        "A loss over N scores beats a loss over pairs",
+        "its baseline learns from pairs",
+        losses,
+        "`claims data`",
+        "08",
+        "no: all pairs of a group do as well",
     ),
-    Claim("One judge serves any number of answers", "-", answers, "`claims answers`", "08"),
-    Claim("Order", "its released code shuffles the answers in training", order, "`evaluate --tiny`", "08"),
+    Claim(
+        "One judge serves any number of answers",
+        "-",
+        answers,
+        "`claims answers`",
+        "08",
+        many,
+    ),
+    Claim(
+        "Order",
+        "its released code shuffles the answers in training",
+        order,
+        "`evaluate --tiny`",
+        "08",
+    ),
     Claim(
         "GRPO with it is better and steadier",
         "WildVision 54.6 before, 55.8 with a single-response reward, 60.2 with its own",
         steadier,
         "`claims grpo`",
         "11",
+        "only if the judge learned from noisy ranks",
     ),
-    Claim("GRPO with it preserves other skills", "standard benchmarks preserved", preserved, "`claims grpo`", "11"),
-    Claim("Rankings from votes, denoised", "MR2Bench's are made so", rankings, "`votes`", "10"),
+    Claim(
+        "GRPO with it preserves other skills",
+        "standard benchmarks preserved",
+        preserved,
+        "`claims grpo`",
+        "11",
+    ),
+    Claim(
+        "Rankings from votes, denoised",
+        "MR2Bench's rankings are made this way",
+        rankings,
+        "`votes`",
+        "10",
+    ),
     Claim(
         "Benchmarks",
         "six, and two of its own among them",
@@ -322,12 +366,14 @@ CLAIMS = [
 
 
 def claims_table(args: argparse.Namespace) -> list[dict]:
-    files, rows = Files(), []
-    for c in CLAIMS:
-        rows.append(c._asdict() | {"seen": c.seen(files) if callable(c.seen) else c.seen})
-    print("| claim | the paper | seen here | command | lesson |\n| --- | --- | --- | --- | --- |")
+    files = Files()
+    rows = [{name: x(files) if callable(x) else x for name, x in c._asdict().items()} for c in CLAIMS]
+    columns = {"claim": "claim", "paper": "the paper", "seen": "seen here", "commands": "command", "lesson": "lesson"}
+    if args.short:
+        rows, columns = [row for row in rows if row["short"]], {"claim": "claim", "short": "seen here"}
+    print("| " + " | ".join(columns.values()) + " |\n|" + " --- |" * len(columns))
     for row in rows:
-        print("| " + " | ".join(row.values()) + " |")
+        print("| " + " | ".join(row[name] for name in columns) + " |")
     return rows
 
 
@@ -338,7 +384,8 @@ def main() -> None:
     what = "What the paper claims, and what is found here."
     parser = Parser(prog="python -m yojo.claims", description=what, random=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("table", help="every claim beside what was found", random=False)
+    sub = commands.add_parser("table", help="every claim beside what was found", random=False)
+    sub.add_argument("--short", action="store_true", help="in a few words, as README has it")
     for name, one in STUDIES.items():
         sub = commands.add_parser(name, help=one.what)
         sub.add_argument("--seeds", type=whole(2), default=one.seeds, metavar="K", help="K seeds, from --seed on")

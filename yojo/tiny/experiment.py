@@ -199,7 +199,7 @@ def report(r: dict) -> str:
     title = f"\nbest-of-{r['n']} accuracy, task {r['task']}, {r['groups']} held-out groups, seeds {seeds}, "
     lines = [title + "95% intervals over groups", table(rows, {"": "<", **{TITLES[kind]: "" for kind in kinds}})]
     if r["without_preference"]:
-        lines.append(f"left out, since all answers are as good: {r['without_preference']} groups")
+        lines.append(f"left out, since all answers are equally good: {r['without_preference']} groups")
     lines.append("without a picture: " + ", ".join(f"{name} {r[name]:.3f}" for name in BASELINES))
     for kind in kinds if len(seeds) > 1 else ():
         lines.append(
