@@ -109,6 +109,7 @@ def test_every_option_that_usage_names_is_one(command):
     )
     helps = [command(importlib.import_module(f"yojo.{name}"), "--help")[1] for name in names]
     helps += [command(importlib.import_module("yojo.bench"), sub, "--help")[1] for sub in ("score", "train", "load")]
+    helps.append(command(importlib.import_module("yojo.claims"), "table", "--help")[1])
     known = set(re.findall(r"--[a-z-]+", " ".join(helps)))
     assert set(re.findall(r"`(--[a-z-]+)", prose(ROOT / "USAGE.md"))) <= known
 

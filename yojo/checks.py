@@ -62,7 +62,8 @@ def preferring(records: Sequence[Some]) -> list[Some]:
     """Those `with_preference`; how many were left out is said."""
     kept, n = with_preference(records), len(records)
     if left := n - len(kept):
-        parallel.say(f"left out, since all their responses are equally good or there is only one: {left} of {n} records")
+        why = "all their responses are equally good or there is only one"
+        parallel.say(f"left out, since {why}: {left} of {n} records")
     return kept
 
 
