@@ -241,7 +241,7 @@ def test_a_reward_that_is_not_finite_raises():
 
 @pytest.mark.parametrize("wrong", [{"group": 1}, {"steps": 0}, {"inner": 0}, {"temperature": 0.0}])
 def test_impossible_settings_are_named(wrong):
-    with pytest.raises(InputError, match="--group 1" if "group" in wrong else "count from 1"):
+    with pytest.raises(InputError, match="--group 1" if "group" in wrong else "must be at least 1"):
         GrpoConfig(**wrong)
 
 

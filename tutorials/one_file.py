@@ -7,7 +7,7 @@ network (vision tower, connector, decoder), LoRA, the value head, the loss, the 
 only the tiny world is borrowed: its pictures, questions and graded answers. `tests/test_one_file.py` holds scores and
 gradients against the package.
 
-Left out: other sizes than those of weights/tiny (one square view), several pictures, video, long rows, files written.
+Left out: picture sizes other than that of weights/tiny (one square view), several pictures, video, long rows, saving.
 
 B rows, T tokens, N answers, D width, H heads, K key/value heads, d head width, P patches of a view, M picture tokens.
 """
@@ -138,7 +138,7 @@ class Row:
 def encode(j: Judge, question: str, answers: list[str], picture: Image.Image) -> Row:
     """BOS PICTURE <|im_start|>user QUESTION <|im_end|> <|im_start|>assistant   ANSWER sep  ANSWER sep  ...  ANSWER sep
 
-    The row is built piece by piece, so every place is known because something was put there. Nothing is searched for.
+    The row is built piece by piece, so every position is known because we put it there. Nothing is searched for.
     """
 
     def text(s: str) -> list[int]:
@@ -156,7 +156,7 @@ def encode(j: Judge, question: str, answers: list[str], picture: Image.Image) ->
     owner, position, ends = [PROMPT] * P, list(range(P)), []
     for i, answer in enumerate(answers):
         piece = [*text(answer), separator]
-        start = P if j.isolated else len(ids)  # isolated: at the place that it would have alone
+        start = P if j.isolated else len(ids)  # isolated: at the position it would have alone
         position += range(start, start + len(piece))
         ids, owner = ids + piece, owner + [i] * len(piece)
         ends.append(len(ids) - 2)
@@ -228,7 +228,7 @@ def encode_images(j: Judge, patches: Tensor, windows: Tensor) -> Tensor:
         x = x + linear(j, f"{block}.feed_forward.w2", F.gelu(y, approximate="tanh"))
         layers.append(x)
     four = torch.cat([layers[i] for i in connector["vit_layers"]], dim=-1).flatten(0, 1)[windows]  # [M, 4, 2 width]
-    mean = four.mean(1, keepdim=True)  # the mean of the four patches asks, the patches answer
+    mean = four.mean(1, keepdim=True)  # query: the mean; keys, values: the patches
     x = vision_attention(j, "vision_backbone.image_pooling_2d", mean, four, connector["head_dim"]).squeeze(1)
     w1, w3 = (linear(j, f"vision_backbone.image_projector.{m}", x) for m in ("w1", "w3"))
     return linear(j, "vision_backbone.image_projector.w2", F.silu(w1) * w3)

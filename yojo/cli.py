@@ -161,7 +161,7 @@ def add_model_options(parser: argparse.ArgumentParser, dtype: bool = True, fuse:
 
 
 def computed_on(args: argparse.Namespace) -> dict:
-    """What `RewardModel.load` is told: the device and the dtype, if they were asked for."""
+    """The arguments of `RewardModel.load`: the device and the dtype, if they were given."""
     return {"device": args.device, "dtype": args.dtype and getattr(torch, args.dtype)}
 
 

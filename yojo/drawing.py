@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from yojo.core.mask import PADDING, PROMPT, AttentionMask
 
-# Neighbours differ in lightness, not only in hue: they can be told apart in grey.
+# Neighbours differ in lightness, not only in hue: they can be distinguished in grey.
 COLOURS = {"prompt": (175, 175, 175), "picture": (200, 140, 50)}
 RESPONSES = ((25, 50, 110), (95, 165, 60), (185, 40, 70), (150, 120, 190), (0, 90, 90), (205, 120, 30))
 MARGIN = 120  # pixels for labels
@@ -20,7 +20,7 @@ def readable(names: Iterable[str]) -> list[str]:
 
 
 def draw_mask(mask: AttentionMask, b: int = 0, labels: list[str] | None = None, cell: int = 12):
-    """Row b of a mask as a Pillow picture: queries downwards, keys to the right, a filled cell where q looks at k.
+    """Row b of a mask as a Pillow picture: queries downwards, keys to the right, a filled cell where q attends to k.
 
     The colour is the key's: grey prompt, ochre picture, one colour a response. `labels` [T] name every token; without
     them each span is named at its middle.

@@ -54,7 +54,7 @@ def count(args: argparse.Namespace) -> list[dict]:
     print("needed: isolated, with no pair of tokens computed that the mask hides.")
     if views:
         print(f"the pictures themselves: {looking / 1e12:.3f} TFLOPs, once")
-        print("n looks: N passes that each look at the pictures, over one joint pass that looks once.")
+        print("n looks: N passes that each encode the pictures, over one joint pass that encodes them once.")
     return rows
 
 

@@ -3,12 +3,11 @@
     python -m yojo.hacking
 
 The released code builds one text of all answers and then SEARCHES the ids for separators: the i-th answer gets the
-score that is read before the i-th one found. An answer that spells a separator adds one, and every answer behind it
-gets another's score. This project lays answers out as text, so that nothing an answer says changes where scores are
-read.
+score that is read before the i-th one found. An answer that spells a separator adds one, and every answer after it gets
+another's score. In this project answers are plain text, so nothing an answer says changes where scores are read.
 
-The command samples groups of answers, lets one answer in twenty go on after a separator, spelled out, and shows what
-rewards the answers get in both ways of reading. (A policy that says so by itself could not be trained: LOG.md.)
+The command samples groups of answers, appends a spelled separator and a second caption to one answer in twenty, and
+shows the rewards in both ways of reading. (No policy could be trained to do this by itself: LOG.md.)
 
 See it: `pytest tests/test_hacking.py`.
 """
@@ -51,8 +50,8 @@ def cheat(q: SceneQuestion, answer: str, rng: random.Random) -> str:
 
 
 def find_separators(prompt: Encoded, texts: Sequence[str], tokenizer: Tokenizer) -> Encoded:
-    """The careless way: answers and separators as one text. Whatever stands before a separator is an answer, and as
-    many as there should be are read, in the order found."""
+    """The careless way: answers and separators as one text. Whatever stands before a separator counts as an answer; as
+    many as there are texts are read, in the order found."""
     parts = [tokenizer.encode(part) for text in texts for part in text.split(SEPARATOR)]
     row = prompt.continued(parts, tokenizer.separator_id)
     return replace(row, spans=row.spans[: len(texts)])
@@ -85,8 +84,8 @@ PLACES = ("cheats", "before", "behind")
 
 @torch.no_grad()
 def hack(groups: int, seed: int, device: str | None = None) -> list[dict]:
-    """Of groups with a cheat in them, by way of reading: the mean advantage of cheats, of the answers before the first
-    and of those behind it, and Kendall's tau of reward and truth; that of the other groups beside it."""
+    """A row for each way of reading. In groups with a cheat: the mean advantage of cheats, of the answers before the
+    first cheat and of those after it, and Kendall's tau of reward and truth; `tau_others`: tau in the other groups."""
     rm, c = open_model(device), GrpoConfig()
     rng, generator = random.Random(f"{seed} hacking"), torch.Generator().manual_seed(seed)
     rewards = {reading: make(rm) for reading, make in READINGS.items()}

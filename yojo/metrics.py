@@ -4,7 +4,7 @@
     pairwise accuracy    over all pairs of different rank: is the better one scored higher? (a tie counts one half)
     Kendall's tau-b      (concordant - discordant) / sqrt(pairs untied in scores * pairs untied in ranks)
 
-Every accuracy comes with a bootstrap interval over records, and with baselines that look at no picture.
+Every accuracy comes with a bootstrap interval over records, and with baselines that read no picture.
 
 See it: `pytest tests/test_metrics.py`.
 """

@@ -3,7 +3,7 @@
     python -m yojo.pretrain --out weights/tiny
 
 A row is one picture and several short conversations about it, laid out as responses are (`mask.py`): in one half of
-each step isolated, so that the picture is read once and no conversation sees another, in the other half joint, as one
+each step isolated, so that the picture is read once and no conversation attends to another, in the other half joint, as one
 long conversation. A reward model meets both.
 
     loss = cross-entropy of the answers' tokens
@@ -148,7 +148,7 @@ class Rows:
         return start.continued(pieces), torch.cat(labels)
 
 
-NOTHING = [-1] * len(world.SLOTS)  # no verdict is asked for at this token
+NOTHING = [-1] * len(world.SLOTS)  # no verdict at this token
 
 
 def wrong_so_far(question: str, answer: str, end: int) -> list[int]:

@@ -83,7 +83,7 @@ def open_weights(path: str | Path, config: Config, lm_head: bool = True) -> Iter
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device that is asked for; None = CUDA if there is one, else the CPU."""
+    """The device that was named; None = CUDA if there is one, else the CPU."""
     found = torch.cuda.is_available()
     if device is None:
         return torch.device("cuda" if found else "cpu")

@@ -1,4 +1,4 @@
-"""Work that a few threads do ahead, while the network computes: pictures are opened, cut and tokenised.
+"""A few threads work ahead while the network computes: they open and cut pictures, and tokenize.
 
     with ahead(make, items) as made:
         for thing in made: ...           thing = make(item), in the order of the items
@@ -15,13 +15,13 @@ from typing import TypeVar
 
 Item, Made = TypeVar("Item"), TypeVar("Made")
 THREADS = min(4, os.cpu_count() or 1)
-MOST = 8  # items that are made before they are asked for: a record's pictures take up to 100 MB
+MOST = 8  # items that are made before they are needed: a record's pictures take up to 100 MB
 
 
 @contextmanager
 def ahead(make: Callable[[Item], Made], items: Iterable[Item], most: int = MOST) -> Iterator[Iterator[Made]]:
-    """`make(item)` of each item, in their order. Items are taken in this thread, `most` before their turn, and made in
-    others. What either raises is raised where its turn comes. Once the block is left, nothing more is begun."""
+    """`make(item)` of each item, in their order. Items are taken in this thread, up to `most` ahead, and made in worker
+    threads. An error in either is raised when its item's turn comes. After the block no new work starts."""
     threads = ThreadPoolExecutor(THREADS, "ahead")
     try:
         yield in_order(threads, make, iter(items), most)

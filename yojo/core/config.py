@@ -1,8 +1,8 @@
 """The numbers of a checkpoint: of its network, of how pictures are cut, of how they are marked up in a prompt. Every
 default is Molmo2-4B's.
 
-The files are read into them by `settings.py`. Against the released files the defaults are held by
-`pytest tests/test_molmo2.py tests/test_image.py`.
+`settings.py` fills them from a checkpoint's files. `pytest tests/test_molmo2.py tests/test_image.py` checks the
+defaults against the released files.
 """
 
 from dataclasses import dataclass, field
@@ -111,7 +111,7 @@ class ImageConfig:
 
     @property
     def window(self) -> int:
-        """Pixels along one side of the part of a crop that is its own."""
+        """Pixels along one side of a crop without its margins: how far the next crop is."""
         return (self.side - sum(self.margins)) * self.patch
 
     @property

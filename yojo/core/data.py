@@ -11,7 +11,7 @@ JSONL file, and a picture may be a data or file URL; a video is a folder of fram
 `question` is another name of `prompt`. A bad line raises `InputError` with the file and the line number; nothing is
 skipped.
 
-A batch is rows beside each other. By default a row is a record; several records in one row see nothing of each other.
+A batch holds several rows. By default a row is one record; records that share a row do not attend to each other.
 
 See it: `pytest tests/test_data.py`.
 """
@@ -40,9 +40,9 @@ Some = TypeVar("Some", bound="Record")
 
 @dataclass(frozen=True)
 class Record:
-    """One preference record; without responses, a prompt. `rankings`: None where there are none; `where`: file and
-    line. What is shown beside the prompt are `images` or a `video`, in any form of `media.picture_from` and
-    `video.open_video`, cut into at most `max_crops` (None = the checkpoint's); or `pictures`, the same, opened."""
+    """One preference record; without responses, a prompt. `rankings`: None if there are none; `where`: file and line.
+    The prompt may come with `images` or a `video`, in any form of `media.picture_from` and `video.open_video`, cut into
+    at most `max_crops` (None = the checkpoint's), or with `pictures`, which are open already."""
 
     prompt: str
     responses: list[str] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Record:
 
 
 def encode(record: Record, processor: Processor, pixels: bool = True) -> Encoded:
-    """A record as the model reads it. pixels False: as long, but with pictures that have not been opened."""
+    """A record as the model reads it. pixels False: a row of the same length, its pictures not opened."""
     pictures = open_pictures(record, processor, pixels)
     with record.named():
         row = processor.encode(record.prompt, record.responses, pictures=pictures)
@@ -85,7 +85,7 @@ def encode(record: Record, processor: Processor, pixels: bool = True) -> Encoded
 
 
 def open_pictures(record: Record, processor: Processor, pixels: bool = True) -> Pictures:
-    """What a record shows: what is open already, or its files."""
+    """The pictures of a record: those that are open already, or its files, opened."""
     if record.pictures is not None:
         return record.pictures
     with record.named():
@@ -93,8 +93,8 @@ def open_pictures(record: Record, processor: Processor, pixels: bool = True) -> 
 
 
 def with_preference(records: Iterable[Some]) -> list[Some]:
-    """Those that say which response is better: one response, or several that are all as good, teach nothing and make
-    every model right. None at all raises."""
+    """The records with at least two different ranks. One response, or several of equal rank, teach nothing, and every
+    model is right about them. If no record is left, InputError is raised."""
     records = list(records)
     if not (kept := [record for record in records if len(set(record.rankings or [])) > 1]):
         raise InputError(f"none of {len(records)} records says which of its responses is better: at least two ranks")
@@ -190,8 +190,8 @@ def collate(
 
 
 def join(pictures: Sequence[Pictures]) -> Pictures:
-    """Those of several records as one: pooling indices move up by the patches that stand before them, narrow windows
-    are filled up with -1."""
+    """The pictures of several records as one: pooling indices move up by the patches before them, narrow windows are
+    filled up with -1."""
     pictures, before = [p for p in pictures if len(p.pooling)], 0
     if len(pictures) < 2:
         return pictures[0] if pictures else Pictures()

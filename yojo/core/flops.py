@@ -43,7 +43,7 @@ def connector(config: Config, tokens: int, window: int) -> int:
 
 
 def each(config: Config, tokens: int, kept: int) -> list[tuple[str, int, int, int]]:
-    """(name, in, out, tokens it is applied to) of every decoder matrix. The last block's are, but for the first one,
+    """(name, in, out, tokens it is applied to) of every decoder matrix. In the last block all but the first matrix are
     applied to the `kept` tokens only."""
     c = config.text
     return [
@@ -63,8 +63,8 @@ def adapter(config: Config, r: int, tokens: int, kept: int) -> int:
 
 
 def attention(config: Config, pairs: int, last: int) -> int:
-    """Scores and values of `pairs` of a query and a key, `last` of them in the last block: 2 products of d terms a
-    head, in every block."""
+    """Scores and values: `pairs` of a query and a key in every block but the last, which has `last`. A pair costs two
+    products of d terms a head."""
     c = config.text
     return 2 * 2 * c.num_attention_heads * c.head_dim * ((c.num_hidden_layers - 1) * pairs + last)
 
@@ -77,8 +77,8 @@ def head(config: Config, inner: int, kept: int) -> int:
 
 
 def executed(row: Encoded, mode: str) -> tuple[int, int]:
-    """Pairs that are computed in a block, and in the last one: all of a short row, else each call's queries with its
-    keys; the last block leaves out calls in which no score is read."""
+    """Pairs of a query and a key that are computed in a block, and in the last one: all pairs of a short row, otherwise
+    each call's queries with its keys. The last block skips calls in which no score is read."""
     T = len(row.ids)
     if not ops.by_runs(T):
         return T * T, T * T
@@ -89,9 +89,9 @@ def executed(row: Encoded, mode: str) -> tuple[int, int]:
 
 
 def needed(prompt: int, pictures: int, responses: Sequence[int], mode: str) -> tuple[int, int]:
-    """Pairs that one record's mask allows in a block, and in the last one. Causal: the t-th token looks at t; picture
-    tokens, `pictures` of them one after the other, look at the later ones too; a response looks at the prompt, and
-    joint at the ones before it. In the last block only the token before each separator looks."""
+    """Pairs that one record's mask allows in a block, and in the last one. Causal: the t-th token attends to t tokens.
+    The `pictures` picture tokens, one after the other, also attend to later ones. A response attends to the prompt and,
+    if joint, to the responses before it. In the last block only the last token of each response attends."""
     pairs, last = prompt * (prompt + 1) // 2 + pictures * (pictures - 1) // 2, 0
     before = prompt
     for R in responses:
@@ -105,9 +105,9 @@ def needed(prompt: int, pictures: int, responses: Sequence[int], mode: str) -> t
 
 
 def backward(config: Config, r: int, inner: int, tokens: int, kept: int, pairs: tuple[int, int]) -> int:
-    """A frozen matrix passes its gradient on (1 product); one that learns also gets its own (2); both factors of
-    attention get theirs (2 for each forward product). The embeddings ask for none: the first block's first matrix, and
-    the adapter's beside it, pass nothing on."""
+    """A frozen matrix needs the gradient of its input (1 product), a trained one also its own (2). In attention both
+    factors of a product need theirs (2). The embeddings need none, so the first block's first matrix and the adapter
+    beside it skip the gradient of their input."""
     first = config.text.matrices["att_proj"]
     spared = 2 * tokens * first[0] * (first[1] + r)
     learned = adapter(config, r, tokens, kept) + head(config, inner, kept)
@@ -127,8 +127,8 @@ def recomputation(config: Config, r: int, tokens: int, kept: int, pairs: tuple[i
 def row_of_lengths(
     prompt: int, responses: Sequence[int], image_tokens: int = 0, views: int = 0, pooled: int = 0
 ) -> Encoded:
-    """A row in numbers, which is all that counting asks of it: prompt tokens, tokens of each response with its
-    separator, picture tokens (after BOS), views, <im_patch> tokens (of windows of 2 x 2)."""
+    """A row from numbers alone, enough for counting: prompt tokens, tokens of each response with its separator, picture
+    tokens (after BOS), views, <im_patch> tokens (of windows of 2 x 2)."""
     ids, place = torch.zeros(prompt, dtype=torch.long), torch.arange(prompt)
     patches, pooling = torch.empty(views, 0, 0), torch.empty(pooled, 4, dtype=torch.long)
     image = (place >= 1) & (place <= image_tokens)
@@ -137,7 +137,7 @@ def row_of_lengths(
 
 
 def images(config: Config, pictures: Pictures) -> int:
-    """Tower and connector: what has to be done once, however often it is read. Kept features cost nothing."""
+    """Tower and connector, which run once, however often the features are read. Kept features cost nothing."""
     if pictures.features is not None:
         return 0
     return tower(config, len(pictures.patches)) + connector(config, *pictures.pooling.shape)

@@ -1,10 +1,10 @@
-"""Speaking: a cache of keys and values, and tokens drawn one after the other. Only a policy needs it; a reward model
-never speaks.
+"""Generation: a cache of keys and values, and tokens sampled one by one. Only a policy needs it; a reward model never
+generates.
 
     p = softmax(W h_last / temperature);  token = the first i with p_1 + ... + p_i > u,  u uniform in [0, 1)
 
-The numbers u are drawn beforehand and on the CPU, a list for each row. So a seed means the same ones on every device,
-and however many rows are decoded beside each other; words still differ where logits are rounded differently.
+All numbers u are drawn in advance on the CPU, a list for each row. So a seed gives the same numbers on every device and
+for any number of rows in the batch. Tokens can still differ if logits are rounded differently.
 
 See it: `pytest tests/test_generate.py`.
 """
@@ -20,14 +20,14 @@ from yojo.core.molmo2 import Molmo2
 
 
 class LayerCache:
-    """Keys and values of one layer, [B, K, room, d] each, filled from the left, in place: no gradient goes back."""
+    """Keys and values of one layer, [B, K, room, d] each, filled from the left, in place: without gradients."""
 
     def __init__(self, room: int) -> None:
         self.room, self.length = room, 0
         self.k = self.v = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of T more tokens, [B, K, T, d] each -> all so far."""
+        """Keys and values of T more tokens, [B, K, T, d] each -> all so far."""
         if self.k is None:
             self.k, self.v = (x.new_empty(*x.shape[:2], self.room, x.shape[-1]) for x in (k, v))
         start, self.length = self.length, self.length + k.shape[2]
@@ -56,8 +56,8 @@ class Cache:
         self.padding = None if self.padding is None else self.padding.repeat_interleave(n, dim=0)
 
     def allow(self, T: int) -> Tensor | None:
-        """bool [B, 1, T, S]: what T more tokens may attend to, which is themselves and back to the start, but no
-        padding; None = causal says it all."""
+        """bool [B, 1, T, S]: what T more tokens may attend to, all tokens up to themselves but no padding; None = plain
+        causal attention."""
         if self.padding is None:
             return None
         read = F.pad(~self.padding, (0, self.length + T - self.padding.shape[1]), value=True)[:, None, None]

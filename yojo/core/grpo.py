@@ -1,21 +1,20 @@
 """GRPO with a one-pass reward: sample a group of answers, judge all of them in ONE pass, learn from the differences.
 
-Two verbs. `rollout`: G answers to every prompt, the prompt read once; their rewards; their advantages.
-`update_policy`: a few clipped steps on what was sampled.
+Two functions. `rollout` samples G answers to every prompt, which is read once, and computes rewards and advantages.
+`update_policy` takes a few clipped steps on these samples.
 
     A_i = (r_i - mean r) / (std r + eps)                       inside the group; 0 where all rewards are equal
     L   = - 1/T sum_t [ min(q_t A, clip(q_t, 1 - c, 1 + c) A) - beta KL_t ]      T = all answer tokens of the batch
     q_t = p(token) / p_old(token),   KL_t = p_ref / p - log(p_ref / p) - 1       at every answer token; p at the
                                                                                  temperature that answers are sampled at
 
-One backbone plays three parts: adapter "policy" learns, adapter "reward" judges, and the reference is the adapter the
-policy started from, or no adapter. The log-probabilities of a whole group come from one isolated row (`mask.py`): the
-prompt once, every answer after it at the positions it would have alone.
+One backbone has three roles: adapter "policy" learns, adapter "reward" scores, and the reference is the adapter that
+the policy started from, or no adapter. The log-probabilities of a whole group come from one isolated row (`mask.py`):
+the prompt once, every answer after it at the positions it would have alone.
 
-Departures from DeepSeekMath (Shao et al., arXiv 2402.03300): the mean is over all tokens of the batch and not first
-inside each answer, so long answers are not discounted; the standard deviation is the population's; there is one reward
-model for the whole run. An answer that is empty is not shown to the reward model and gets one less than the group's
-lowest reward.
+Differences from DeepSeekMath (Shao et al., arXiv 2402.03300): the mean is over all tokens of the batch and not first
+inside each answer, so tokens of long answers count as much as others; the standard deviation is the population's; there
+is one reward model for the whole run. An empty answer is not scored and gets one less than the group's lowest reward.
 
 See it: `pytest tests/test_grpo.py`.
 """
@@ -63,7 +62,7 @@ class GrpoConfig:
         counts = (self.steps, self.prompts, self.inner, self.max_new_tokens)
         if min(counts) < 1 or self.temperature <= 0 or not self.lr > 0:
             raise InputError(
-                f"steps, prompts, inner updates and new tokens count from 1, temperature and lr are above 0: {self}"
+                f"steps, prompts, inner updates and new tokens must be at least 1, temperature and lr above 0: {self}"
             )
 
 
@@ -114,8 +113,8 @@ def log_probs(
 
 
 def prompt_row(rm: RewardModel, record: Record) -> Encoded:
-    """A prompt as the policy reads it, its pictures encoded: in the layout that policies are trained in, however the
-    reward model reads."""
+    """A prompt as the policy reads it, its pictures encoded. Always in layout "default", in which policies are trained,
+    whatever the layout of the reward model."""
     row = encode(record, replace(rm.processor, layout="default"))
     return replace(row, pictures=rm.backbone.keep_features(row.pictures))
 
@@ -126,7 +125,7 @@ def texts_of(rm: RewardModel, answers: Sequence[Tensor]) -> list[str]:
     return [rm.processor.tokenizer.decode([token for token in a.tolist() if token not in ends]) for a in answers]
 
 
-# -------------------------------------------------------------------------------------------------------- the two verbs
+# ---------------------------------------------------------------------------------------------------- the two functions
 
 
 def advantages(rewards: Tensor, eps: float) -> Tensor:
@@ -213,7 +212,7 @@ def objective(now: Tensor, r: Rollout, c: GrpoConfig) -> tuple[Tensor, Tensor, T
 def update_policy(
     model: Molmo2, rollouts: Sequence[Rollout], optimizer: torch.optim.Optimizer, c: GrpoConfig
 ) -> dict[str, float]:
-    """`inner` updates on what was sampled. Logged: the KL at the last one, the clipped share over all."""
+    """`inner` updates on the samples. Logged: the KL at the last one, the share of clipped tokens over all."""
     parameters = lora.parameters(model, POLICY)
     tokens = sum(len(r.old) for r in rollouts)
     logged = {"kl": 0.0, "clipped": 0.0}
@@ -289,8 +288,8 @@ def statistics(
     tokenizer: Tokenizer,
     quality: Callable[[Record, str], float] | None,
 ) -> dict[str, float]:
-    """What a step's answers are like: reward, true quality where it is known, length, and how many spell a token of
-    the markup, empty ones, groups without any difference in advantage, and groups of one text."""
+    """Means over a step's answers: reward, true quality if it is known, length, the share that spells a special token
+    and the share that is empty; and the shares of groups whose advantages are all 0 and whose answers are one text."""
     texts = [text for r in rollouts for text in r.texts]
     entry = {"reward": torch.cat([r.rewards for r in rollouts]).mean().item()}
     if quality is not None:

@@ -1,5 +1,5 @@
-"""Records that were held out of training, scored; and controls, which are other records: `Blanked` ones show grey,
-`swapped` ones another record's pictures. A model that reads the picture must fall to chance on both.
+"""Scores of records that were held out of training, and two controls: `Blanked` records show grey pictures, `swapped`
+ones the pictures of another record. A model that relies on the picture must fall to chance on both.
 
 See it: `pytest tests/test_pictures.py`.
 """
@@ -59,7 +59,7 @@ def score_records(
 
 @dataclass(frozen=True)
 class Blanked(Sequence[Record]):
-    """The same records, every picture and frame of them grey; made as they are asked for, or they would fill memory."""
+    """The same records with every picture and frame grey; made on access, or they would fill the memory."""
 
     records: Sequence[Record]
 
@@ -82,7 +82,7 @@ def grey(size: tuple[int, int]) -> Image.Image:
 
 
 def shown(record: Record) -> tuple:
-    """What tells its pictures from another record's: its files, or what is open."""
+    """What distinguishes its pictures from those of another record: its files, or what is open."""
     files = record.images, record.video
     return files if any(files) else (record.pictures,)
 
@@ -101,7 +101,7 @@ def swapped(records: Sequence[Record]) -> list[Record]:
 
 
 def controls(records: Sequence[Record]) -> dict[str, Sequence[Record]]:
-    """Those that differ from the records themselves: none where there are no pictures."""
+    """The controls that differ from the records themselves; none if there are no pictures."""
     made: dict[str, Sequence[Record]] = {}
     if any(record.images or record.video for record in records):
         made["blank"] = Blanked(records)

@@ -3,9 +3,9 @@
     image --resize--> one global view + overlapping crops --cut--> patches [views, P, 588], one row a 14x14 square
     pooling indices [M, window]: which patches each picture token is pooled from, -1 = none
 
-An image gives one global view of size x size, then a tiling of crops that overlap by the margins, so that no object is
-cut in a place where neither crop sees it whole; the shared patches are dealt out so that each token has one owner.
-A video frame gives one view and coarser windows.
+An image gives one global view of size x size, then a tiling of crops that overlap by the margins, so that a small
+object on a seam is whole in one of the crops. Each shared patch belongs to one crop, its owner. A video frame gives one
+view and coarser windows.
 
 Resizing is bilinear without antialiasing, rounded to whole grey levels, as in the released preprocessing; aspect ratio
 is not kept. Facts: `preprocessor_config.json` of the release; `tests/data/molmo2_images.safetensors` holds the expected
@@ -27,7 +27,7 @@ from yojo.core.config import ImageConfig
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """What a record shows, from its files to the decoder; `Pictures()` shows nothing.
+    """The pictures of a record, from their files to the decoder; `Pictures()` is none.
 
     patches float32 [views, P, 3 * patch^2]; pooling int64 [M, window]; grids: of each image (global rows, columns,
     high-resolution rows, columns), of each frame (rows, columns); ids: its tokens in the row (`prompt.py`); features
@@ -100,8 +100,8 @@ def _cut(views: Tensor, patch: int) -> Tensor:
 def choose_tiling(height: int, width: int, c: ImageConfig) -> tuple[int, int]:
     """(rows, columns) of crops for a picture of height x width pixels, rows * columns <= max_crops.
 
-    The scale of a tiling is how much the picture must be stretched to fill it, on the tighter side. The smallest scale
-    that does not shrink the picture wins; if all shrink it, the largest. Ties: fewer crops, then fewer rows.
+    The scale of a tiling is its size over the picture's, margins left out: the smaller of the ratios of the two sides.
+    The smallest scale that is at least 1 wins; if there is none, the largest. Ties: fewer crops, then fewer rows.
     """
     n = c.max_crops
     tilings = [(r, k) for r in range(1, n + 1) for k in range(1, n + 1) if r * k <= n]

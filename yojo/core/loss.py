@@ -1,11 +1,11 @@
-"""What the scores of N responses are trained against. s [B, N] scores, rank [B, N] 1 = best, 0 = no response here.
+"""The losses of the scores of N responses. s [B, N] scores, rank [B, N] 1 = best, 0 = no response here.
 
     best-of-N (the paper)   L = - sum_i t_i log softmax(s)_i        t = the best-ranked, sharing 1 evenly
     Plackett-Luce           L = - sum_i log  e^{s_i} / (e^{s_i} + sum_{j worse than i} e^{s_j})
     Bradley-Terry           L = - mean over pairs ranked i before j of  log sigmoid(s_i - s_j)
 
-The paper's release draws one of several best at random at every use; sharing the target is the mean of that. All three
-are means over records, computed in at least float32.
+Of several best responses the paper's release picks one at random each time; the shared target is the mean of that. All
+three losses are means over records, computed in at least float32.
 
 See it: `pytest tests/test_loss.py` works each by hand.
 """

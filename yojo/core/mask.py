@@ -1,19 +1,18 @@
-"""Who may attend to whom.
+"""Which token may attend to which.
 
-One predicate, and three forms of it. Rows of up to 512 tokens take `dense`, longer ones `runs`, which say the same with
-fewer pairs (`ops.attention`; leave them out at a first reading); `block_sparse` is for `flex_attention`. `drawing.py`
-makes a picture.
+One predicate in three forms. Rows of up to 512 tokens use `dense`. Longer ones use `runs`, the same mask with fewer
+pairs computed (`ops.attention`; skip it at a first reading). `block_sparse` is for `flex_attention`. `drawing.py` makes
+a picture.
 
     allow(q, k) = neither is padding
               AND same record
               AND (k is not after q  OR  both are picture tokens)
               AND (joint  OR  k is in the prompt  OR  k is in q's own response)
 
-`joint` is the paper's attention: plain causal, response i sees the responses before it. `isolated` adds the last line:
-a response sees the prompt and itself, so N responses in one row are N separate passes that share a prompt.
+`joint` is the paper's attention: plain causal, response i attends to the responses before it. `isolated` adds the last
+line: a response attends to the prompt and itself, so N responses in one row are N separate passes that share a prompt.
 
-The predicate takes index tensors of any broadcastable shape, which is also the signature that
-`torch.nn.attention.flex_attention` asks of a mask.
+The predicate takes index tensors of any broadcastable shape, as `torch.nn.attention.flex_attention` requires of a mask.
 
 See it: `python -m yojo.score --tiny --draw-mask mask.png`; `pytest tests/test_mask.py` compares with matrices typed
 by hand.
@@ -34,7 +33,7 @@ PADDING = -1  # value in `record`, which alone says what is padding
 
 class Run(NamedTuple):
     """Tokens [start, stop) of a row that attend to the same ranges of keys: each token to all of them or, if causal, to
-    those that are not after it. The keys of a causal run end with the run itself."""
+    those not after it. The keys of a causal run end with the run itself."""
 
     row: int
     start: int
@@ -91,11 +90,11 @@ class AttentionMask:
 
     @cached_property
     def runs(self) -> list[Run]:
-        """The same without a mask for any pair of tokens, whatever the order of a row. Padding is in no run.
+        """The same mask as ranges of keys, without a [T, T] tensor. Padding is in no run.
 
-        Tokens of one kind (record, response, picture or not) side by side attend alike. To tokens of another such group
-        they attend as one: the predicate asks for the kinds, and for the order, which is that of the groups. So the
-        first tokens answer for all. Inside a group picture tokens attend to all, text is causal.
+        Neighbouring tokens of one kind (record, response, picture or not) form a group. Whether one group may attend to
+        another depends only on their kinds and their order, so the predicate is evaluated for first tokens alone.
+        Inside a group, picture tokens attend to all of it and text is causal.
         """
         runs: list[Run] = []
         for b, kinds in enumerate(torch.stack([self.record, self.response, self.image], dim=-1)):

@@ -6,7 +6,7 @@
 How it differs from a textbook decoder (facts: the Molmo2 report and `transformers.models.molmo2`):
 - queries and keys are RMS-normalised per head BEFORE the rotary embedding; grouped-query attention, no biases;
 - picture features are added to the embedding of their token; they do not replace it;
-- all picture tokens of a sample see each other in both directions; everything else is causal;
+- all picture tokens of a record attend to each other in both directions; everything else is causal;
 - the forward pass returns hidden states after the final norm and never logits: a reward model needs none.
 
 Attribute names are the checkpoint's tensor names, so loading is one strict `load_state_dict` (`weights.py`).
@@ -91,7 +91,7 @@ class VisionBlock(nn.Module):
 
 
 class ImageViT(nn.Module):
-    """Patches of one view see each other; views do not. No class token, no final norm."""
+    """Each patch attends to every patch of its own view and to no other view. No class token, no final norm."""
 
     def __init__(self, c: VisionConfig, depth: int, layers: tuple[int, ...]):
         super().__init__()
@@ -145,7 +145,7 @@ class VisionBackbone(nn.Module):
         return self.image_projector(self.pool(torch.cat(self.image_vit(patches), dim=-1), pooling))
 
     def pool(self, outputs: Tensor, pooling: Tensor) -> Tensor:
-        """One token per window: the mean of the window's patches asks, the patches answer.
+        """One token per window: the query is the mean of its patches, keys and values are the patches.
 
         outputs [views, P, W], pooling [M, window] -> [M', width]; windows without any patch are dropped.
         """
@@ -202,7 +202,7 @@ class RotaryNorm(RMSNorm):
 
 @dataclass(frozen=True)
 class Context:
-    """What every block of a pass is told, by value: activation checkpointing runs a block again at backward time, when
+    """What every block of a pass receives, by value: activation checkpointing runs a block again at backward time, when
     another adapter may be in use, and it must then repeat exactly what it did."""
 
     angles: tuple[Tensor, Tensor]  # cos and sin, [B, T, 1, d/2]
@@ -302,7 +302,7 @@ class Trunk(nn.Module):
 
 
 class Molmo2(nn.Module):
-    """The backbone: `encode_images`, then read tokens; where there is an `lm_head`, `generate.py` lets it speak."""
+    """The backbone: `encode_images`, then read tokens. With an `lm_head`, `generate.py` can sample from it."""
 
     def __init__(self, config: Config, lm_head: bool = True):
         super().__init__()
@@ -320,31 +320,31 @@ class Molmo2(nn.Module):
         return self.model.transformer.ln_f.weight.dtype
 
     def fuse(self) -> None:
-        """From here on norms, rotation and SwiGLU are one pass over memory each, made by `torch.compile`; without it
-        each of their operations is one. The first passes take some 20 s more, and need a C++ compiler (on CUDA:
-        Triton); without one this raises InputError. In bf16 a fused norm rounds once, at its end, where the plain one
-        rounds before its weight too. A copy of the model is plain again."""
+        """Compile norms, rotation and SwiGLU with `torch.compile`: each is then one pass over memory instead of one for
+        every operation. The first passes take some 20 s more, and need a C++ compiler (on CUDA: Triton); without one
+        this raises InputError. In bf16 a fused norm rounds once, at its end; the plain one also rounds before it
+        multiplies by its weight. A copy of the model is not compiled."""
         norm = self.model.transformer.ln_f
         parts = [part for part in self.modules() if isinstance(part, (RMSNorm, SwiGLU))]
         ops.fuse(parts, lambda: norm(norm.weight.repeat(2, 1)))
 
     def encode_images(self, pictures: Pictures) -> Tensor:
         """Features [M', D] in the model's dtype, in the order of the <im_patch> tokens (M' <= M: empty windows are
-        dropped). Those that the pictures bring are used, unless the tower learns, which makes others."""
+        dropped). Kept features of `pictures` are used again, unless the tower is being trained."""
         if not len(pictures.pooling):
             return torch.empty(0, self.config.text.hidden_size, device=self.device, dtype=self.dtype)
         if pictures.features is not None and not self.tower_learns():
             return pictures.features.to(self.device, self.dtype)
         if not len(pictures.patches):
             raise ValueError("of these pictures only features were kept, which no longer hold: open them again")
-        with torch.autocast(self.device.type, enabled=False):  # what is kept must not depend on who asks
+        with torch.autocast(self.device.type, enabled=False):  # kept features must not depend on the caller
             seen = (x.to(self.device, non_blocking=True) for x in (pictures.patches, pictures.pooling))
             return self.model.vision_backbone(*seen)
 
     @torch.no_grad()
     def keep_features(self, pictures: Pictures) -> Pictures:
-        """The same pictures with their features in place of their patches, so that the tower need not run again as long
-        as its weights stay. Where it learns, the pictures stay as they are."""
+        """The same pictures with their features in place of their patches, so that a frozen tower need not run again.
+        If the tower is being trained, the pictures stay as they are."""
         return pictures if self.tower_learns() else pictures.keeping(self.encode_images(pictures))
 
     def tower_learns(self) -> bool:
@@ -373,9 +373,9 @@ class Molmo2(nn.Module):
         """Hidden states after the final norm, in the model's dtype. Never logits.
 
         input_ids int [B, T]; features [M, D] from `encode_images`; mask None = causal; positions int [B, T], None =
-        counting on from what the cache holds; keep int [R, 2] of (row, index), best on the host -> [R, D], None ->
-        [B, T, D]; cache: read on after what it holds, and add to it (then `mask` covers a first reading only); adapter:
-        its name, None = the base alone, left out = what `lora.use` chose in this thread.
+        counting up from the length of the cache; keep int [R, 2] of (row, index), best on the host -> [R, D], None ->
+        [B, T, D]; cache: attend to its tokens and append these to it (`mask` only while it is empty); adapter: its
+        name, None = the base alone, left out = the one that `lora.use` set in this thread.
         """
         (B, T), past = input_ids.shape, 0 if cache is None else cache.length
         if mask is not None and (past or mask.record.shape != (B, T)):
@@ -383,7 +383,7 @@ class Molmo2(nn.Module):
         if positions is None:
             positions = torch.arange(past, past + T, device=input_ids.device)
         c, decoder = self.config.text, self.model.transformer
-        said = past and T == 1 and features is None  # a token that was drawn, which shows no picture
+        said = past and T == 1 and features is None  # a sampled token, which is no picture token
         x = decoder.wte(input_ids) if said else self.embed(input_ids, features)
         angles = rotary_angles(positions.expand(B, T), c.head_dim, c.rope_theta, x.dtype)
         allow = cache.allow(T) if past else mask and ops.laid_out(mask, x.device)

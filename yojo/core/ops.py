@@ -1,16 +1,15 @@
-"""How the arithmetic is made fast. Leave it closed at a first reading: each function computes the mathematics in its
-docstring, and `molmo2.py`, which calls them, knows nothing else of speed.
+"""How the arithmetic is made fast. Skip this file at a first reading: each function computes the formula in its
+docstring, and `molmo2.py`, which calls them, contains nothing else about speed.
 
     linear(x, W)               x W^T
     add_product(y, x, W)       y + x W^T
     attention(q, k, v, mask)   softmax(q k^T / sqrt(d)) v
     swiglu(x)                  silu(gate) * up
-    @tokenwise(...)            marks a method that treats every token by itself, so some may go after the others
-    fuse(modules, trial)       lets a compiler make one program of each
+    @tokenwise(...)            marks a method that treats every token by itself, so it can run in chunks
+    fuse(modules, trial)       compiles each into one program
 
-When nothing is learned, there are faster ways than torch's own, most of them on a CPU. A way is kept if it saves about
-5% of a whole pass; `tutorials/runs/speed.md` says what each saved, and on which processor. Sums are the same, only
-rounded otherwise.
+Without gradients there are faster ways than torch's own, most of them on a CPU. A way is kept if it saves about 5% of a
+whole pass; `tutorials/runs/speed.md` says what each saved, and on which processor. Results differ only by rounding.
 
 See it: `pytest tests/test_ops.py tests/test_mask.py tests/test_fuse.py` hold the fast ways against the plain ones.
 """
@@ -29,24 +28,24 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from yojo.core.mask import AttentionMask, Run
 from yojo.files import InputError
 
-# Torch asks the system for pages of 4 kB unless it is told before its first tensor to ask for large ones. A pass makes
-# tensors of tens of megabytes, and page-faulting them is up to a tenth of its time.
+# Torch uses memory pages of 4 kB unless this is set before its first tensor. A pass makes tensors of tens of megabytes,
+# and page-faulting them takes up to a tenth of its time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# On a GPU torch would take cuDNN's attention first. It makes a plan for every new length, 38 to 336 ms on an H100, and
-# was wrong there for a query that may attend to nothing. A switch for the whole process, once: threads share it.
+# On a GPU torch prefers cuDNN's attention. It makes a plan for every new length, 38 to 336 ms on an H100, and there it
+# was wrong for a query that may attend to nothing. The switch is process-wide, so it is set once, for all threads.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 LARGE = 2**20  # numbers in a matrix; smaller ones are multiplied faster by `F.linear`
 LINE = 16  # float32 numbers in a cache line
 DENSE_UP_TO = 512  # tokens in a row; beyond this a [T, T] mask costs more than a call for every run
-QUERIES = 128  # in a call, at most: fewer make more calls, more compute more hidden pairs
-SCORES = range(2**16, 2**24)  # of one key head: fewer make too many small calls, more leave the cache
+QUERIES = 128  # in a call, at most: fewer mean more calls, more mean more masked pairs computed
+SCORES = range(2**16, 2**24)  # of one key head: fewer mean too many small calls, more do not fit into the cache
 PIECE = 1024  # tokens of a tokenwise method that multiplies by matrices, at a time
-NUMBERS = 2**20  # of the first tensor of one that does not
+NUMBERS = 2**20  # of the first tensor of one that does not multiply by matrices
 
 
 def plain_only() -> bool:
-    """Is a gradient asked for, or does autocast or a compiler choose how to compute? They know the plain ways only."""
+    """Is a gradient needed, or does autocast or a compiler decide how to compute? Only the plain ways support these."""
     return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
 
 
@@ -81,7 +80,7 @@ def column_major_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """y + x W^T. y [..., out], x [..., in], weight [out, in] -> [..., out]; when nothing is learned, written over y."""
+    """y + x W^T. y [..., out], x [..., in], weight [out, in] -> [..., out]; without gradients it overwrites y."""
     rows, few = (z.reshape(-1, z.shape[-1]) for z in (y, x))
     return torch.addmm(rows, few, weight.T, out=None if plain_only() else rows).view_as(y)
 
@@ -101,8 +100,8 @@ def attention(
     head.
 
     mask: an `AttentionMask` of Q = S tokens, or bool [B, 1, Q, S]; a query that may attend to nothing gets 0. None =
-    all attend to all, or, if causal, to themselves and back, the last query beside the last key. keep int [R, 2], on
-    the host: the only (row, index) that are asked for; others may be left at 0.
+    no mask or, if causal, the causal one, with the last query aligned to the last key. keep int [R, 2], on the host:
+    the only (row, index) that are needed; others may be left at 0.
     """
     mask = laid_out(mask, q.device) if isinstance(mask, AttentionMask) else mask
     if not isinstance(mask, AttentionMask):
@@ -126,8 +125,8 @@ def by_runs(tokens: int) -> bool:
 
 
 def laid_out(mask: AttentionMask, device: torch.device) -> AttentionMask | Tensor:
-    """A mask as `attention` takes it: of short rows that of all pairs, bool [B, 1, T, T], made on the device; of long
-    ones the mask itself, whose runs are made on the host."""
+    """A mask in the form that `attention` computes with. Short rows: all pairs, bool [B, 1, T, T], made on the device.
+    Long rows: the mask itself, because its runs are made on the host."""
     if by_runs(mask.record.shape[1]):
         return mask
     moved = (x.to(device, non_blocking=True) for x in (mask.record, mask.response, mask.image))
@@ -135,8 +134,8 @@ def laid_out(mask: AttentionMask, device: torch.device) -> AttentionMask | Tenso
 
 
 def calls(mask: AttentionMask, device: str = "cpu") -> list[Run]:
-    """The runs of a mask as they are computed, a call of a kernel each. On a CPU, whose kernel computes every key of a
-    call for every query, they are cut."""
+    """The runs of a mask, one kernel call each. On a CPU they are cut into pieces, because its kernel computes every
+    key of a call for every query, masked or not."""
     return mask.runs if device == "cuda" else [piece for run in mask.runs for piece in cut(run)]
 
 
@@ -148,7 +147,7 @@ def cut(run: Run) -> Iterator[Run]:
 
 
 def holds(run: Run, keep: Sequence[Sequence[int]] | None) -> bool:
-    """Is one of these (row, index) in the run? None = every token is asked for."""
+    """Is one of these (row, index) in the run? None = every token is needed."""
     return keep is None or any(row == run.row and run.start <= t < run.stop for row, t in keep)
 
 
@@ -169,8 +168,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = No
 
 
 def kernel_lags(dtype: torch.dtype, device: str) -> bool:
-    """Do plain products beat torch's fused kernel? In bfloat16 on a CPU without AMX nearly twofold; with AMX the kernel
-    is twice as fast as they."""
+    """Do plain products beat torch's fused kernel? In bfloat16 on a CPU with fast bfloat16 but no AMX, nearly twofold;
+    with AMX the kernel is twice as fast."""
     return dtype == torch.bfloat16 and bf16_without_amx(device)
 
 
@@ -192,11 +191,11 @@ def product_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> 
 def kernel_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v by torch's kernels."""
     (queries, keys), shared = (q.shape[2], k.shape[2]), k.shape[1] < q.shape[1]
-    if queries == 1 and shared:  # the last token sees all: heads that share a key head are queries of one head
+    if queries == 1 and shared:  # the last token attends to all: heads that share a key head are queries of one head
         return kernel_attention(q.reshape(*k.shape[:2], -1, q.shape[-1]), k, v, allow).reshape(q.shape)
     flash = q.is_cuda and allow is None and q.shape[-1] % 8 == 0
     if flash and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, shared)):
-        # Only so can it be asked for where queries come after some of the keys: its causal mask is then the right one.
+        # Called directly: its causal mask aligns the last query with the last key, which `is_causal` below does not.
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[0]
     later = causal and queries < keys  # or torch's own `is_causal` would do
     if later:
@@ -211,18 +210,18 @@ def kernel_attention(q: Tensor, k: Tensor, v: Tensor, allow: Tensor | None = Non
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up.  x [..., 2 * inner], up first, gate second -> [..., inner]. When nothing is learned it is
-    written over the gate, and x is lost."""
+    """silu(gate) * up.  x [..., 2 * inner], up first, gate second -> [..., inner]. Without gradients the result
+    overwrites the gate, and x is lost."""
     up, gate = x.chunk(2, dim=-1)
     return F.silu(gate, inplace=not plain_only()).mul_(up)
 
 
 def tokenwise(products: bool) -> Callable:
-    """Marks a method of x [..., width] that treats every token by itself, f(x)[t] = f(x[t]), as it does with all other
-    tensors [..., *] that it takes and gives. products: does it multiply by matrices?
+    """Marks a method of x [..., width] that treats every token by itself, f(x)[t] = f(x[t]), and likewise all other
+    tensors [..., *] that it takes and returns. products: does it multiply by matrices?
 
-    On a CPU, when nothing is learned, some tokens go after the others, and x is made contiguous: page-faulting large
-    temporaries costs as much as computing them. Products want more tokens at a time than sums.
+    On a CPU without gradients it runs in chunks of tokens, and x is made contiguous: page-faulting large temporaries
+    costs as much as computing them. Methods with matrix products need larger chunks.
     """
 
     def mark(method: Callable) -> Callable:
@@ -244,8 +243,8 @@ def tokenwise(products: bool) -> Callable:
 
 @torch.no_grad()
 def fuse(modules: Sequence[nn.Module], trial: Callable[[], object]) -> None:
-    """Let `torch.compile` make one program of each module. `trial` runs one of them: where nothing can be compiled it
-    ends in InputError."""
+    """Let `torch.compile` make one program of each module. `trial` runs one of them; if it cannot be compiled, it
+    raises InputError."""
     import torch._dynamo as dynamo  # takes a second, which no other use has to wait for
 
     # One program each for rows and for picked tokens, one and many, with and without a gradient: more than the 8 of a

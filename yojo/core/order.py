@@ -27,7 +27,7 @@ class MicroBatches:
 
     def _epoch(self, number: int) -> list[Record]:
         """Every record once, in an order drawn anew for each epoch; within each window of micro-batches, records with
-        as many responses stand together, which saves padding, and the micro-batches are shuffled again."""
+        equal numbers of responses stand together, which saves padding, and the micro-batches are shuffled again."""
         rng, size = random.Random(f"{self.seed} epoch {number}"), self.size
         order = rng.sample(self.records, len(self.records))
         batches = []

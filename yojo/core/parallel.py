@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 -m yojo.train --weights ... --data ... --out ... --mode joint
 
-Every process holds the whole model and sees the same records; of the micro-batches of a step, process r of w takes
+Every process holds the whole model and the same records; of the micro-batches of a step, process r of w takes
 r, r + w, r + 2 w, ... Their gradients are added up before the clip, so that a step is the same whatever w is, but for
 the order of sums. Process 0 alone prints and writes.
 
@@ -21,8 +21,8 @@ from yojo.files import InputError
 
 
 def join_group(asked: str | None) -> str | torch.device | None:
-    """Join the processes that `torchrun` started, if it did -> the device of this one: of several GPUs, its own. Where
-    it is alone, what was asked for."""
+    """Join the processes that `torchrun` started -> the device of this one: a GPU of its own, or the CPU. If `torchrun`
+    started none: `asked`, unchanged."""
     if "WORLD_SIZE" not in os.environ:
         return asked
     gpu = torch.cuda.is_available() if asked is None else asked != "cpu"
@@ -34,8 +34,8 @@ def join_group(asked: str | None) -> str | torch.device | None:
         if device.index >= there:
             raise InputError(f"each process takes a GPU of its own, and there are {there}: start no more than those")
         torch.cuda.set_device(device)  # before anything is put on one
-    # This module keeps the group of its time of import as a default argument, and the optimisers import it: a group
-    # that exists by then is never freed, and its threads, alive at the exit, now and then abort the process.
+    # Optimisers import this module, which keeps the group of that moment as a default argument. Imported while a group
+    # exists, it would never free that group, whose threads sometimes abort the process at its exit.
     from torch.distributed.nn import functional  # noqa: F401
 
     distributed.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)

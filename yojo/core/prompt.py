@@ -9,21 +9,21 @@ the finished ids. Each response is tokenized alone, so its ids are the same wher
 its last token, just before the separator that closes it.
 
 Markup (turns, picture tokens, the separator) enters as ids, looked up by name. Text goes through a copy of the
-tokenizer that takes none of it, nor any other special token, for more than the characters it is spelled with: no prompt
-or response can add a separator, end a turn or fake a picture. Added tokens that are not special, such as `<think>`, are
-single tokens of a text, as they are to the released model.
+tokenizer in which the names of markup and of all other special tokens are plain characters: no prompt or response can
+add a separator, end a turn or fake a picture. Added tokens that are not special, such as `<think>`, stay single tokens
+of a text, as in the released model.
 
 In `isolated` mode the positions of every response start right after the prompt, as they would if it stood alone.
 
 Layout "released" is for the released reward model, which was trained on other rows (facts: its training code,
-yinuoyang01/multi-response-rm). Every oddity is meant:
+yinuoyang01/multi-response-rm). Every oddity is intended:
 
     <|im_end|> PICTURES <|im_start|>user\\n PROMPT <|im_end|>\\n␣<|im_start|>assistant
            \\n RESPONSE 1 \\n\\n <|resp_sep|> \\n\\n RESPONSE 2 \\n\\n <|resp_sep|> ... <|resp_sep|> \\n\\n RESPONSE N
                            ^ read here                   ^                                                  ^
-the blank before the assistant's turn; BOS only with pictures; blank lines round separators, so that a response is
-encoded differently first, in the middle and last; no separator after the last one, which is read at its last token.
-The prompt ends after the word "assistant": its line break can melt into the first response's own.
+the blank before the assistant's turn; BOS only with pictures; blank lines around separators, so that the ids of a
+response depend on whether it is first, in the middle or last; no separator after the last one, read at its last token.
+The prompt ends after the word "assistant", because its line break and the first response's own can be one token.
 
 See it: `pytest tests/test_prompt.py`, `tutorials/04_separators_and_masks.md`.
 """
@@ -52,7 +52,7 @@ SEPARATOR = "<|resp_sep|>"
 BOS = TURN_END = "<|im_end|>"  # one token, two uses: the release opens rows with it
 TURN_START = "<|im_start|>"
 PATCH = "<im_patch>"
-# All image tokens of a record see each other; these are image tokens.
+# All picture tokens of a record attend to each other; these are the picture tokens.
 IMAGE_TOKENS = (PATCH, *"<im_col> <im_start> <low_res_im_start> <frame_start> <im_end> <frame_end> <im_low>".split())
 MARKUP = {SEPARATOR, TURN_END, TURN_START, *IMAGE_TOKENS}
 MAX_RESPONSES = 64
@@ -121,7 +121,7 @@ class Tokenizer:
         return SEPARATOR if token == self.separator_id else self.decode([token])
 
     def spells(self, text: str) -> bool:
-        """Does a text spell the name of a special token, which `encode` takes for the text it is?"""
+        """Does a text spell the name of a special token? `encode` reads it as plain text."""
         return any(name in text for name in self.added)
 
     @cached_property
@@ -146,8 +146,8 @@ class Encoded:
     """One record as the model reads it: a row of tokens. All spans are known by construction.
 
     ids int [T]; response int [T], -1 = prompt; image bool [T]; spans [(start, stop)] of each response without its
-    separator (in layout "released" with its blank lines); pictures: what the <im_patch> tokens show; same: of each
-    response, the first one with the same text, token by token; prefix: how an error about it begins.
+    separator (in layout "released" with its blank lines); pictures: what the <im_patch> tokens show; same: for
+    each response, the index of the first one with the same text; prefix: how an error about it begins.
     """
 
     ids: Tensor
@@ -194,7 +194,7 @@ class Encoded:
         return Encoded(torch.tensor(ids), torch.tensor(owner), image, spans, self.pictures, [*range(len(spans))])
 
     def distinct(self) -> tuple["Encoded", list[int]]:
-        """The row without the responses that repeat an earlier one, and where the score of each response is then."""
+        """The row without responses that repeat an earlier one, and for each response the index of its score."""
         first = sorted(set(self.same))
         kept = torch.isin(self.response, torch.tensor([PROMPT, *first]))
         moved = kept.cumsum(0).tolist()  # a token that was the i-th is the moved[i]-th

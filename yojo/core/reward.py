@@ -51,7 +51,7 @@ class ValueHead(nn.Sequential):
 
 class RewardModel(nn.Module):
     """`mode` is the attention it was trained with; `base` the folder its backbone came from, `fingerprint` that
-    backbone's. A backbone that carries no adapter "reward" judges as it is: a merged model."""
+    backbone's. A backbone without an adapter "reward" is used as it is: a merged model."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class RewardModel(nn.Module):
         return [*lora.parameters(self.backbone, ADAPTER), *self.head.parameters()]
 
     def merge(self) -> None:
-        """Fold the adapter into the backbone: scores the same but for rounding, faster, and learns no more."""
+        """Merge the adapter into the backbone: the same scores but for rounding, faster; no more training."""
         lora.merge(self.backbone, ADAPTER)
         self.adapter = None
 
@@ -126,9 +126,9 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def raw_scores(self, rows: Sequence[Encoded], mode: str | None) -> list[list[float]]:
-        """Scores as they come. In isolated mode equal texts of a record are read once and share their score: read
-        twice they would differ by rounding. Long rows, which are computed run by run anyway, stand in one row, which
-        needs no padding."""
+        """Scores, finite or not. In isolated mode equal texts of a record are read once and share their score: read
+        twice they would differ by rounding. Long records, computed run by run anyway, are packed into one
+        row, which needs no padding."""
         mode = self.mode if mode is None else mode
         rows, places = zip(*(row.distinct() if mode == "isolated" else (row, None) for row in rows), strict=True)
         together = [rows] if ops.by_runs(max(len(row.ids) for row in rows)) else rows

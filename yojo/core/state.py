@@ -42,7 +42,7 @@ class RunState:
         """Everything that the run needs to go on."""
 
     def broken_off(self, log: Log) -> None:
-        """The same, where an error or a signal ends the run: as it was after the last whole step."""
+        """Save the state after the last whole step, when an error or a signal ends the run."""
 
 
 UNSAVED = RunState()

@@ -5,9 +5,10 @@
     g = mean over micro-batches of grad L;  clip |g|                                                   `gradients`
     AdamW with lr(step)                                                                                `fit`
 
-`fit` is the loop round any `loss` of a micro-batch, which returns it and what to log about it. It must be a function of
-its arguments and of torch's random state, which is set anew for each, so that a run can go on from a saved state as if
-it had never stopped, and on any number of devices. Of a reward model only the LoRA adapter and the value head learn.
+`fit` is the loop for any `loss`, which takes a micro-batch and returns its loss and what to log. `loss` may depend only
+on its arguments and on torch's random state, which is seeded again for each micro-batch. So a run can continue from a
+saved state as if it had never stopped, and on any number of devices. Of a reward model only the LoRA adapter and the
+value head are trained.
 
 See it: `python -m yojo.train --tiny`; `pytest tests/test_fit.py`.
 """
@@ -90,7 +91,8 @@ def accuracy(scores: Tensor, ranks: Tensor) -> Tensor:
 
 
 def gradients(loss, batches: Iterator, step: int, parameters: list, optimizer, c: FitConfig) -> dict[str, float]:
-    """Those of one update, from `accumulate` micro-batches, clipped; the learning rate is set -> what is logged."""
+    """Compute the clipped gradients of one update, from `accumulate` micro-batches, and set the learning rate -> what
+    is logged."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, c)
     logged: dict = {}
@@ -177,7 +179,7 @@ def train(
 
 
 def culprits(rm: RewardModel, records: Sequence[Record]) -> str:
-    """Where they stand; if some have scores that are not finite now, only those."""
+    """Files and lines of the records; if some have scores that are not finite now, of those only."""
     scores = [rm.raw_scores([encode(record, rm.processor)], rm.mode)[0] for record in records]
     bad = [record for record, row in zip(records, scores, strict=True) if not all(map(math.isfinite, row))]
     return ", ".join(record.where for record in bad or records)

@@ -1,4 +1,4 @@
-"""Comparison told apart from efficiency, on the tiny world: `python -m yojo.evaluate --tiny`.
+"""What comparison adds, apart from efficiency, on the tiny world: `python -m yojo.evaluate --tiny`.
 
 One set of weights under three masks: joint, isolated, and joint averaged over several orders; for a model trained in
 each mode; on `absolute`, where an answer can be judged alone, on the same with noisy pictures, and on `corroborated`,

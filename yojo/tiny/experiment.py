@@ -2,7 +2,7 @@
 
 There are three kinds: joint, isolated and, as the baseline of the paper, a single-response one, which learns from
 pairs of answers by Bradley-Terry (`--baseline`). It is an isolated one whose records hold two answers: in isolated mode
-each is scored as if alone. A fourth, which only `studies.py` trains, learns by Bradley-Terry from all pairs of a group.
+each is scored as if alone. A fourth kind, only in `studies.py`, learns by Bradley-Terry from all pairs of a group.
 
 Accuracy is best-of-N on records that were not trained on. Beside it stand the controls (the picture blanked, or swapped
 with another record's) and baselines that read no picture.
@@ -86,9 +86,9 @@ def disjoint_pairs(record: Record) -> list[Record]:
 def train_kind(
     kind: str, recipe: Recipe, records: Sequence[Record], seed: int, device: str | None, title: str
 ) -> tuple[RewardModel, Log]:
-    """A reward model, and the log of its training. SINGLE learns from disjoint pairs, as many responses a step as the
-    others; pairs that are tied are left out, as groups are. PAIRS, between it and isolated, learns from all pairs of
-    whole groups."""
+    """A reward model, and the log of its training. SINGLE learns from disjoint pairs, with as many responses a step
+    as the others; tied pairs are left out, like tied groups. PAIRS, between SINGLE and isolated, learns from all
+    pairs of a group."""
     rm = RewardModel.new(shipped("weights/tiny"), KINDS[kind], recipe.lora, recipe.inner, torch.float32, device, seed)
     records = with_features(records, rm)
     if kind == SINGLE:

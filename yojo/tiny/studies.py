@@ -1,6 +1,6 @@
 """Three studies of what the paper claims, on the tiny world, several seeds each: `yojo.claims`.
 
-    answers   trained on 2, on 4, on 2 to 8 answers, tested on 2 to 16: does a judge of few judge many?
+    answers   trained on 2, on 4, on 2 to 8 answers, tested on 2 to 16: does training on few carry over to many?
     data      fewer groups, and ranks swapped: does comparing help where there is little to learn from?
     grpo      a policy for every kind of judge, which learned from all groups or from few: is any better, or steadier?
 
@@ -53,7 +53,7 @@ LEARNED_FROM = {  # judges of `grpo`: groups, and share of pairs swapped
     "100 groups": (100, 0.0),
     "100 groups, 40% swapped": (100, 0.4),
 }
-EVERY = 10  # steps from one look at held-out prompts to the next
+EVERY = 10  # steps between evaluations on held-out prompts
 SKILLS = {"look up": look_up, "place": place, "describe held-out pairs": describe_held_out}
 ASKED = 128  # questions of each kind
 JUDGES = ("joint", "isolated", SINGLE)
@@ -71,8 +71,8 @@ def groups(name: str, seed: int, count: int, sizes: Sequence[int] = (4,), swap: 
 
 
 def with_ranks_swapped(record: Record, share: float, rng: random.Random) -> Record:
-    """The ranks of the first two answers exchanged with probability `share`, those of the next two, ... These are the
-    pairs that the single-response model learns from, and `share` of them are wrong then. A whole group says more: of
+    """The ranks of answers 1 and 2 swapped with probability `share`, likewise those of 3 and 4, ... These are the pairs
+    that the single-response model learns from, so `share` of them become wrong. A whole group says more: of
     four answers a best one is still ranked first with probability 1 - `share`, where chance is one in four."""
     ranks = list(record.rankings)
     for i in range(0, len(ranks) - 1, 2):
@@ -159,8 +159,8 @@ def held_out(
     rm: RewardModel, reward: RewardFn, prompts: Sequence[SceneQuestion], c: GrpoConfig, seed: int
 ) -> dict[str, float]:
     """Groups sampled for prompts that the policy does not learn from: their mean reward, and how good they truly are.
-    Every look draws by the same numbers. What a joint judge adds to all scores of a group alike means nothing to its
-    loss and may move with the answers, so its mean reward is no measure; the quality is."""
+    Every evaluation uses the same random numbers. A joint judge's loss ignores a number added to all scores of a group,
+    and that number may drift with the answers, so compare mean quality, not mean reward."""
     generator, rows = torch.Generator().manual_seed(seed), [prompt_row(rm, q) for q in prompts]
     answers = sample_groups(rm.backbone, rows, c.group, c.max_new_tokens, c.temperature, generator)
     said = [(q, texts_of(rm, some)) for q, some in zip(prompts, answers, strict=True)]
