@@ -3,8 +3,8 @@
     python -m yojo.pretrain --out weights/tiny
 
 A row is one picture and several short conversations about it, laid out as responses are (`mask.py`): in one half of
-each step isolated, so that the picture is read once and no conversation attends to another, in the other half joint, as one
-long conversation. A reward model meets both.
+each step isolated, so that the picture is read once and no conversation attends to another, in the other half joint, as
+one long conversation. A reward model meets both.
 
     loss = cross-entropy of the answers' tokens
          + AUXILIARY * what stands in each cell, read off each picture token

@@ -45,7 +45,8 @@ PAIRS = tuple(itertools.product(COLOURS, SHAPES))
 # The highest possible best-of-6 accuracy on `corroborated`, by what a model has access to. Isolated: T, U and V are
 # alike, and a score that differs from text to text puts one of the three on top (only exact ties would share it, 2 of
 # 4). Without the picture T and F are alike: one of two. With both, causal attention is enough: the second copy
-# attends to the first. They hold for pairs seen in training: in held-out records T alone is a held-out pair among the true ones.
+# attends to the first. They hold for pairs seen in training: in held-out records T alone is a held-out pair among the
+# true ones.
 CEILINGS = {"isolated": 1 / 3, "any_true": 1 / 2, "joint_blank": 1 / 2, "joint": 1.0}
 # With copies worded in both of two ways, T always has an answer in the first wording, U and V with probability 1/2
 # each: an isolated model that prefers a wording finds T among 1 + Bin(2, 1/2) true answers, 1/4 + 1/4 + 1/12.
