@@ -450,7 +450,7 @@ def masks_compared() -> Image.Image:
         axes.set(ylim=(0, 1.4), yticks=[0, 0.25, 0.5, 0.75, 1])
         _plot(axes, "", "accuracy" if task == "absolute" else "", task)
     panels[0].legend(
-        title="mask it is read under", frameon=False, fontsize=8, title_fontsize=8, ncols=3, columnspacing=0.8
+        title="mask used for scoring", frameon=False, fontsize=8, title_fontsize=8, ncols=3, columnspacing=0.8
     )
     panels[1].axhline(world.CEILINGS["isolated"], color="black", linewidth=0.8, linestyle=":")
     panels[1].text(0.5, world.CEILINGS["isolated"] + 0.01, "1/3", ha="center", fontsize=8)
