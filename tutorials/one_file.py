@@ -1,6 +1,6 @@
 """You only judge once, the whole idea in one file: N answers about a picture are scored in ONE forward pass.
 
-    python -m tutorials.one_file        judge four answers, then train a new judge and watch it learn (half a minute)
+    python -m tutorials.one_file        judge four answers, then train a new judge and watch it learn (a minute)
 
 Nothing is hidden: weights, picture to patches, the row in which the answers stand, the mask that isolates them, the
 network (vision tower, connector, decoder), LoRA, the value head, the loss, the training loop. From the package `yojo`
@@ -9,7 +9,7 @@ gradients against the package.
 
 Left out: picture sizes other than that of weights/tiny (one square view), several pictures, video, long rows, saving.
 
-B rows, T tokens, N answers, D width, H heads, K key/value heads, d head width, P patches of a view, M picture tokens.
+B rows, T tokens, N answers, D width, H heads, K key/value heads, d head width, P patches a view, M <im_patch> tokens.
 """
 
 import json
@@ -105,8 +105,8 @@ def trainable(j: Judge) -> list[Tensor]:
 
 
 def to_patches(picture: Image.Image, config: dict) -> tuple[Tensor, Tensor]:
-    """-> patches [2, P, 3 * 14 * 14] of an overview and of one crop, which at this size are the same view, and windows
-    [M, 4]: which four patches, 2 x 2, become one picture token."""
+    """-> patches [2, P, 3 * 14 * 14] of an overview and of one crop, and windows [M, 4]: which four patches, 2 x 2,
+    become one <im_patch> token. At this size both views are the same, but the network was trained to read two."""
     size, p = config["size"]["height"], config["patch_size"]
     pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
     x = pixels.view(1, picture.height, picture.width, 3).permute(0, 3, 1, 2).float()
@@ -124,8 +124,9 @@ def to_patches(picture: Image.Image, config: dict) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Row:
-    """One record as the network reads it: ids, owner, image (is it a picture token?), position, all [T]; ends [N]:
-    the last token of every answer, where its score is read; and the picture's patches and windows."""
+    """One record as the network reads it: ids, owner, image (does it belong to the picture, as a patch or a mark?) and
+    position, all [T]; ends [N]: the last token of every answer, just before its separator, where its score is read; and
+    the picture's patches and windows."""
 
     ids: Tensor
     owner: Tensor
@@ -137,6 +138,8 @@ class Row:
 
 def encode(j: Judge, question: str, answers: list[str], picture: Image.Image) -> Row:
     """BOS PICTURE <|im_start|>user QUESTION <|im_end|> <|im_start|>assistant   ANSWER sep  ANSWER sep  ...  ANSWER sep
+
+    BOS is <|im_end|>, as in the release. In joint mode a separator shows later answers where one ended.
 
     The row is built piece by piece, so every position is known because we put it there. Nothing is searched for.
     """
@@ -150,7 +153,7 @@ def encode(j: Judge, question: str, answers: list[str], picture: Image.Image) ->
     patch, overview, crop, end, column = image_ids = [j.id(name) for name in names]
     image = [overview, *side * side * [patch], end, crop, *side * [*side * [patch], column], end]
     turn, turn_end, separator = (j.id(name) for name in ("<|im_start|>", "<|im_end|>", "<|resp_sep|>"))
-    separator = j.tokenizer.get_vocab_size() if separator is None else separator
+    separator = j.tokenizer.get_vocab_size() if separator is None else separator  # the release adds it after all others
     ids = [turn_end, *image, turn, *text("user\n" + question), turn_end, *text("\n"), turn, *text("assistant\n")]
     P = len(ids)
     owner, position, ends = [PROMPT] * P, list(range(P)), []
@@ -159,7 +162,7 @@ def encode(j: Judge, question: str, answers: list[str], picture: Image.Image) ->
         start = P if j.isolated else len(ids)  # isolated: at the position it would have alone
         position += range(start, start + len(piece))
         ids, owner = ids + piece, owner + [i] * len(piece)
-        ends.append(len(ids) - 2)
+        ends.append(len(ids) - 2)  # the answer's last token; the separator is the one after it
     ids, owner, position, ends = (torch.tensor(x) for x in (ids, owner, position, ends))
     return Row(ids, owner, torch.isin(ids, torch.tensor(image_ids)), position, ends, (patches, windows))
 
@@ -169,6 +172,8 @@ def attention_mask(owner: Tensor, image: Tensor, isolated: bool) -> Tensor:
 
     k is no padding  AND  (k is not after q  OR  both are picture tokens)
                      AND  (joint  OR  k is in the prompt  OR  k is in q's own answer)
+
+    Picture tokens attend to each other in both directions, since a picture has no before and after.
     """
     q, k, T = owner[:, :, None], owner[:, None, :], owner.shape[1]
     ordered = torch.ones(T, T, dtype=torch.bool).tril() | (image[:, :, None] & image[:, None, :])
@@ -343,10 +348,10 @@ def main() -> None:
     judge = load_judge(WEIGHTS / "tiny-rm-isolated")
     with torch.no_grad():
         (scores,) = score(judge, [encode(judge, question, answers, picture)])
-    print(f"{question}   (rank 1 is the truest answer)")
+    print(f"{question}   (rank 1 is the truest answer; of scores, only differences mean something)")
     for s, r, answer in sorted(zip(scores.tolist(), ranks, answers, strict=True), reverse=True):
         print(f"{s:8.3f}   rank {r}   {answer}")
-    print("\nA new judge on the frozen backbone:")
+    print("\nA new judge on the backbone, which stays frozen and was pre-trained on this world:")
     unseen = world("unseen")
     train(new_judge(isolated=True), world("seen"), [unseen() for _ in range(128)], steps=60)
 

@@ -299,7 +299,7 @@ CLAIMS = [
         cheaper,
         "`flops`, `bench score`",
         "09",
-        "yes, while the prompt is longer than all answers",
+        "nearly, while the prompt is much longer than all answers together",
     ),
     Claim(
         "Comparing answers improves accuracy",
@@ -338,7 +338,7 @@ CLAIMS = [
         steadier,
         "`claims grpo`",
         "11",
-        "only if the judge learned from noisy ranks",
+        "than with single-response, only if both learned from noisy ranks",
     ),
     Claim(
         "GRPO with it preserves other skills",
