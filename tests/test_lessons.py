@@ -82,6 +82,18 @@ def test_lesson_02_defines_heads_and_joined_as_the_network_does():
         assert inspect.getsource(function).splitlines()[-1].strip() in text
 
 
+def test_a_word_of_the_glossary_stands_in_the_lessons_that_it_names():
+    rows = re.findall(
+        r"^\| ([^|]+) \| .* \| (\d\d(?:, \d\d)*) \|$", (TUTORIALS / "glossary.md").read_text(encoding="utf-8"), re.M
+    )
+    assert len(rows) > 40 and rows == sorted(rows, key=lambda row: row[0].lower())
+    for words, numbers in rows:
+        for number in numbers.split(", "):
+            (lesson,) = TUTORIALS.glob(f"{number}_*.md")
+            text = " ".join(lesson.read_text(encoding="utf-8").lower().split())
+            assert all(word.lower() in text for word in words.split(", ")), (words, number)
+
+
 # ------------------------------------------------------------------------------------- lines that lesson 07 breaks
 
 BREAKS = TUTORIALS / "07_train_a_judge.md"
