@@ -394,7 +394,8 @@ def policies() -> Image.Image:
         (learned, key) for learned in ("all groups", "100 groups, 40% swapped") for key in ("reward", "quality")
     ]
     for axes, (learned, key) in zip(panels, panels_of, strict=True):
-        for kind, line in zip(JUDGES, LINES, strict=False):
+        for kind in JUDGES:
+            line = LINES[[*TITLES].index(kind)]  # as in `less_data`
             looks = [run["curve"] for run in runs if (run["learned"], run["kind"]) == (learned, kind)]
             steps = [at["step"] + 1 for at in looks[0]]
             values = np.array([[at[f"held_out_{key}"] for at in curve] for curve in looks])

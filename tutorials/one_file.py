@@ -144,7 +144,7 @@ def encode(j: Judge, question: str, answers: list[str], picture: Image.Image) ->
     The row is built piece by piece, so every position is known because we put it there. Nothing is searched for.
     """
 
-    def text(s: str) -> list[int]:
+    def tokens(s: str) -> list[int]:
         return j.text.encode(s, add_special_tokens=False).ids
 
     patches, windows = to_patches(picture, j.config)
@@ -154,12 +154,12 @@ def encode(j: Judge, question: str, answers: list[str], picture: Image.Image) ->
     image = [overview, *side * side * [patch], end, crop, *side * [*side * [patch], column], end]
     turn, turn_end, separator = (j.id(name) for name in ("<|im_start|>", "<|im_end|>", "<|resp_sep|>"))
     separator = j.tokenizer.get_vocab_size() if separator is None else separator  # the release adds it after all others
-    ids = [turn_end, *image, turn, *text("user\n" + question), turn_end, *text("\n"), turn, *text("assistant\n")]
-    P = len(ids)
-    owner, position, ends = [PROMPT] * P, list(range(P)), []
+    ids = [turn_end, *image, turn, *tokens("user\n" + question), turn_end, *tokens("\n"), turn, *tokens("assistant\n")]
+    prompt = len(ids)
+    owner, position, ends = [PROMPT] * prompt, list(range(prompt)), []
     for i, answer in enumerate(answers):
-        piece = [*text(answer), separator]
-        start = P if j.isolated else len(ids)  # isolated: at the position it would have alone
+        piece = [*tokens(answer), separator]
+        start = prompt if j.isolated else len(ids)  # isolated: at the position it would have alone
         position += range(start, start + len(piece))
         ids, owner = ids + piece, owner + [i] * len(piece)
         ends.append(len(ids) - 2)  # the answer's last token; the separator is the one after it

@@ -214,7 +214,7 @@ def losses(f: Files) -> str:
     def at(count: int, swap: float) -> str:
         return by_kind({kind: picked(runs, "accuracy", kind=kind, groups=count, swapped=swap) for kind in KINDS})
 
-    noisy = f"1,000 groups, 40% of pairs swapped: {at(1000, 0.4)}"
+    noisy = f"1,000 groups, 40% of pairs swapped, those that single-response learns from: {at(1000, 0.4)}"
     return f"Not seen; all pairs of a group beat two of its pairs. 100 groups: {at(100, 0.0)}. {noisy}"
 
 
@@ -248,7 +248,8 @@ def steadier(f: Files) -> str:
         each = {kind: picked(runs, "sampled_after", learned=learned, kind=kind) for kind in studies.JUDGES}
         parts.append(f"{learned}: {by_kind(each)}")
     return (
-        "Only where ranks are noisy: a good judge makes a good policy, whichever kind it is. True "
+        "Only if ranks are noisy, by noise that harms single-response most: a good judge makes a good policy, of "
+        "whichever kind. True "
         f"quality of its answers, the judge having learned from {'; from '.join(parts)}"
     )
 
@@ -338,7 +339,7 @@ CLAIMS = [
         steadier,
         "`claims grpo`",
         "11",
-        "than with single-response, only if both learned from noisy ranks",
+        "no, unless ranks are noisy, and that noise hurts pairs more",
     ),
     Claim(
         "GRPO with it preserves other skills",

@@ -92,9 +92,9 @@ class AttentionMask:
     def runs(self) -> list[Run]:
         """The same mask as ranges of keys, without a [T, T] tensor. Padding is in no run.
 
-        Neighbouring tokens of one kind (record, response, picture or not) form a group. Whether one group may attend to
-        another depends only on their kinds and their order, so the predicate is evaluated for first tokens alone.
-        Inside a group, picture tokens attend to all of it and text is causal.
+        Neighbouring tokens of one kind (record, response, picture or not) form a segment. Whether one segment may
+        attend to another depends only on their kinds and their order, so the predicate is evaluated for first tokens
+        alone. Inside a segment, picture tokens attend to all of it and text is causal.
         """
         runs: list[Run] = []
         for b, kinds in enumerate(torch.stack([self.record, self.response, self.image], dim=-1)):

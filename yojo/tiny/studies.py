@@ -72,8 +72,8 @@ def groups(name: str, seed: int, count: int, sizes: Sequence[int] = (4,), swap: 
 
 def with_ranks_swapped(record: Record, share: float, rng: random.Random) -> Record:
     """The ranks of answers 1 and 2 swapped with probability `share`, likewise those of 3 and 4, ... These are the pairs
-    that the single-response model learns from, so `share` of them become wrong. A whole group says more: of
-    four answers a best one is still ranked first with probability 1 - `share`, where chance is one in four."""
+    that the single-response model learns from, so `share` of them become wrong; fewer of the other pairs do. Of four
+    answers a best one is still ranked first with probability 1 - `share`, where chance is one in four."""
     ranks = list(record.rankings)
     for i in range(0, len(ranks) - 1, 2):
         if rng.random() < share:
