@@ -1,6 +1,6 @@
 """Everything the benchmark times computes the same scores; no time is ever asserted.
 
-pytest tests/test_bench.py
+pytest tests/test_bench.py            (`-m slow`: training, loading and several prompts, too)
 """
 
 import json
@@ -78,6 +78,7 @@ def test_the_largest_of_numbers_that_hold_nan_is_nan():
     assert math.isnan(instruments.largest([0.0, math.nan, 1.0])) and instruments.largest([0.0, 2.0, 1.0]) == 2
 
 
+@pytest.mark.slow
 def test_several_prompts_are_measured_on_one_model(command, tmp_path):
     words = [*SMALL[:4], "--prompt-tokens", 60, 90, "--response-tokens", 10, "--n", 2, "--dtypes", "float32"]
     status, _, err = command(bench, "score", *words, "--json", tmp_path / "r.json")
@@ -92,6 +93,7 @@ def test_sorted_batches_give_the_scores_of_one_by_one(command, tmp_path):
     assert all(row["difference"] < 1e-5 for row in json.loads((tmp_path / "r.json").read_text()))
 
 
+@pytest.mark.slow
 def test_train_and_load_run(command, tmp_path):
     status, out, err = command(bench, "train", *SMALL, "--dtypes", "float32", "--peer")
     assert status == 0 and "our trunk in peft" in out, err

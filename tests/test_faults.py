@@ -1,6 +1,7 @@
 """What happens in runs of days: kills, a full disk, numbers that are no numbers. Nothing saved is lost.
 
-pytest tests/test_faults.py            (three signals of each kind; `python tests/faults.py train 50` for more)
+    pytest tests/test_faults.py            three signals for each of two commands (`-m slow`: and for the other two)
+    python tests/faults.py train 50        fifty kills of one
 """
 
 import json
@@ -28,7 +29,10 @@ from yojo.files import InputError, add_line
 FAULTS = Path(__file__).with_name("faults.py")
 
 
-@pytest.mark.parametrize("kind", ["train", "grpo", "evaluate", "checkpoint"])
+LONGER = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("train", "grpo")]
+
+
+@pytest.mark.parametrize("kind", ["evaluate", "checkpoint", *LONGER])
 def test_stopped_at_a_random_moment_a_run_goes_on_to_the_same_bytes(kind):
     environment = {**os.environ, "PYTHONPATH": str(FAULTS.parent.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -19,6 +19,7 @@ from yojo.files import (
     is_plain,
     read_json,
     read_lines,
+    whole_file,
     whole_folder,
     write_json,
 )
@@ -166,3 +167,26 @@ def test_whether_a_file_can_be_written_is_known_before(tmp_path):
     for path in (tmp_path, tmp_path / "file/below", "/proc/none/x.json"):
         with pytest.raises(InputError, match="cannot write"):
             check_writable(path)
+
+
+@pytest.mark.parametrize(
+    "make, call",
+    [
+        (lambda path: whole_folder(path).__enter__(), "mkdir"),
+        (lambda path: whole_file(path).__enter__(), "open"),
+        (lambda path: check_place(path, folder=True), "mkdir"),
+    ],
+)
+def test_a_signal_in_the_instant_in_which_something_is_made_leaves_nothing(make, call, tmp_path, monkeypatch):
+    """A signal that comes while the system makes a file or a folder is raised as soon as that is done."""
+    system = getattr(os, call)
+
+    def interrupted(*args, **more):
+        system(*args, **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, call, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "out")
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())

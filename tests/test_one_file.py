@@ -112,7 +112,7 @@ def test_gradients_are_the_packages(mode):
 
 def test_a_short_training_run_learns_to_judge_records_that_it_has_not_seen():
     unseen = one_file.world("unseen")
-    test = [unseen() for _ in range(128)]
+    test = [unseen() for _ in range(64)]
     judge = one_file.new_judge(isolated=True)
     assert one_file.accuracy(judge, test) < 0.5
     assert one_file.train(judge, one_file.world("seen"), test, steps=30) >= 0.6

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections import Counter
@@ -193,10 +194,14 @@ def _check_parent(path: Path) -> None:
     """Whether something can be made beside it, or in the nearest folder above it that is there."""
     if is_plain(path):
         parent = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+        probe = parent / _beside(path).name
         try:
-            os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
+            probe.mkdir(0o700)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
+        finally:
+            with suppress(OSError):
+                probe.rmdir()
 
 
 def _check_file(path: Path) -> None:
@@ -222,18 +227,18 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         _check_file(path)
         plain = is_plain(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent if plain else None)
-        os.close(handle)
+        temporary = _beside(path) if plain else Path(tempfile.gettempdir()) / _beside(path).name
         try:
-            yield Path(temporary)
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            yield temporary
             if plain:
                 os.chmod(temporary, 0o666 & ~_umask())
                 os.replace(temporary, path)
             else:
                 with open(path, "ab") as file:  # /dev/stdout may be a file that holds what was printed
-                    file.write(Path(temporary).read_bytes())
+                    file.write(temporary.read_bytes())
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -265,8 +270,9 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise InputError(f"{path} exists already: choose another folder, or say --overwrite")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary = _beside(path)
         try:
+            temporary.mkdir(0o700)
             yield temporary
             os.chmod(temporary, 0o777 & ~_umask())
             if os.path.exists(path):
@@ -283,6 +289,12 @@ def restore(path: str | Path) -> None:
     path = followed(path)
     if os.path.exists(_aside(path)) and not os.path.exists(path):
         os.rename(_aside(path), path)
+
+
+def _beside(path: Path) -> Path:
+    """A name for what will become `path`. It is known before anything is made, so that a signal that arrives in the
+    instant of making leaves nothing."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
 def _aside(path: str | Path) -> Path:
