@@ -1,7 +1,7 @@
 """What happens in runs of days: kills, a full disk, numbers that are no numbers. Nothing saved is lost.
 
-    pytest tests/test_faults.py            three signals for each of two commands (`-m slow`: and for the other two)
-    python tests/faults.py train 50        fifty kills of one
+pytest tests/test_faults.py            three signals for each of two commands (`-m slow`: and for the other two)
+python tests/faults.py train 50        fifty kills of one
 """
 
 import json
