@@ -190,3 +190,12 @@ def test_a_signal_in_the_instant_in_which_something_is_made_leaves_nothing(make,
         make(tmp_path / "out")
     monkeypatch.undo()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_none_is_refused_like_any_folder(tmp_path, monkeypatch):
+    """ "." has no name to write beside."""
+    monkeypatch.chdir(tmp_path)
+    check_place(".", folder=False)
+    with pytest.raises(InputError, match="folder"), whole_file("."):
+        pass
+    assert not list(tmp_path.iterdir())

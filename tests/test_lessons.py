@@ -91,7 +91,8 @@ def test_a_word_of_the_glossary_stands_in_the_lessons_that_it_names():
         for number in numbers.split(", "):
             (lesson,) = TUTORIALS.glob(f"{number}_*.md")
             text = " ".join(lesson.read_text(encoding="utf-8").lower().split())
-            assert all(word.lower() in text for word in words.split(", ")), (words, number)
+            for word in words.lower().split(", "):
+                assert re.search(rf"\b{re.escape(word)}(s|es|d)?\b", text), (word, number)
 
 
 # ------------------------------------------------------------------------------------- lines that lesson 07 breaks

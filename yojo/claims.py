@@ -215,7 +215,8 @@ def losses(f: Files) -> str:
         return by_kind({kind: picked(runs, "accuracy", kind=kind, groups=count, swapped=swap) for kind in KINDS})
 
     noisy = f"1,000 groups, 40% of pairs swapped, those that single-response learns from: {at(1000, 0.4)}"
-    return f"Not seen; all pairs of a group beat two of its pairs. 100 groups: {at(100, 0.0)}. {noisy}"
+    seen = "Not seen; with few groups or noisy ranks, all pairs of a group beat two of its pairs"
+    return f"{seen}. 100 groups: {at(100, 0.0)}. {noisy}"
 
 
 def order(f: Files) -> str:
@@ -247,14 +248,19 @@ def steadier(f: Files) -> str:
     for learned in LEARNED_FROM:
         each = {kind: picked(runs, "sampled_after", learned=learned, kind=kind) for kind in studies.JUDGES}
         parts.append(f"{learned}: {by_kind(each)}")
+    good = [r for r in runs if r["reward_accuracy"] >= GOOD]
+    best = [r for r in good if r["sampled_after"] >= BEST]
+    others = mean([r["sampled_after"] for r in good if r not in best])
+    counts = [[sum(r["kind"] == kind for r in some) for some in (best, good)] for kind in studies.JUDGES]
+    of_each = ", ".join(f"{TITLES[kind]} {a} of {b}" for kind, (a, b) in zip(studies.JUDGES, counts, strict=True))
     return (
-        "Only if ranks are noisy, by noise that harms single-response most: a good judge makes a good policy, of "
-        "whichever kind. True "
-        f"quality of its answers, the judge having learned from {'; from '.join(parts)}"
+        f"Only if ranks are noisy, by noise that hits single-response most. Of {len(good)} judges that reach {GOOD}, "
+        f"{len(best)} lead to a true quality of {BEST} or more ({of_each}), the others to {others:.2f}. True quality, "
+        f"the judge having learned from {'; from '.join(parts)}"
     )
 
 
-GOOD = 0.8  # accuracy of a judge
+GOOD, BEST = 0.8, 0.98  # accuracy of a judge, quality of a policy's answers
 
 
 def preserved(f: Files) -> str:
@@ -300,7 +306,7 @@ CLAIMS = [
         cheaper,
         "`flops`, `bench score`",
         "09",
-        "nearly, while the prompt is much longer than all answers together",
+        "only while the prompt is much longer than all answers together",
     ),
     Claim(
         "Comparing answers improves accuracy",
@@ -339,7 +345,7 @@ CLAIMS = [
         steadier,
         "`claims grpo`",
         "11",
-        "no, unless ranks are noisy, and that noise hurts pairs more",
+        "no, unless ranks are noisy, by noise that hits its baseline most",
     ),
     Claim(
         "GRPO with it preserves other skills",

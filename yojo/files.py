@@ -294,7 +294,8 @@ def restore(path: str | Path) -> None:
 def _beside(path: Path) -> Path:
     """A name for what will become `path`. It is known before anything is made, so that a signal that arrives in the
     instant of making leaves nothing."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    path = path.absolute()  # "." has no name
+    return path.parent / f".{path.name}.{secrets.token_hex(8)}"
 
 
 def _aside(path: str | Path) -> Path:
