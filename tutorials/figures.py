@@ -390,10 +390,8 @@ def policies() -> Image.Image:
     seeds, thin: each seed."""
     runs = json.loads((RUNS / "claims_grpo.json").read_text(encoding="utf-8"))["runs"]
     figure, panels = _axes(12, 3.5, 4)
-    panels_of = [
-        (learned, key) for learned in ("all groups", "100 groups, 40% swapped") for key in ("reward", "quality")
-    ]
-    for axes, (learned, key) in zip(panels, panels_of, strict=True):
+    shown = [(learned, key) for learned in ("all groups", "100 groups, 40% swapped") for key in ("reward", "quality")]
+    for axes, (learned, key) in zip(panels, shown, strict=True):
         for kind in JUDGES:
             line = LINES[[*TITLES].index(kind)]  # as in `less_data`
             looks = [run["curve"] for run in runs if (run["learned"], run["kind"]) == (learned, kind)]

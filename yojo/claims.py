@@ -203,7 +203,7 @@ def comparison(f: Files) -> str:
 TRAINED = ("train_absolute", "train_corroborated")
 
 
-def beside_each_other(f: Files) -> str:
+def comparison_short(f: Files) -> str:
     joint, isolated = (mean([s[mode] for s in f["train_corroborated"]["per_seed"]]) for mode in MODES)
     return f"only if answers cannot be judged alone: {joint:.2f} joint, {isolated:.2f} isolated"
 
@@ -238,9 +238,12 @@ def answers(f: Files) -> str:
     return f"At N = {', '.join(map(str, N))}: {'; '.join(parts)}"
 
 
-def many(f: Files) -> str:
+def answers_short(f: Files) -> str:
     of_16 = (mean(picked(f["claims_answers"]["runs"], "16", kind=mode, trained="4")) for mode in MODES)
     return "yes, after training on four: at sixteen {:.2f} joint, {:.2f} isolated".format(*of_16)
+
+
+GOOD, BEST = 0.8, 0.98  # accuracy of a judge, quality of a policy's answers
 
 
 def steadier(f: Files) -> str:
@@ -258,9 +261,6 @@ def steadier(f: Files) -> str:
         f"{len(best)} lead to a true quality of {BEST} or more ({of_each}), the others to {others:.2f}. True quality, "
         f"the judge having learned from {'; from '.join(parts)}"
     )
-
-
-GOOD, BEST = 0.8, 0.98  # accuracy of a judge, quality of a policy's answers
 
 
 def preserved(f: Files) -> str:
@@ -314,7 +314,7 @@ CLAIMS = [
         comparison,
         "`train --tiny --baseline`",
         "08",
-        beside_each_other,
+        comparison_short,
     ),
     Claim(
         "A loss over N scores beats a loss over pairs",
@@ -330,7 +330,7 @@ CLAIMS = [
         answers,
         "`claims answers`",
         "08",
-        many,
+        answers_short,
     ),
     Claim(
         "Order",

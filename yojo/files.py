@@ -295,7 +295,7 @@ def _beside(path: Path) -> Path:
     """A name for what will become `path`. It is known before anything is made, so that a signal that arrives in the
     instant of making leaves nothing."""
     path = path.absolute()  # "." has no name
-    return path.parent / f".{path.name}.{secrets.token_hex(8)}"
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}"
 
 
 def _aside(path: str | Path) -> Path:
