@@ -226,6 +226,14 @@ def test_the_verdicts_of_the_table_hold():
     policies = f["claims_grpo"]["runs"]
     judged, became = ([r[key] for r in policies] for key in ("reward_accuracy", "sampled_after"))
     assert np.corrcoef(judged, became)[0, 1] == pytest.approx(0.87, abs=0.005)
+    good = [r for r in policies if r["reward_accuracy"] >= claims.GOOD]  # lesson 11: eleven good policies, four not
+    places = sorted((r["sampled_after"], r["skills"]["after"]["place"]) for r in good)
+    assert len(places) == 15
+    assert all(sampled < 0.92 and 0.53 <= round(place, 2) <= 0.65 for sampled, place in places[:4])
+    assert all(sampled >= claims.BEST and round(place, 2) >= 0.98 for sampled, place in places[4:])
+    noisy = {"groups": 3000, "swapped": 0.4}  # lesson 08: all pairs are ahead of joint, in every seed
+    assert min(claims.minus(runs, "accuracy", "pairs", "joint", **noisy)) > 0
+    assert [round(x, 2) for x in claims.picked(runs, "accuracy", kind="single", **noisy)] == [0.85, 0.73, 0.26]
     for learned in studies.LEARNED_FROM:
         low, high = interval_over_seeds(claims.minus(policies, "sampled_after", "joint", "single", learned=learned))
         assert (low > 0) == ("swapped" in learned)
