@@ -113,15 +113,16 @@ def test_a_bench_that_fails_keeps_its_rows(command, folder, monkeypatch):
     assert {row["n"] for row in rows} == {2} and "no room" in error["error"]
 
 
-def test_where_results_are_to_go_is_tried_before(command, monkeypatch, tmp_path):
+@pytest.mark.parametrize("option", ["--json", "--draw-mask", "--html"])
+def test_where_results_are_to_go_is_tried_before(command, monkeypatch, tmp_path, option):
     """Not after hours of work."""
     monkeypatch.setattr(score, "prompts", lambda args: pytest.fail("work was begun"))
     for path in (tmp_path, "/proc/none/x.json"):
-        status, _, err = command(score, "--tiny", "--json", path)
+        status, _, err = command(score, "--tiny", option, path)
         assert status == 2 and "cannot write" in err
 
 
-@pytest.mark.parametrize("words", ["--json in.jsonl", "--draw-mask in.jsonl", "--json a --draw-mask ./a"])
+@pytest.mark.parametrize("words", ["--json in.jsonl", "--draw-mask in.jsonl", "--json a --html ./a"])
 def test_no_option_writes_over_what_another_reads_or_writes(command, tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.jsonl").write_text('{"prompt": "?", "responses": ["a"]}')

@@ -26,6 +26,7 @@ from yojo.terminal import print_leniently, stopped, stopping_by_exception, unbro
 
 DTYPES = ("float32", "bfloat16")
 FULL = r"out of memory|can't allocate memory|ALLOC_FAILED"  # how torch says it, of a GPU, the host and CUDA's libraries
+RESULTS = ("json", "draw_mask", "html")  # options that name a file to write
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # relative to the package, not to the current folder
 
 
@@ -34,8 +35,8 @@ def shipped(name: str) -> Path:
     path = WEIGHTS.parent / name
     if not path.exists():
         raise InputError(
-            f"no {path}: the tiny weights live in the repository, not in an installed package: clone it and run "
-            "`pip install -e .` there, or check them out again"
+            f"no {path}: the tiny weights and the lessons live in the repository, not in an installed package: clone "
+            "it and run `pip install -e .` there, or check them out again"
         )
     return path
 
@@ -216,8 +217,9 @@ def finish(parser: Parser, args: argparse.Namespace, command: Callable) -> int:
     try:
         parser.check(args)
         check_apart(args)
-        if args.json:
-            check_writable(args.json)
+        for name in RESULTS:
+            if path := vars(args).get(name):
+                check_writable(path)
         args.found = command(args)
     except BaseException as error:
         if number := stopped():
@@ -248,7 +250,7 @@ def check_apart(args: argparse.Namespace) -> None:
     """What is written must not be what is read, or written by another option."""
     paths = {name: path for name, path in vars(args).items() if isinstance(path, Path) and is_plain(path)}
     for name, path in paths.items():
-        for other in ("json", "out", "draw_mask"):
+        for other in (*RESULTS, "out"):
             if name != other and other in paths and os.path.realpath(path) == os.path.realpath(paths[other]):
                 options = " and ".join(f"--{n.replace('_', '-')}" for n in (name, other))
                 raise InputError(f"{options} both name {path}: it would be replaced")

@@ -4,7 +4,8 @@
     python -m yojo.score --tiny --image picture.png --prompt "Describe the star." --response "..." --response "..."
     python -m yojo.score --model runs/rm --data records.jsonl --json scores.json
 
-Prints a ranked table per record; with `--draw-mask FILE`, also which token may attend to which, as a picture.
+Prints a ranked table per record. `--draw-mask FILE` draws which token may attend to which; `--html FILE` makes a page of
+the first record's judgement.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from yojo.core.prompt import Encoded
 from yojo.core.reward import LOOKED_AHEAD, RewardModel
 from yojo.drawing import DRAWN_UP_TO, draw_mask, readable
 from yojo.files import InputError, whole_file
+from yojo.page import judgement
 from yojo.tiny import world
 from yojo.tiny.experiment import NAMES
 from yojo.video import FRAMES, INTERVAL, Clip
@@ -59,12 +61,14 @@ def main() -> None:
     add("--data", type=Path, metavar="FILE", help="JSONL records to score instead")
     add("--mode", choices=MODES, help="attention, where not the one the model was trained in")
     add("--draw-mask", type=Path, metavar="FILE", help="draw the first record's mask as a PNG")
+    add("--html", type=Path, metavar="FILE", help="show the first record's judgement as a web page")
     add_model_options(parser)
     run(parser, run_command)
 
 
 def run_command(args: argparse.Namespace) -> dict | list[dict]:
     records, facts = prompts(args)
+    template = shipped("tutorials/mask.html").read_text(encoding="utf-8") if args.html else ""
     folder = shipped(f"weights/{NAMES[args.mode or 'joint']}") if args.tiny else args.model
     rm = RewardModel.load(folder, args.base, **computed_on(args))
     if args.compile:
@@ -73,13 +77,18 @@ def run_command(args: argparse.Namespace) -> dict | list[dict]:
     print(f"mode: {mode}" + ("" if mode == rm.mode else f" (trained in {rm.mode})") + f": {MEANS[mode]}")
     args.found, shown = [], tqdm(records, "scoring", delay=2, leave=False)
     with ahead(lambda r: encode(r, rm.processor), shown, most=LOOKED_AHEAD) as encoded:
+        if args.draw_mask or args.html:
+            first = next(encoded)
+            labels = readable(map(rm.processor.tokenizer.name, first.ids.tolist()))
+            encoded = chain([first], encoded)
         if args.draw_mask:
-            row = next(encoded)
-            save_mask(row, mode, rm, args.draw_mask, records[0].prefix)
-            encoded = chain([row], encoded)
+            save_mask(first, mode, labels, args.draw_mask, records[0].prefix)
         for record, scores in zip(records, rm.score_all(encoded, mode), strict=True):
+            ranking = ranked(record.responses, scores, facts)
+            if args.html and not args.found:
+                save_page(judgement(template, record, first, labels, ranking, mode), args.html)
             args.found.append({"mode": mode, "scores": scores} | ({"true_facts": facts} if facts else {}))
-            print(f"\n{record.prompt}\n" + ranked(record.responses, scores, facts))
+            print(f"\n{record.prompt}\n" + ranked_table(ranking))
     return args.found if args.data else args.found[0]
 
 
@@ -108,24 +117,35 @@ def demonstration(rng: random.Random) -> tuple[world.Scene, str, list[str], list
             return scene, record["prompt"], record["responses"], facts
 
 
-def ranked(responses: Sequence[str], scores: Sequence[float], facts: Sequence[int] = ()) -> str:
+def ranked(responses: Sequence[str], scores: Sequence[float], facts: Sequence[int] = ()) -> list[dict]:
     """Best first, numbered as they were given, beside the true facts where they are known."""
     rows = []
     for rank, i in enumerate(sorted(range(len(scores)), key=lambda i: -scores[i]), 1):
         known = f"{facts[i]} of {len(world.SLOTS)}" if facts else None
-        text = " ".join(responses[i].split())
-        rows.append({"rank": rank, "score": scores[i], "#": i + 1, "true_facts": known, "response": text})
+        rows.append({"rank": rank, "score": scores[i], "#": i + 1, "true_facts": known, "response": responses[i]})
+    return rows
+
+
+def ranked_table(ranking: list[dict]) -> str:
+    """A line for each answer."""
+    rows = [row | {"response": " ".join(row["response"].split())} for row in ranking]
     columns = {"rank": "d", "score": ".3f", "#": "d", "true_facts": "", "response": "<"}
-    return table(rows, {name: how for name, how in columns.items() if facts or name != "true_facts"})
+    known = ranking[0]["true_facts"] is not None
+    return table(rows, {name: how for name, how in columns.items() if known or name != "true_facts"})
 
 
-def save_mask(encoded: Encoded, mode: str, rm: RewardModel, path: Path, prefix: str) -> None:
+def save_mask(encoded: Encoded, mode: str, labels: list[str], path: Path, prefix: str) -> None:
     if len(encoded.ids) > DRAWN_UP_TO:
         raise InputError(f"{prefix}{len(encoded.ids)} tokens are too many to draw: at most {DRAWN_UP_TO}")
-    mask, labels = collate([encoded], mode).mask, readable(map(rm.processor.tokenizer.name, encoded.ids.tolist()))
     with whole_file(path) as temporary:
-        draw_mask(mask, labels=labels).save(temporary, "PNG")
+        draw_mask(collate([encoded], mode).mask, labels=labels).save(temporary, "PNG")
     print(f"mask drawn in {path}")
+
+
+def save_page(page: str, path: Path) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    print(f"page written to {path}")
 
 
 if __name__ == "__main__":

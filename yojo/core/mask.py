@@ -14,8 +14,8 @@ line: a response attends to the prompt and itself, so N responses in one row are
 
 The predicate takes index tensors of any broadcastable shape, as `torch.nn.attention.flex_attention` requires of a mask.
 
-See it: `python -m yojo.score --tiny --draw-mask mask.png`; `pytest tests/test_mask.py` compares with matrices typed
-by hand.
+See it: `tutorials/mask.html` in a browser; `python -m yojo.score --tiny --draw-mask mask.png`; `pytest
+tests/test_mask.py` compares with matrices typed by hand.
 """
 
 from dataclasses import dataclass
