@@ -1,10 +1,12 @@
-"""The lessons' pictures: each is drawn by a function of `tutorials/figures.py`, and each is shown somewhere. And the
-lines that lesson 07 breaks on purpose: the tests that it names turn red.
+"""The lessons' pictures: each is drawn by a function of `tutorials/figures.py`, and each is shown somewhere. Their
+notebooks: each is what `tutorials/notebooks.py` makes of its lesson. And the lines that lesson 07 breaks on purpose:
+the tests that it names turn red.
 
     pytest tests/test_lessons.py tutorials        # `tutorials` runs every example of every lesson
     pytest tests/test_lessons.py -m slow          # breaks the lines
 """
 
+import doctest
 import importlib.util
 import inspect
 import json
@@ -15,9 +17,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 from PIL import Image, ImageChops
 
+from tutorials import notebooks
 from yojo.core import molmo2
 
 TUTORIALS = Path(__file__).parent.parent / "tutorials"
@@ -93,6 +97,62 @@ def test_a_word_of_the_glossary_stands_in_the_lessons_that_it_names():
             text = " ".join(lesson.read_text(encoding="utf-8").lower().split())
             for word in words.lower().split(", "):
                 assert re.search(rf"\b{re.escape(word)}(s|es|d)?\b", text), (word, number)
+
+
+# ----------------------------------------------------------------------------------------------------- notebooks
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+def test_a_notebook_on_disk_is_what_its_lesson_makes(lesson):
+    kept = (notebooks.FOLDER / f"{lesson.stem}.ipynb").read_text(encoding="utf-8")
+    assert notebooks.notebook(lesson) == kept, "`python -m tutorials.notebooks` makes it again"
+
+
+def test_there_is_a_notebook_for_each_lesson_and_no_other():
+    assert [path.stem for path in sorted(notebooks.FOLDER.glob("*"))] == [path.stem for path in LESSONS]
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("A *separator* is", "The *separator* is"),
+        (">>> row.prompt_length\n", ">>> row.prompt_length + 0\n"),
+        ("\n13\n", "\n14\n"),
+        ("(figures/mask_joint.png)", "(figures/mask_isolated.png)"),
+    ],
+)
+def test_a_lesson_that_is_changed_alone_is_noticed(old, new, tmp_path):
+    """In its prose, its code, what it prints, or a link."""
+    lesson, changed = TUTORIALS / "04_separators_and_masks.md", tmp_path / "04_separators_and_masks.md"
+    text = lesson.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    changed.write_text(text.replace(old, new), encoding="utf-8")
+    assert notebooks.notebook(changed) != (notebooks.FOLDER / f"{lesson.stem}.ipynb").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+def test_a_notebook_holds_every_example_and_all_prose_in_order_and_no_output(lesson):
+    text = lesson.read_text(encoding="utf-8")
+    cells = nbformat.reads(notebooks.notebook(lesson), as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    examples = doctest.DocTestParser().get_examples(text)
+    assert "\n".join(cell.source for cell in code[1:]) + "\n" == "".join(example.source for example in examples)
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    shown = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    at = 0
+    for want in (example.want for example in examples if example.want):
+        at = shown.index(f"```text\n{want}```", at) + 1
+    rest = iter(shown.split())
+    prose = re.sub(r"```python\n.*?```\n", "", text, flags=re.DOTALL)
+    assert all(word in rest for word in prose.split() if "](" not in word)
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)
+def test_links_of_a_notebook_lead_somewhere(lesson):
+    cells = nbformat.reads(notebooks.notebook(lesson), as_version=4).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", re.sub(r"```.*?```", "", prose, flags=re.DOTALL)):
+        assert (notebooks.FOLDER / target).exists(), target
 
 
 # ------------------------------------------------------------------------------------- lines that lesson 07 breaks

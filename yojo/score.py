@@ -4,8 +4,8 @@
     python -m yojo.score --tiny --image picture.png --prompt "Describe the star." --response "..." --response "..."
     python -m yojo.score --model runs/rm --data records.jsonl --json scores.json
 
-Prints a ranked table per record. `--draw-mask FILE` draws which token may attend to which; `--html FILE` makes a page of
-the first record's judgement.
+Prints a ranked table per record. `--draw-mask FILE` draws which token may attend to which. `--html FILE` makes a page
+of the first record's judgement.
 """
 
 import argparse
