@@ -109,7 +109,7 @@ def test_a_notebook_on_disk_is_what_its_lesson_makes(lesson):
 
 
 def test_there_is_a_notebook_for_each_lesson_and_no_other():
-    assert [path.stem for path in sorted(notebooks.FOLDER.glob("*"))] == [path.stem for path in LESSONS]
+    assert [path.stem for path in sorted(notebooks.FOLDER.glob("*.ipynb"))] == [path.stem for path in LESSONS]
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,9 @@ def test_a_notebook_holds_every_example_and_all_prose_in_order_and_no_output(les
     for want in (example.want for example in examples if example.want):
         at = shown.index(f"```text\n{want}```", at) + 1
     rest = iter(shown.split())
-    prose = re.sub(r"```python\n.*?```\n", "", text, flags=re.DOTALL)
-    assert all(word in rest for word in prose.split() if "](" not in word)
+    prose = [part for part in doctest.DocTestParser().parse(notebooks.CONSOLE.sub("", text)) if isinstance(part, str)]
+    words = re.sub(r"^```(python)?$", "", "".join(prose), flags=re.MULTILINE).split()
+    assert all(word in rest for word in words if "](" not in word and not word.startswith("```"))
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.stem)

@@ -10,6 +10,7 @@ import json
 import random
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 import torch
@@ -23,7 +24,6 @@ from yojo.core.image import Pictures
 from yojo.core.mask import MODES
 from yojo.core.prompt import LAYOUTS, Encoded, Processor
 from yojo.core.reward import RewardModel
-from yojo.drawing import readable
 
 TEMPLATE = (WEIGHTS.parent / "tutorials/mask.html").read_text(encoding="utf-8")
 RULE = re.search(r'<script id="rule">(.*?)</script>', TEMPLATE, re.DOTALL)[1]
@@ -95,6 +95,7 @@ def test_the_page_says_what_the_package_computes_in_fifty_settings():
         ("next = afterPrompt;", "next = afterPrompt + 1;"),
         ("tokens[tokens.length - 1].score = i;", "tokens[tokens.length - 2].score = i;"),
         ("sum + key.count", "sum + 2 * key.count"),
+        ("token.score !== null ? `", "token.score === null ? `"),
     ],
 )
 def test_a_planted_fault_is_found(right, wrong):
@@ -103,9 +104,74 @@ def test_a_planted_fault_is_found(right, wrong):
     assert not all(agrees(js, *chosen) for chosen in choices())
 
 
+PROMPT, FIRST = "the prompt up to itself", "the prompt and its own answer up to itself"
+JOINT = "the prompt, the answers before it and its own answer up to itself"
+ISOLATED, LAST = f"{FIRST}, but no other answer", ", the last token of its text"
+CAPTIONS = [  # of a row with a picture and answers of two, one and three tokens
+    ("joint", 1, "“picture 2”, position 1", 4, f"{PROMPT} and all picture tokens, also later ones"),
+    ("joint", 5, "“the”, position 5", 6, PROMPT),
+    ("joint", 8, "“a” of answer 1, position 8", 9, f"{FIRST}; the score of answer 1 is read at “small”{LAST}"),
+    ("joint", 11, "“a” of answer 2, position 11", 12, f"{JOINT}; the score of answer 2 is read here"),
+    (
+        "joint",
+        12,
+        "“<|resp_sep|>” of answer 2, position 12",
+        13,
+        f"{JOINT}; the score of answer 2 is read at “a”{LAST}",
+    ),
+    ("isolated", 9, "“small” of answer 1, position 9", 10, f"{ISOLATED}; the score of answer 1 is read here"),
+    (
+        "isolated",
+        14,
+        "“pink” of answer 3, position 9",
+        10,
+        f"{ISOLATED}; the score of answer 3 is read at “star”{LAST}",
+    ),
+]
+
+
+@pytest.mark.parametrize("mode, q, who, many, whom", CAPTIONS)
+def test_a_caption_typed_by_hand(mode, q, who, many, whom):
+    text = f"{who}, attends to {many} tokens: {whom}."
+    assert engine()(f"caption(row(true, [2, 1, 3]), {json.dumps(mode)}, {q})") == text
+
+
+def test_a_token_that_stands_for_several_has_a_range_of_positions():
+    tokens = [dict(text="picture of 25 tokens", response=-1, image=True, count=25, score=None)]
+    text = f"“picture of 25 tokens”, position 0 to 24, attends to 25 tokens: {PROMPT} and all picture tokens"
+    assert engine()(f"caption({json.dumps(tokens)}, 'joint', 0)") == f"{text}, also later ones."
+
+
 def test_the_page_is_one_small_file_that_asks_for_no_other():
     assert len(TEMPLATE.encode()) < 25_000
     assert not re.findall(r"https?:|url\(|\bsrc\s*=|<link|\bimport\b|\bfetch\b|innerHTML|document\.write", TEMPLATE)
+
+
+def test_every_script_of_the_page_can_be_parsed():
+    for script in Parsed(TEMPLATE).scripts:
+        MiniRacer().eval(f"new Function({json.dumps(script)}), 0")
+
+
+def test_neighbours_differ_in_lightness_in_both_palettes():
+    """So that they are told apart in grey: prompt, picture and answers where they meet, and all from what is empty."""
+    for palette in re.findall(r":root \{(.*?)\}", TEMPLATE, re.DOTALL):
+        light = {name: luminance(value) for name, value in re.findall(r"--(\w+): (#\w+);", palette)}
+        answers = [light[f"c{i}"] for i in range(6)]
+        meet = list(pairwise([light["picture"], light["prompt"], *answers, answers[0]]))
+        assert all(contrast(a, b) >= 1.5 for a, b in meet + [(x, light["none"]) for x in answers])
+        assert contrast(light["ink"], light["back"]) >= 7 and contrast(light["soft"], light["back"]) >= 4.5
+
+
+def luminance(colour: str) -> float:
+    """As WCAG 2 defines it, of #rgb or #rrggbb."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    levels = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in levels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: float, b: float) -> float:
+    return (max(a, b) + 0.05) / (min(a, b) + 0.05)
 
 
 # --------------------------------------------------------------------------------------------------- a record's page
@@ -125,7 +191,7 @@ RECORDS = {
 def test_a_records_tokens_keep_their_mask_when_pictures_are_shown_as_one(name, layout, mode):
     processor = Processor.from_folder(WEIGHTS / "tiny", 4096, layout)
     row = encode(RECORDS[name], processor)
-    tokens = page.merged(row, readable(map(processor.tokenizer.name, row.ids.tolist())))
+    tokens = page.merged(row, [processor.tokenizer.name(token) for token in row.ids.tolist()])
     allowed, positions, captions = said(engine(), tokens, mode)
     counts = torch.tensor([token["count"] for token in tokens])
     wide = torch.tensor(allowed).repeat_interleave(counts, 0).repeat_interleave(counts, 1)
@@ -138,17 +204,18 @@ def test_a_records_tokens_keep_their_mask_when_pictures_are_shown_as_one(name, l
 
 
 class Parsed(HTMLParser):
-    """The scripts of a page, the texts of what has the class "text", and the widths of its bars."""
+    """The scripts and the title of a page, the texts of what has the class "text", and the widths of its bars."""
 
     def __init__(self, text: str):
         super().__init__()
-        self.scripts, self.texts, self.widths, self.tags, self.into = [], [], [], [], None
+        self.scripts, self.texts, self.widths, self.tags, self.titles, self.into = [], [], [], [], [], None
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         attributes = dict(attributes)
-        self.into = {"script": self.scripts}.get(tag, self.texts if attributes.get("class") == "text" else None)
+        into = {"script": self.scripts, "title": self.titles}
+        self.into = into.get(tag, self.texts if attributes.get("class") == "text" else None)
         if self.into is not None:
             self.into.append("")
         if attributes.get("class") == "bar":
@@ -170,11 +237,11 @@ def test_markup_in_an_answer_is_shown_as_text(command, tmp_path):
     shown, empty = Parsed((tmp_path / "p").read_text(encoding="utf-8")), Parsed(TEMPLATE)
     scores = json.loads((tmp_path / "s").read_text())["scores"]
     order = sorted(range(len(HOSTILE)), key=lambda i: -scores[i])
-    assert shown.texts == ["</p> <b>?", *(HOSTILE[i] for i in order)]
+    assert shown.texts == ["</p> <b>?", *(HOSTILE[i] for i in order)] and shown.titles == ["A judgement"]
     assert shown.scripts[1:] == empty.scripts[1:] and shown.tags.count("script") == 3 and "img" not in shown.tags
     record = json.loads(shown.scripts[0])
     row = encode(Record("</p> <b>?", HOSTILE), RewardModel.load(WEIGHTS / "tiny-rm").processor)
-    assert record["mode"] == "joint" and len(record["tokens"]) == len(row.ids)
+    assert record["mode"] == "joint" and record["scores"] == scores and len(record["tokens"]) == len(row.ids)
     assert [token["text"] for token in record["tokens"]].count("<|resp_sep|>") == len(HOSTILE), "no text made one"
 
 

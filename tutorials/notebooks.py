@@ -18,7 +18,8 @@ HERE = Path(__file__).parent
 FOLDER = HERE / "notebooks"
 LESSONS = sorted(HERE.glob("[0-9]*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\((?!https?:)([^)]+)\)")
+LINK = re.compile(r"\]\((?!https?:|#)([^)]+)\)")
+CONSOLE = re.compile(r"Run\s+the\s+examples\s+from\s+the\s+repository's\s+root,\s+in\s+`python`\.")
 START = """import os
 
 if not os.path.isdir("yojo"):
@@ -28,8 +29,9 @@ if not os.path.isdir("yojo"):
 def notebook(lesson: Path) -> str:
     """The notebook of a lesson, as its file holds it."""
     title, text = lesson.read_text(encoding="utf-8").split("\n", 1)
-    note = f"{title}\n\n*Made from [{lesson.name}](../{lesson.name}). Below a cell stands what it prints.*"
-    cells = [new_markdown_cell(note), new_code_cell(START), *cells_of(text)]
+    note = f"{title}\n\nMade from [{lesson.name}](../{lesson.name}). Run the cells in order; the first one goes to the "
+    note += "repository's root. Below a cell stands what it should print (lines may break elsewhere)."
+    cells = [new_markdown_cell(note), new_code_cell(START), *cells_of(CONSOLE.sub("", text))]
     for i, cell in enumerate(cells):
         cell.id = f"cell-{i}"  # or it would be random
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -39,20 +41,21 @@ def notebook(lesson: Path) -> str:
 
 
 def cells_of(text: str) -> Iterator[nbformat.NotebookNode]:
-    prose, *rest = BLOCK.split(text)
+    prose, *rest = BLOCK.split(text)  # prose, block, prose, block, ..., prose
     for block, after in zip(rest[::2], rest[1::2], strict=True):
         code = ""
         for example in doctest.DocTestParser().get_examples(block):
-            if prose.strip() and not code:
+            if prose.strip():
                 yield prose_cell(prose)
                 prose = ""
             code += example.source
             if example.want:
                 yield new_code_cell(code.rstrip())
-                code, prose = "", f"```text\n{example.want}```\n"
+                yield new_markdown_cell(f"*should print*\n\n```text\n{example.want}```")
+                code = ""
         if code:
             yield new_code_cell(code.rstrip())
-        prose += after
+        prose = after
     yield prose_cell(prose)
 
 
@@ -70,5 +73,5 @@ if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     for lesson in LESSONS:
         path = FOLDER / f"{lesson.stem}.ipynb"
-        path.write_text(notebook(lesson), encoding="utf-8")
+        path.write_text(notebook(lesson), encoding="utf-8", newline="\n")
         print(path)

@@ -13,10 +13,14 @@ MARGIN = 120  # pixels for labels
 DRAWN_UP_TO = 1000  # tokens
 
 
+def printable(name: str) -> str:
+    r"""A line break as \n."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+
+
 def readable(names: Iterable[str]) -> list[str]:
-    r"""Names of tokens to print beside a row: a line break as \n, and no blank before a word."""
-    names = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in name) for name in names)
-    return [name.strip() or "space" for name in names]
+    """Names of tokens to print beside a row, without the blank before a word."""
+    return [printable(name).strip() or "space" for name in names]
 
 
 def draw_mask(mask: AttentionMask, b: int = 0, labels: list[str] | None = None, cell: int = 12):

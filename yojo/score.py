@@ -79,14 +79,14 @@ def run_command(args: argparse.Namespace) -> dict | list[dict]:
     with ahead(lambda r: encode(r, rm.processor), shown, most=LOOKED_AHEAD) as encoded:
         if args.draw_mask or args.html:
             first = next(encoded)
-            labels = readable(map(rm.processor.tokenizer.name, first.ids.tolist()))
+            names = [rm.processor.tokenizer.name(token) for token in first.ids.tolist()]
             encoded = chain([first], encoded)
         if args.draw_mask:
-            save_mask(first, mode, labels, args.draw_mask, records[0].prefix)
+            save_mask(first, mode, names, args.draw_mask, records[0].prefix)
         for record, scores in zip(records, rm.score_all(encoded, mode), strict=True):
             ranking = ranked(record.responses, scores, facts)
             if args.html and not args.found:
-                save_page(judgement(template, record, first, labels, ranking, mode), args.html)
+                save_page(judgement(template, record, first, names, ranking, mode), args.html)
             args.found.append({"mode": mode, "scores": scores} | ({"true_facts": facts} if facts else {}))
             print(f"\n{record.prompt}\n" + ranked_table(ranking))
     return args.found if args.data else args.found[0]
@@ -134,11 +134,11 @@ def ranked_table(ranking: list[dict]) -> str:
     return table(rows, {name: how for name, how in columns.items() if known or name != "true_facts"})
 
 
-def save_mask(encoded: Encoded, mode: str, labels: list[str], path: Path, prefix: str) -> None:
+def save_mask(encoded: Encoded, mode: str, names: list[str], path: Path, prefix: str) -> None:
     if len(encoded.ids) > DRAWN_UP_TO:
         raise InputError(f"{prefix}{len(encoded.ids)} tokens are too many to draw: at most {DRAWN_UP_TO}")
     with whole_file(path) as temporary:
-        draw_mask(collate([encoded], mode).mask, labels=labels).save(temporary, "PNG")
+        draw_mask(collate([encoded], mode).mask, labels=readable(names)).save(temporary, "PNG")
     print(f"mask drawn in {path}")
 
 
