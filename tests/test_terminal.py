@@ -130,6 +130,16 @@ def test_no_option_writes_over_what_another_reads_or_writes(command, tmp_path, m
     assert status == 2 and "both name" in err and "responses" in (tmp_path / "in.jsonl").read_text()
 
 
+@pytest.mark.parametrize("words", ["--image p.png --image ./q.png --html q.png", "--video p.png --json p.png"])
+def test_no_option_writes_over_a_picture_that_is_shown(command, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("p.png", "q.png"):
+        Image.new("RGB", (9, 9)).save(name)
+    status, _, err = command(score, "--tiny", "--prompt", "?", "--response", "a", *words.split())
+    assert status == 2 and "both name" in err
+    assert all(Image.open(name).size == (9, 9) for name in ("p.png", "q.png"))
+
+
 def test_what_failed_before_anything_was_found_leaves_what_was_there(command, folder):
     (folder / "s.json").write_text('"older"')
     assert command(score, "--tiny", "--data", folder / "none.jsonl", "--json", folder / "s.json")[0] == 2

@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import product
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from yojo.terminal import print_leniently, stopped, stopping_by_exception, unbro
 DTYPES = ("float32", "bfloat16")
 FULL = r"out of memory|can't allocate memory|ALLOC_FAILED"  # how torch says it, of a GPU, the host and CUDA's libraries
 RESULTS = ("json", "draw_mask", "html")  # options that name a file to write
+SHOWN = ("image", "video")  # options that name a file to read, or a URL
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"  # relative to the package, not to the current folder
 
 
@@ -248,12 +250,20 @@ def finish(parser: Parser, args: argparse.Namespace, command: Callable) -> int:
 
 def check_apart(args: argparse.Namespace) -> None:
     """What is written must not be what is read, or written by another option."""
-    paths = {name: path for name, path in vars(args).items() if isinstance(path, Path) and is_plain(path)}
-    for name, path in paths.items():
-        for other in (*RESULTS, "out"):
-            if name != other and other in paths and os.path.realpath(path) == os.path.realpath(paths[other]):
-                options = " and ".join(f"--{n.replace('_', '-')}" for n in (name, other))
-                raise InputError(f"{options} both name {path}: it would be replaced")
+    paths = [(name, path) for name, path in named(args) if is_plain(path)]
+    written = [(name, path) for name, path in paths if name in (*RESULTS, "out")]
+    for (name, path), (other, target) in product(paths, written):
+        if name != other and os.path.realpath(path) == os.path.realpath(target):
+            options = " and ".join(f"--{n.replace('_', '-')}" for n in (name, other))
+            raise InputError(f"{options} both name {path}: it would be replaced")
+
+
+def named(args: argparse.Namespace) -> Iterator[tuple[str, str | Path]]:
+    """Every path that an option names."""
+    for name, value in vars(args).items():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path) or (name in SHOWN and isinstance(path, str)):
+                yield name, path
 
 
 def write_found(args: argparse.Namespace, why: str | None) -> None:
