@@ -7,6 +7,7 @@
 """
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -112,6 +113,20 @@ def test_every_option_that_usage_names_is_one(command):
     helps.append(command(importlib.import_module("yojo.claims"), "table", "--help")[1])
     known = set(re.findall(r"--[a-z-]+", " ".join(helps)))
     assert set(re.findall(r"`(--[a-z-]+)", prose(ROOT / "USAGE.md"))) <= known
+
+
+@pytest.mark.parametrize("card", ["H200", "H100"])
+def test_benchmarks_shows_what_a_gpu_took(card):
+    """Of the committed run: milliseconds and, in brackets, the ratio to joint."""
+    found = json.loads((ROOT / f"tutorials/runs/gpu_{card.lower()}_now.json").read_text(encoding="utf-8"))
+    (rows,) = (value for name, value in found.items() if name.startswith("bench score --n 2 4 8 16"))
+    text = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8").split(f"## Speed on one NVIDIA {card}\n")[1]
+    names = {"transformers, bare trunk": "`transformers`' bare trunk", "transformers, released way": "the released way"}
+    for way in dict.fromkeys(row["way"] for row in rows if "picture" not in row["way"]):
+        took = [row for row in rows if row["way"] == way]
+        cells = [f"{1000 * row['seconds']:.0f} ({row['times_joint']:.1f})" for row in took]
+        cells = [cell.removesuffix(" (1.0)") for cell in cells] if way == "one pass, joint" else cells
+        assert f"| {names.get(way, way)} | {' | '.join(cells)} |" in text
 
 
 def test_the_example_files_are_what_their_script_makes(tmp_path):

@@ -3,7 +3,7 @@
 
     pytest tests/test_page.py
 
-A JavaScript engine runs the page's own script. The last tests plant faults in it, which must be found.
+A JavaScript engine runs the page's own script. One test plants faults in it, which must be found.
 """
 
 import json
@@ -106,27 +106,15 @@ def test_a_planted_fault_is_found(right, wrong):
 
 PROMPT, FIRST = "the prompt up to itself", "the prompt and its own answer up to itself"
 JOINT = "the prompt, the answers before it and its own answer up to itself"
-ISOLATED, LAST = f"{FIRST}, but no other answer", ", the last token of its text"
+ISOLATED, LAST, SCORE = f"{FIRST}, but no other answer", ", the last token of its text", "the score of answer"
 CAPTIONS = [  # of a row with a picture and answers of two, one and three tokens
     ("joint", 1, "“picture 2”, position 1", 4, f"{PROMPT} and all picture tokens, also later ones"),
     ("joint", 5, "“the”, position 5", 6, PROMPT),
-    ("joint", 8, "“a” of answer 1, position 8", 9, f"{FIRST}; the score of answer 1 is read at “small”{LAST}"),
-    ("joint", 11, "“a” of answer 2, position 11", 12, f"{JOINT}; the score of answer 2 is read here"),
-    (
-        "joint",
-        12,
-        "“<|resp_sep|>” of answer 2, position 12",
-        13,
-        f"{JOINT}; the score of answer 2 is read at “a”{LAST}",
-    ),
-    ("isolated", 9, "“small” of answer 1, position 9", 10, f"{ISOLATED}; the score of answer 1 is read here"),
-    (
-        "isolated",
-        14,
-        "“pink” of answer 3, position 9",
-        10,
-        f"{ISOLATED}; the score of answer 3 is read at “star”{LAST}",
-    ),
+    ("joint", 8, "“a” of answer 1, position 8", 9, f"{FIRST}; {SCORE} 1 is read at “small”{LAST}"),
+    ("joint", 11, "“a” of answer 2, position 11", 12, f"{JOINT}; {SCORE} 2 is read here"),
+    ("joint", 12, "“<|resp_sep|>” of answer 2, position 12", 13, f"{JOINT}; {SCORE} 2 is read at “a”{LAST}"),
+    ("isolated", 9, "“small” of answer 1, position 9", 10, f"{ISOLATED}; {SCORE} 1 is read here"),
+    ("isolated", 14, "“pink” of answer 3, position 9", 10, f"{ISOLATED}; {SCORE} 3 is read at “star”{LAST}"),
 ]
 
 
@@ -154,11 +142,14 @@ def test_every_script_of_the_page_can_be_parsed():
 
 def test_neighbours_differ_in_lightness_in_both_palettes():
     """So that they are told apart in grey: prompt, picture and answers where they meet, and all from what is empty."""
-    for palette in re.findall(r":root \{(.*?)\}", TEMPLATE, re.DOTALL):
+    palettes = re.findall(r":root \{(.*?)\}", TEMPLATE, re.DOTALL)
+    assert len(palettes) == 2
+    for palette in palettes:
         light = {name: luminance(value) for name, value in re.findall(r"--(\w+): (#\w+);", palette)}
         answers = [light[f"c{i}"] for i in range(6)]
         meet = list(pairwise([light["picture"], light["prompt"], *answers, answers[0]]))
-        assert all(contrast(a, b) >= 1.5 for a, b in meet + [(x, light["none"]) for x in answers])
+        filled = [light["picture"], light["prompt"], *answers]
+        assert all(contrast(a, b) >= 1.5 for a, b in meet + [(x, light["none"]) for x in filled])
         assert contrast(light["ink"], light["back"]) >= 7 and contrast(light["soft"], light["back"]) >= 4.5
 
 
@@ -253,9 +244,8 @@ def test_a_judgement_shows_picture_bars_and_true_facts(command, tmp_path):
     low, high = scores[-1], scores[0]
     assert shown.widths == pytest.approx([100 * (s - low) / (high - low) for s in scores], abs=0.051)
     assert shown.tags.count("img") == 1 and text.count("data:image/jpeg;base64,") == 1
-    assert re.findall(r"<b>(.*?)</b> answer (\d), (\d of 6) facts true", text) == re.findall(
-        r"^ +\d +(-?\d+\.\d+) +(\d) +(\d of 6)", out, re.MULTILINE
-    )
+    listed = re.findall(r"<b>(.*?)</b> answer (\d), (\d of 6) facts true", text)
+    assert len(listed) == 4 and listed == re.findall(r"^ +\d +(-?\d+\.\d+) +(\d) +(\d of 6)", out, re.MULTILINE)
     assert "http" not in text
 
 

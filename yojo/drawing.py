@@ -14,7 +14,7 @@ DRAWN_UP_TO = 1000  # tokens
 
 
 def printable(name: str) -> str:
-    r"""A line break as \n."""
+    r"""What cannot be printed is escaped: a line break is \n."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
 
 
